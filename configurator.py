@@ -1,0 +1,126 @@
+"""Settings of a script: one dataclass holds the defaults, files and flags override them, left to right.
+
+    python train.py config/shakespeare.py --learning_rate=1e-3 --out_dir=out/try
+
+The comment behind a field is its --help text. A config file is plain Python assignments, run in a namespace of its own; a name
+in it that is no field is an error, unless it begins with an underscore or is a function, a class or a module.
+"""
+
+import dataclasses
+import difflib
+import inspect
+import os
+import re
+import runpy
+import sys
+import traceback
+import types
+import typing
+
+
+def parse(config_class, argv=None, positional=None):
+    """The command line (default: sys.argv[1:]) as an instance of config_class, and where each key was set: {key: place}.
+
+    positional names the field that takes a word without dashes that is no .py file. Prints nothing, except for --help, after
+    which it exits. Raises ValueError for an unknown key, a value of the wrong type, a missing file."""
+    argv = sys.argv[1:] if argv is None else argv
+    if "--help" in argv or "-h" in argv:
+        print(help_text(config_class, positional))
+        raise SystemExit(0)
+    values, set_by = {}, {}
+    for arg in argv:
+        if arg.startswith("--"):
+            key, equals, text = arg[2:].partition("=")  # only the first '=': a value may contain more of them
+            check_key(config_class, key, "command line")
+            if not equals:
+                raise ValueError(f"{arg}: wanted --{key}=value")
+            values[key], set_by[key] = convert(config_class, key, text, "command line"), "command line"
+        elif arg.endswith(".py"):
+            if not os.path.exists(arg):
+                raise ValueError(f"config file {arg} not found")
+            for key, value in runpy.run_path(arg).items():
+                if key.startswith("_") or callable(value) or isinstance(value, types.ModuleType):
+                    continue
+                check_key(config_class, key, arg)
+                values[key], set_by[key] = convert(config_class, key, value, arg), arg
+        elif positional:
+            values[positional], set_by[positional] = arg, "command line"
+        else:
+            raise ValueError(f"{arg}: wanted a config file (x.py) or --key=value; --help lists the keys")
+    return config_class(**values), set_by
+
+
+def check_key(config_class, key, place):
+    names = [field.name for field in dataclasses.fields(config_class)]
+    if key not in names:
+        near = difflib.get_close_matches(key, names, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "--help lists the keys"
+        raise ValueError(f"unknown key {key!r} ({place}); {hint}")
+
+
+def convert(config_class, key, value, place):
+    """value, as text from a flag or as it stands in a file, as the type of the field: 1 -> 1.0, 1e5 -> 100000, 'None' -> None."""
+    kind = typing.get_type_hints(config_class)[key]
+    kinds = typing.get_args(kind) or (kind,)
+    if type(None) in kinds and value in (None, "None"):
+        return None
+    if str in kinds and isinstance(value, str):
+        return value
+    if bool in kinds:
+        if str(value).lower() in ("true", "false"):
+            return str(value).lower() == "true"
+    elif not isinstance(value, bool):
+        try:
+            number = float(value)
+            if float in kinds:
+                return number
+            if int in kinds:
+                # int() first: it keeps every digit of a long integer, where float() rounds
+                return int(value) if re.fullmatch(r"[+-]?\d+", str(value)) else exact_int(number)
+        except (ValueError, TypeError, OverflowError):
+            pass
+    wanted = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
+    raise ValueError(f"{key}={value!r} ({place}): wanted {wanted}")
+
+
+def exact_int(number):
+    if number != int(number):
+        raise ValueError(f"{number} is no integer")
+    return int(number)
+
+
+def help_text(config_class, positional=None):
+    """Keys, defaults and the comments behind the fields, base classes first."""
+    comments = {}
+    for cls in reversed(config_class.__mro__[:-1]):
+        for line in inspect.getsource(cls).splitlines():
+            match = re.match(r"\s+(\w+)\s*:.*?=.*?#\s*(.*)", line)
+            if match:
+                comments[match[1]] = match[2]
+    doc = inspect.getdoc(sys.modules[config_class.__module__]) or ""
+    usage = f"python {os.path.basename(sys.argv[0])} {f'[{positional}] ' if positional else ''}[config/x.py ...] [--key=value ...]"
+    rows = [f"  --{f.name}={f.default}".ljust(38) + f"  {comments.get(f.name, '')}" for f in dataclasses.fields(config_class)]
+    return "\n".join([doc, "", "usage: " + usage, "Later settings win. Keys, with their defaults:", *rows])
+
+
+def describe(cfg, set_by):
+    """One line for each key that differs from its default: value, default, where it was set."""
+    lines = []
+    for field in dataclasses.fields(cfg):
+        value = getattr(cfg, field.name)
+        if value != field.default:
+            lines.append(f"  {field.name} = {value!r}  (default {field.default!r}, set by {set_by.get(field.name, 'checkpoint')})")
+    return "\n".join(["settings that differ from the defaults:", *lines]) if lines else "settings: all defaults"
+
+
+def run(main):
+    """Runs a script's main. What a user can mend, a ValueError raised by our own files or an error of the file system, ends
+    with one line and exit code 2; anything else keeps its traceback."""
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        raised_in = os.path.abspath(traceback.extract_tb(error.__traceback__)[-1].filename)
+        if isinstance(error, ValueError) and os.path.dirname(raised_in) != os.path.dirname(os.path.abspath(__file__)):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -1,0 +1,435 @@
+"""A masked diffusion language model (MDM) with a sink token, in one file. Read it top to bottom.
+
+FORWARD PROCESS q(xt | x0). A text x0 of T tokens is destroyed by hiding tokens. At noise level t in (0, 1] every token is
+replaced by [MASK] with probability t, independently of the others: t near 0 hides almost nothing, t = 1 hides everything.
+
+    q(xt_i | x0_i) = t if xt_i = [MASK],  1 - t if xt_i = x0_i                                      (forward)
+
+REVERSE PROCESS. The model sees xt and predicts, at every hidden place and all at once, a distribution over the clean token.
+To go from level t to a lower level s, each hidden token is revealed with probability (t - s) / t, as a draw from that
+distribution; a token once revealed stays. `generate` starts from [MASK] and walks t from 1 to 0.
+
+LOSS. Hidden tokens are classified, and each is weighted by 1 / p_mask, the inverse of the chance that it was hidden:
+
+    loss = E_t E_q [ sum over hidden i of  -log p(x0_i | xt) / t ]  >=  -log p(x0)                   (loss)
+
+Without the weight, a text at t = 0.9 would count nine times as much as one at t = 0.1, because nine times as many of its
+tokens are in the sum. With it every level counts the same, and the integral over t is an upper bound on -log p(x0).
+
+NO TIME INPUT. The network is not told t. The share of [MASK] in xt already shows it, and the best prediction of a hidden
+token given the visible ones does not depend on t at all: q hides tokens without looking at them.
+
+THE SINK (arXiv 2601.19657). Softmax attention must put its mass somewhere, also where a head has nothing to read. So some
+token with a small value vector becomes an attention sink, and in an MDM that sink moves from token to token as the text is
+denoised. The cure is one more token, which attends only to itself while every token may attend to it:
+
+    M_ij = -inf if i is a sink and j != i, else 0;     attention = softmax(q k^T / sqrt(d) + M) v    (Eq. 5-6)
+
+Because it sees nothing else, the sink's hidden state in every layer is the same for every text and every t: a constant that
+the model learns, a fixed place to leave surplus attention.
+
+NAMES. x0 clean tokens, xt partly hidden tokens, both (B, T); t the noise level; p_mask the probability of being hidden;
+masked = is hidden, maskable = may be hidden; B batch, T content tokens, S = T + n_sink, C = n_embd, H heads, V vocabulary.
+"""
+
+import math
+import os
+import pickle
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+# Sizes of SMDM's scaling study, by non-embedding parameters: (n_layer, n_head, n_embd). mlp_hidden is 4 * n_embd, except 75M.
+PRESETS = {
+    "6M": (6, 4, 256), "19M": (8, 6, 384), "34M": (8, 8, 512), "48M": (9, 9, 576), "66M": (10, 10, 640),
+    "75M": (16, 8, 640), "85M": (13, 10, 640), "113M": (12, 12, 768), "142M": (15, 12, 768), "170M": (18, 12, 768),
+    "180M": (14, 14, 896), "206M": (16, 14, 896), "231M": (18, 14, 896), "268M": (16, 16, 1024), "302M": (18, 16, 1024),
+    "336M": (20, 16, 1024), "472M": (18, 10, 1280), "551M": (21, 10, 1280), "571M": (18, 11, 1408), "629M": (24, 10, 1280),
+    "666M": (21, 11, 1408), "717M": (19, 12, 1536), "761M": (24, 11, 1408), "831M": (22, 12, 1536), "944M": (25, 12, 1536),
+    "1028M": (20, 14, 1792), "1233M": (24, 14, 1792), "1476M": (22, 16, 2048), "1678M": (25, 16, 2048), "2121M": (28, 17, 2176),
+}  # fmt: skip
+
+
+@dataclass
+class MDMConfig:
+    block_size: int = 2048  # content tokens; sinks come on top
+    vocab_size: int = 32000  # real tokens = rows of the output head
+    n_layer: int = 6
+    n_head: int = 4
+    n_embd: int = 256
+    mlp_hidden: int | None = None  # None: 4 * n_embd
+    n_sink: int = 1  # 0 = vanilla MDM, 1 = the paper's sink token
+    sink_position: str = "front"  # front or end of the sequence
+    sink_zero_value: bool = False  # force the sinks' value vectors to zero (the paper's Table 5)
+    gated_attention: bool = False  # multiply the attention output by sigmoid(X W_g) (arXiv 2505.06708)
+    sink_attention: str = "mask"  # the boolean mask of Eq. 5-6
+
+    def __post_init__(self):
+        for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.n_embd % (2 * self.n_head):
+            raise ValueError(
+                f"n_embd {self.n_embd} is not divisible by n_head {self.n_head} into heads of even width (rotary "
+                f"embedding turns pairs); choose n_embd as a multiple of {2 * self.n_head}"
+            )
+        if self.n_sink < 0:
+            raise ValueError(f"n_sink is {self.n_sink}; it must be 0 (vanilla) or more")
+        if self.sink_position not in ("front", "end"):
+            raise ValueError(f"sink_position is {self.sink_position!r}; it must be 'front' or 'end'")
+        if self.sink_attention != "mask":
+            raise ValueError(f"sink_attention is {self.sink_attention!r}; only 'mask' is implemented so far")
+        if self.mlp_hidden is None:
+            self.mlp_hidden = 4 * self.n_embd
+
+    @property
+    def mask_id(self) -> int:
+        """Id of [MASK]: the last row of the input embedding. The output head has no such row, so it is never predicted."""
+        return self.vocab_size
+
+    @classmethod
+    def preset(cls, size: str, **overrides) -> "MDMConfig":
+        """A size of the table above, such as '472M'. Raises ValueError for a size that is not in it."""
+        if size not in PRESETS:
+            raise ValueError(f"no preset {size!r}; there are {', '.join(PRESETS)}")
+        n_layer, n_head, n_embd = PRESETS[size]
+        shape = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "mlp_hidden": 1600 if size == "75M" else 4 * n_embd}
+        return cls(**{**shape, **overrides})
+
+    def table_params(self) -> int:
+        """Non-embedding parameters of the vanilla model of this shape, as the table counts them."""
+        return self.n_layer * (4 * self.n_embd**2 + 3 * self.n_embd * self.mlp_hidden + 2 * self.n_embd) + self.n_embd
+
+
+def tokens_for_flops(config: MDMConfig, flops: float) -> float:
+    """Training tokens D that a budget of C = 6 N D FLOPs buys. N is the table's, also for the gate, whose own weights the
+    authors' budget ignores: so every variant of one shape trains on the same number of tokens."""
+    return flops / (6 * config.table_params())
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The network: a pre-norm transformer that reads in both directions
+
+
+def rope_tables(length: int, head_dim: int, base: float = 10000.0):
+    """cos and sin of the rotation angles, each (length, head_dim / 2): pair e turns by position * base^(-2e / head_dim)."""
+    frequency = base ** (-torch.arange(0, head_dim, 2).float() / head_dim)
+    angle = torch.arange(length).float()[:, None] * frequency
+    return angle.cos(), angle.sin()
+
+
+def apply_rope(x, cos, sin):
+    """Rotary position embedding, rotate-half layout: dims e and e + d/2 of x (B, H, S, d) turn together."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
+
+
+class Attention(nn.Module):
+    def __init__(self, config: MDMConfig):
+        super().__init__()
+        self.n_head = config.n_head
+        self.sink_zero_value = config.sink_zero_value
+        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.gate = nn.Linear(config.n_embd, config.n_embd, bias=False) if config.gated_attention else None
+
+    def forward(self, x, rope, is_sink, may_attend):
+        B, S, C = x.shape
+        q, k, v = self.qkv(x).view(B, S, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # each (B, H, S, d)
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        if self.sink_zero_value:
+            v = v.masked_fill(is_sink[:, None], 0.0)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=may_attend)
+        y = y.transpose(1, 2).reshape(B, S, C)  # heads side by side
+        if self.gate is not None:
+            y = y * torch.sigmoid(self.gate(x))
+        return self.proj(y)
+
+
+class MLP(nn.Module):
+    """SwiGLU: w3(silu(w1 x) * w2 x)."""
+
+    def __init__(self, config: MDMConfig):
+        super().__init__()
+        self.w1 = nn.Linear(config.n_embd, config.mlp_hidden, bias=False)
+        self.w2 = nn.Linear(config.n_embd, config.mlp_hidden, bias=False)
+        self.w3 = nn.Linear(config.mlp_hidden, config.n_embd, bias=False)
+
+    def forward(self, x):
+        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config: MDMConfig):
+        super().__init__()
+        self.norm_1 = nn.RMSNorm(config.n_embd, eps=1e-5)
+        self.attn = Attention(config)
+        self.norm_2 = nn.RMSNorm(config.n_embd, eps=1e-5)
+        self.mlp = MLP(config)
+
+    def forward(self, x, rope, is_sink, may_attend):
+        x = x + self.attn(self.norm_1(x), rope, is_sink, may_attend)
+        return x + self.mlp(self.norm_2(x))
+
+
+class MDM(nn.Module):
+    """Predicts the clean tokens from a partly hidden text. Vanilla, sink and gate are flags of the config."""
+
+    def __init__(self, config: MDMConfig):
+        super().__init__()
+        self.config = config
+        seed = int(torch.randint(2**31, ()))  # taken before the layers below draw numbers of their own
+        self.wte = nn.Embedding(config.vocab_size + 1, config.n_embd)  # the last row is [MASK]
+        self.sink = nn.Parameter(torch.empty(config.n_sink, config.n_embd)) if config.n_sink else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.RMSNorm(config.n_embd, eps=1e-5)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)  # not tied to wte
+        cos, sin = rope_tables(config.block_size + config.n_sink, config.n_embd // config.n_head)
+        self.register_buffer("rope_cos", cos, persistent=False)
+        self.register_buffer("rope_sin", sin, persistent=False)
+        self._init_weights(torch.Generator().manual_seed(seed))
+
+    @torch.no_grad()
+    def _init_weights(self, generator):
+        """SMDM's initialisation. The tensors that only some variants have come last, so that from one seed a vanilla, a sink
+        and a gate model start with equal values in all that they share."""
+        C, n_layer = self.config.n_embd, self.config.n_layer
+        for name, p in sorted(self.named_parameters(), key=lambda item: item[0] == "sink" or "gate" in item[0]):
+            if "norm" in name or "ln_f" in name:
+                p.fill_(1.0)
+            elif name.endswith(("proj.weight", "w3.weight")):  # they write into the residual stream
+                p.normal_(std=1 / (math.sqrt(C) * n_layer), generator=generator)
+            else:
+                p.normal_(std=math.sqrt(2 / (5 * C)), generator=generator)
+
+    def forward(self, xt):
+        """xt (B, T) token ids, mask_id where hidden -> logits (B, T, vocab_size) for the content positions."""
+        B, T = xt.shape
+        n_sink, in_front = self.config.n_sink, self.config.sink_position == "front"
+        if T > self.config.block_size:
+            raise ValueError(f"sequence of {T} tokens exceeds block_size {self.config.block_size}")
+        x = self.wte(xt)
+        is_sink, may_attend, content = None, None, slice(0, T)
+        if n_sink:
+            sinks = self.sink.expand(B, n_sink, -1)
+            x = torch.cat((sinks, x) if in_front else (x, sinks), dim=1)  # (B, S, C)
+            content = slice(n_sink, None) if in_front else slice(0, T)
+            is_sink = torch.ones(T + n_sink, dtype=torch.bool, device=xt.device)
+            is_sink[content] = False
+            # Row i may attend to column j: a content row sees everything, a sink's row sees only itself (Eq. 5-6).
+            may_attend = ~is_sink[:, None] | torch.eye(T + n_sink, dtype=torch.bool, device=xt.device)
+        rope = self.rope_cos[: T + n_sink], self.rope_sin[: T + n_sink]
+        for block in self.blocks:
+            x = block(x, rope, is_sink, may_attend)
+        return self.lm_head(self.ln_f(x[:, content]))
+
+    def num_params(self, non_embedding: bool = True) -> int:
+        """Number of parameters; by default, as in the table of sizes, without token and sink embeddings and output head."""
+        n = sum(p.numel() for p in self.parameters())
+        if non_embedding:
+            n -= self.wte.weight.numel() + self.lm_head.weight.numel() + self.config.n_sink * self.config.n_embd
+        return n
+
+    def flops_per_token(self, T: int) -> float:
+        """FLOPs of one forward and backward pass per content token, for MFU: 6 per weight of a matrix product (the input
+        embedding is a look-up), and 12 * n_layer * n_embd * T for the two products of attention (PaLM, appendix B)."""
+        weights = self.num_params() + self.lm_head.weight.numel()
+        return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * T
+
+    @classmethod
+    def from_checkpoint(cls, checkpoint) -> "MDM":
+        """The model of a checkpoint: a path, or what load_checkpoint returned. Raises ValueError where there is none."""
+        if not isinstance(checkpoint, dict):
+            checkpoint = load_checkpoint(checkpoint)
+        model = cls(MDMConfig(**checkpoint["model_config"]))
+        model.load_state_dict(checkpoint["model"])
+        return model
+
+    @classmethod
+    def from_smdm(cls, state_dict, n_head: int, block_size: int = 2048) -> "MDM":
+        """Weights in the layout of the authors' code and of SMDM's released checkpoints. All but n_head and block_size is
+        read off the shapes. Raises ValueError for a state dict of another kind."""
+        w = {name: torch.as_tensor(tensor) for name, tensor in state_dict.items()}
+        if "transformer.wte.weight" not in w or "lm_head.weight" not in w:
+            raise ValueError(f"not an SMDM state dict: wanted transformer.wte.weight and lm_head.weight, got {sorted(w)[:3]}...")
+        wte, head = w.pop("transformer.wte.weight"), w.pop("lm_head.weight")
+        V, C = head.shape
+        if len(wte) - V not in (1, 2):
+            raise ValueError(f"wte has {len(wte)} rows for {V} tokens; wanted {V} + 1 (mask) or {V} + 2 (mask, sink)")
+        model = cls(
+            MDMConfig(
+                block_size=block_size,
+                vocab_size=V,
+                n_layer=1 + max(int(name.split(".")[2]) for name in w if name.startswith("transformer.h.")),
+                n_head=n_head,
+                n_embd=C,
+                mlp_hidden=len(w["transformer.h.0.mlp.swiglu.w1.weight"]),
+                n_sink=len(wte) - V - 1,
+                gated_attention="transformer.h.0.attn.gate.weight" in w,
+            )
+        )
+        ours = {"wte.weight": wte[: V + 1], "lm_head.weight": head}
+        if len(wte) == V + 2:
+            ours["sink"] = wte[V + 1 :]
+        for name, tensor in w.items():
+            if name.endswith("attn.attn.weight"):  # rows grouped by head, then q, k, v -> all q, all k, all v
+                if tensor.shape != (3 * C, C):
+                    raise ValueError(f"{name} is {tuple(tensor.shape)}, wanted {(3 * C, C)}: grouped queries are not supported")
+                tensor = tensor.view(n_head, 3, C // n_head, C).transpose(0, 1).reshape(3 * C, C)
+            name = name.replace("attn.attn.", "attn.qkv.").replace("swiglu.", "").replace("transformer.h.", "blocks.")
+            ours[name.removeprefix("transformer.")] = tensor
+        model.load_state_dict(ours)
+        return model
+
+
+def load_checkpoint(path) -> dict:
+    """A checkpoint as train.py writes it: model (weights), optimizer, model_config, run_config, meta (of the data set, with
+    its tokenizer), step, best_val_loss. A folder stands for its ckpt.pt. Raises ValueError where that is not what is there."""
+    if os.path.isdir(path):
+        path = os.path.join(path, "ckpt.pt")
+    if not os.path.exists(path):
+        raise ValueError(f"no checkpoint at {path}; train one with python train.py --out_dir={os.path.dirname(path) or '.'}")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise ValueError(f"{path} cannot be read as a checkpoint (cut off, or another kind of file?): {error}") from error
+    if not isinstance(checkpoint, dict) or not {"model", "model_config", "meta", "step"} <= checkpoint.keys():
+        raise ValueError(f"{path} is no checkpoint of train.py; for SMDM's released weights there is MDM.from_smdm")
+    return checkpoint
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Diffusion: the forward process, the loss, the reverse process
+
+
+def mask_tokens(x0, p_mask, maskable, mask_id, noise=None):
+    """Forward process q(xt | x0): each maskable token independently becomes [MASK] with probability p_mask.
+
+    x0 and maskable (B, T); p_mask (B, 1); noise (B, T) uniform numbers, drawn here if not given. Returns xt, masked (B, T)."""
+    if noise is None:
+        noise = torch.rand(x0.shape, device=x0.device)
+    masked = (noise < p_mask) & maskable
+    return torch.where(masked, mask_id, x0), masked
+
+
+def noise_levels(t, eps=1e-3):
+    """p_mask = (1 - eps) t + eps: the linear schedule, kept off 0 so that 1 / p_mask stays finite."""
+    return (1 - eps) * t + eps
+
+
+def weighted_nll(model, x0, xt, masked, p_mask):
+    """Sum over each row's hidden tokens of -log p(x0_i | xt) / p_mask, in nats: (B,), float32."""
+    logits = model(xt).float()
+    nll = F.cross_entropy(logits.flatten(0, 1), x0.flatten(), reduction="none").view_as(x0)
+    return (nll * masked / p_mask).sum(dim=1)
+
+
+def diffusion_loss(model, x0, maskable, stratified=False, random_length=0.0):
+    """One draw of the upper bound on -log p(x0), in nats per maskable token: a scalar.
+
+    Divided by all maskable tokens of the batch, hidden or not; so pretraining (everything is maskable) and fine-tuning
+    (the prompt is not) are the same line.
+
+    x0, maskable (B, T)   clean tokens; which of them may be hidden
+    stratified            t = (u + i/B) mod 1 over the rows: less noise, the same mean. The authors draw t independently.
+    random_length         share of batches cut to a random length in 1..T, which keeps short texts in distribution (SMDM: 0.01)
+    """
+    B, T = x0.shape
+    if random_length and torch.rand(()) < random_length:
+        T = int(torch.randint(1, T + 1, ()))
+        x0, maskable = x0[:, :T], maskable[:, :T]
+    if stratified:
+        t = (torch.rand(1, 1, device=x0.device) + torch.arange(B, device=x0.device)[:, None] / B) % 1
+    else:
+        t = torch.rand(B, 1, device=x0.device)
+    p_mask = noise_levels(t)
+    mask_id = getattr(model, "module", model).config.mask_id  # DDP keeps the model in .module
+    xt, masked = mask_tokens(x0, p_mask, maskable, mask_id)
+    return weighted_nll(model, x0, xt, masked, p_mask).sum() / maskable.sum().clamp(min=1)
+
+
+def guided_logits(model, x, given, cfg_scale):
+    """Unsupervised classifier-free guidance: un + (1 + w)(cond - un), where un sees [MASK] in place of the given tokens."""
+    logits = model(x).float()
+    if cfg_scale == 0.0:
+        return logits
+    unconditional = model(torch.where(given, model.config.mask_id, x)).float()
+    return unconditional + (1 + cfg_scale) * (logits - unconditional)
+
+
+def sample_tokens(logits, temperature, uniform=None):
+    """A token for each row of logits (N, V) and its probability (N,). Gumbel-max in float64: the argmax of
+    logits + temperature * Gumbel noise is a draw from softmax(logits / temperature), and temperature 0 is the argmax."""
+    logits = logits.double()
+    noisy = logits if temperature == 0.0 else logits - temperature * torch.log(-torch.log(uniform))
+    tokens = noisy.argmax(dim=-1)
+    return tokens, logits.softmax(dim=-1).gather(-1, tokens[:, None])[:, 0]
+
+
+def surest(confidence, k):
+    """The k[r] most confident places of each row r. confidence (B, T), k (B,) -> bool (B, T). Ties go to the left."""
+    order = confidence.argsort(dim=1, descending=True, stable=True)
+    return order.argsort(dim=1) < k[:, None]
+
+
+@torch.no_grad()
+def generate(model, x, steps, temperature=0.0, remasking="confidence", cfg_scale=0.0, seeds=None, on_step=None):
+    """The reverse process: fills every mask_id in x. Prompt tokens may stand anywhere, so infilling is the same call.
+
+    x             (B, T) token ids on the model's device, mask_id where text is wanted
+    steps         denoising steps; fewer are run where every place is filled before
+    temperature   0 takes the likeliest token, 1 draws from the model's distribution
+    remasking     'confidence': of the predicted tokens keep the surest, ceil(still hidden / steps left) a step
+                  'random': the exact reverse process; at level t = 1 - step/steps each hidden token is revealed with
+                  probability (t - s) / t = 1 / (steps left), whatever the model thinks of it
+    cfg_scale     w of unsupervised classifier-free guidance; 0 is off, and else each step costs two forward passes
+    seeds         B integers, the rows' own random streams (default: from torch's generator). All decisions are taken per
+                  row, so a row's text does not depend on what else is in the batch.
+    on_step       called with x (B, T) after every step
+
+    Returns the filled rows (B, T) and the number of forward passes. Raises ValueError for options out of range.
+    """
+    if remasking not in ("confidence", "random"):
+        raise ValueError(f"remasking is {remasking!r}; it must be 'confidence' or 'random'")
+    if steps < 1 or temperature < 0 or cfg_scale < 0:
+        raise ValueError(f"wanted steps >= 1, temperature >= 0, cfg_scale >= 0; got {steps}, {temperature}, {cfg_scale}")
+    B, T = x.shape
+    mask_id = model.config.mask_id
+    model_device = x.device
+    device = torch.device("cpu") if x.device.type == "mps" else x.device  # decisions in float64, which MPS lacks
+    x = x.to(device)
+    given = x != mask_id
+    if seeds is None:
+        seeds = torch.randint(2**31, (B,)).tolist()
+    streams = [torch.Generator(device).manual_seed(seed) for seed in seeds]
+    n_forward = 0
+    for step in range(steps):
+        masked = x == mask_id
+        n_masked = masked.sum(dim=1)
+        if not masked.any():
+            break
+        # 1. predict: a token for every hidden place (N of them in all)
+        logits = guided_logits(model, x.to(model_device), given.to(model_device), cfg_scale).to(device)[masked]  # (N, V)
+        n_forward += 1 if cfg_scale == 0.0 else 2
+        uniform = None
+        if temperature > 0.0:
+            shapes = [(n, logits.size(-1)) for n in n_masked.tolist()]
+            uniform = torch.cat([torch.rand(s, generator=g, dtype=torch.float64, device=device) for s, g in zip(shapes, streams)])
+        tokens, probability = sample_tokens(logits, temperature, uniform)
+        # 2. choose which of them to keep
+        if remasking == "confidence":
+            confidence = torch.full((B, T), -1.0, dtype=torch.float64, device=device)
+            confidence[masked] = probability
+            reveal = surest(confidence, k=-(-n_masked // (steps - step)))  # ceil
+        else:
+            coins = torch.stack([torch.rand(T, generator=g, device=device) for g in streams])
+            reveal = masked & (coins < 1 / (steps - step))
+        # 3. write them; the others stay hidden
+        filled = x.clone()
+        filled[masked] = tokens
+        x = torch.where(reveal, filled, x)
+        if on_step is not None:
+            on_step(x)
+    return x.to(model_device), n_forward

@@ -1,0 +1,549 @@
+"""Turns a corpus into token files: data/<name>/train.bin, val.bin and meta.json.
+
+    python prepare_data.py                                   # arithmetic: generated word problems, no network
+    python prepare_data.py shakespeare --tokenizer=bytes     # downloads 1 MB of text
+    python prepare_data.py text --source=my_folder           # .txt and .jsonl ("text" field) files, also .gz and .xz
+    python prepare_data.py fineweb_edu --max_tokens=1e9      # streams from the hub (pip install datasets)
+
+A .bin file is the tokens of all documents, one after another as uint16 (uint32 for a vocabulary over 65,536), each document
+closed by the end-of-text token. Files are read as streams and encoded on all cores, so a corpus may be larger than memory.
+"""
+
+import base64
+import collections
+import gzip
+import hashlib
+import heapq
+import io
+import json
+import lzma
+import os
+import random
+import shutil
+import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import regex
+import tiktoken
+from tqdm import tqdm
+
+import configurator
+
+EOT = "<|endoftext|>"
+CHARS_AT_ONCE = 1 << 20  # text encoded as one piece of work; longer documents are cut at the end of a line
+
+
+@dataclass
+class PrepareConfig:
+    name: str = "arithmetic"  # data set: arithmetic, shakespeare, wikitext2, tinystories, openwebtext, ... or text
+    source: str | None = None  # file, folder, URL or hub:ID[@CONFIG][:SPLIT]; None: the public source of the data set
+    val_source: str | None = None  # the same for validation; None: the public one, or the last val_fraction of source
+    val_fraction: float | None = None  # share of the tokens held out from the end; None: as the data set says
+    tokenizer: str | None = None  # gpt2, bytes, or bpe (trained on the corpus); None: as the data set says
+    vocab_size: int = 4096  # of a bpe tokenizer, end-of-text included (arithmetic: 512)
+    split_digits: bool | None = None  # every digit its own token; None: for arithmetic and gsm8k
+    max_tokens: int | None = None  # stop after so many training tokens
+    data_dir: str = "data"  # the files go to data_dir/name
+    num_problems: int = 50000  # arithmetic: training problems (1,000 more each for validation and test)
+    seed: int = 0  # arithmetic: seed of the generator
+
+
+@dataclass
+class Corpus:
+    source: str | None
+    val_source: str | None = None
+    val_fraction: float = 0.01
+    documents: str = "marked"  # 'marked' by <|endoftext|>, wikitext 'articles', 'lines', or word 'problems'
+    tokenizer: str = "gpt2"
+
+
+GITHUB, HF = "https://raw.githubusercontent.com", "https://huggingface.co/datasets"
+ICOT = "https://media.githubusercontent.com/media/da03/implicit_chain_of_thought/main/data/gsm8k"  # resolves Git LFS
+WIKITEXT2 = f"{GITHUB}/pytorch/examples/main/word_language_model/data/wikitext-2"
+TINYSTORIES = f"{HF}/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4"
+CORPORA = {
+    "arithmetic": Corpus(None, documents="problems", tokenizer="bpe"),
+    "gsm8k": Corpus(f"{ICOT}/train.txt", f"{GITHUB}/da03/implicit_chain_of_thought/main/data/gsm8k/valid.txt", 0.02, "problems"),
+    "shakespeare": Corpus(f"{GITHUB}/karpathy/char-rnn/master/data/tinyshakespeare/input.txt", val_fraction=0.1),
+    "wikitext2": Corpus(f"{WIKITEXT2}/train.txt", f"{WIKITEXT2}/valid.txt", documents="articles"),
+    "tinystories": Corpus(f"{TINYSTORIES}-train.txt", f"{TINYSTORIES}-valid.txt"),
+    "openwebtext": Corpus("hub:Skylion007/openwebtext:train", val_fraction=0.0005),
+    "fineweb_edu": Corpus("hub:HuggingFaceFW/fineweb-edu@sample-10BT:train", val_fraction=0.0005),
+    "slimpajama": Corpus("hub:cerebras/SlimPajama-627B:train", "hub:cerebras/SlimPajama-627B:validation"),
+    "text": Corpus(None),
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tokenizers: tiktoken encodings, described by a small dict that meta.json and every checkpoint carry
+
+PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's
+DIGIT_PATTERN = PATTERN.replace(r" ?\p{N}+", r"\p{N}")
+
+
+def load_tokenizer(spec: dict) -> tiktoken.Encoding:
+    """The encoding of a tokenizer dict: name (gpt2, bytes, bpe), pattern, vocab_size, and for bpe its ranks in base64."""
+    if spec["name"] == "gpt2":
+        try:
+            ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
+        except OSError as error:
+            raise ValueError(
+                f"the gpt2 vocabulary could not be downloaded ({type(error).__name__}); set TIKTOKEN_CACHE_DIR to a folder "
+                f"that holds it, or choose --tokenizer=bytes or --tokenizer=bpe"
+            ) from error
+    elif spec["name"] == "bytes":
+        ranks = {bytes([byte]): byte for byte in range(256)}
+    else:
+        ranks = {base64.b64decode(token): rank for rank, token in enumerate(spec["ranks"])}
+    return tiktoken.Encoding(
+        spec["name"], pat_str=spec["pattern"], mergeable_ranks=ranks, special_tokens={EOT: spec["vocab_size"] - 1}
+    )
+
+
+def make_tokenizer(name: str, split_digits: bool, vocab_size: int, texts) -> dict:
+    """A tokenizer dict. texts, read only for bpe, is what it is trained on."""
+    pattern = DIGIT_PATTERN if split_digits else PATTERN
+    if name == "gpt2":
+        return {"name": name, "pattern": pattern, "vocab_size": 50257}
+    if name == "bytes":
+        return {"name": name, "pattern": pattern, "vocab_size": 257}
+    if name != "bpe":
+        raise ValueError(f"unknown tokenizer {name!r}; there are gpt2, bytes and bpe")
+    if vocab_size < 258:
+        raise ValueError(f"vocab_size is {vocab_size}; bpe needs at least 258: 256 bytes, one merge, end-of-text")
+    ranks = train_bpe(texts, pattern, vocab_size - 1)
+    return {
+        "name": name,
+        "pattern": pattern,
+        "vocab_size": len(ranks) + 1,
+        "ranks": [base64.b64encode(token).decode() for token in ranks],
+    }
+
+
+def train_bpe(texts, pattern: str, n_tokens: int, max_chars: int = 50_000_000) -> dict[bytes, int]:
+    """Byte pair encoding: starting from the 256 bytes, merge the most frequent neighbours into a new token until there are
+    n_tokens. Learned from the first max_chars characters. Ties go to the smaller bytes, so the result is reproducible."""
+    counts = collections.Counter()
+    for text in texts:
+        counts.update(regex.findall(pattern, text))
+        max_chars -= len(text)
+        if max_chars <= 0:
+            break
+    words = [([bytes([byte]) for byte in word.encode()], count) for word, count in sorted(counts.items())]
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    pairs = collections.Counter()  # two neighbouring tokens, joined -> how often
+    where = collections.defaultdict(set)  # ... -> the words that hold them
+
+    def count_pairs(index, sign):
+        parts, count = words[index]
+        for left, right in zip(parts, parts[1:]):
+            pairs[left + right] += sign * count
+            where[left + right].add(index)
+
+    for index in range(len(words)):
+        count_pairs(index, +1)
+    heap = [(-count, pair) for pair, count in pairs.items()]
+    heapq.heapify(heap)
+    while heap and len(ranks) < n_tokens:
+        count, pair = heapq.heappop(heap)
+        if pairs[pair] < 2 or pair in ranks:
+            continue
+        if pairs[pair] != -count:  # the count has changed since it was pushed
+            heapq.heappush(heap, (-pairs[pair], pair))
+            continue
+        ranks[pair] = len(ranks)
+        for index in sorted(where.pop(pair)):
+            parts, count = words[index]
+            before = set(zip(parts, parts[1:]))
+            count_pairs(index, -1)
+            merged = []
+            for part in parts:
+                if merged and merged[-1] + part == pair:
+                    merged[-1] = pair
+                else:
+                    merged.append(part)
+            words[index] = (merged, count)
+            count_pairs(index, +1)
+            for left, right in set(zip(merged, merged[1:])) - before:
+                heapq.heappush(heap, (-pairs[left + right], left + right))
+    return ranks
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading: a source is a stream of documents in pieces (text, is_end_of_document), whatever its size
+
+
+class Source:
+    """Documents of a file, folder, URL or hub data set. bytes_read / bytes_total (None if unknown) tell how far it is."""
+
+    def __init__(self, address: str, documents: str, download_dir: str):
+        self.address, self.documents = address, documents
+        self.bytes_read, self.bytes_total, self.malformed = 0, None, 0
+        self.paths = []
+        if address.startswith("hub:"):
+            return
+        path = download(address, download_dir) if "://" in address else address
+        if os.path.isdir(path):
+            found = sorted(os.path.join(folder, file) for folder, _, files in os.walk(path) for file in files)
+            self.paths = [p for p in found if file_kind(p) is not None]
+            if not self.paths:
+                raise ValueError(f"folder {path} holds no .txt or .jsonl file (also .gz, .xz)")
+        elif not os.path.exists(path):
+            raise ValueError(f"source {path} not found")
+        elif file_kind(path) is None:
+            raise ValueError(f"{path}: wanted a .txt or .jsonl file, or one of these as .gz or .xz")
+        else:
+            self.paths = [path]
+        self.bytes_total = sum(os.path.getsize(p) for p in self.paths)
+
+    def __iter__(self):
+        self.bytes_read, self.malformed = 0, 0
+        if not self.paths:
+            yield from read_hub(self.address)
+        for path in self.paths:
+            yield from self.read_file(path)
+
+    def read_file(self, path):
+        base = self.bytes_read
+        opener = {".gz": gzip.open, ".xz": lzma.open}.get(os.path.splitext(path)[1], lambda raw: raw)
+        with open(path, "rb") as raw:
+            lines = io.TextIOWrapper(opener(raw), encoding="utf-8", newline="\n")
+            try:
+                for piece in self.split(bounded_lines(lines), path):
+                    self.bytes_read = base + raw.tell()
+                    yield piece
+            except (UnicodeDecodeError, EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
+                raise ValueError(f"{path} cannot be read as UTF-8 text ({error}); convert or unpack it anew") from error
+
+    def split(self, lines, path):
+        """Lines of one file -> (text, is_end_of_document)."""
+        if file_kind(path) == ".jsonl":
+            for number, line in enumerate(lines, 1):
+                yield json_text(line, path, number), True
+        elif self.documents == "problems":
+            for line in lines:
+                line = line.strip()
+                if is_problem(line):
+                    yield line, True
+                else:
+                    self.malformed += 1
+        else:
+            yield from self.split_text(lines)
+
+    def split_text(self, lines):
+        text, size = [], 0
+        for line in lines:
+            if self.documents == "articles" and regex.fullmatch(r" = [^=\s].* = \n", line):
+                yield "".join(text), True
+                text, size = [], 0
+            *ended, rest = line.split(EOT)
+            for end in ended:
+                yield ("".join(text) + end).removesuffix("\n"), True
+                text, size, rest = [], 0, rest.removeprefix("\n")
+            # A long document is cut only between two lines of text, where no tokenizer pattern reads across the cut.
+            if size > CHARS_AT_ONCE and text[-1].strip() and not rest[:1].isspace():
+                yield "".join(text), False
+                text, size = [], 0
+            text.append(rest)
+            size += len(rest)
+        yield "".join(text), True
+
+
+def bounded_lines(lines):
+    """Lines of a text file, longer ones in parts, so that a file without line ends does not have to fit into memory."""
+    line = lines.readline(CHARS_AT_ONCE)
+    if line.startswith("version https://git-lfs.github.com/spec/"):
+        raise ValueError("the source is a Git LFS pointer of a few lines, not the file itself; fetch it with git lfs pull")
+    while line:
+        yield line
+        line = lines.readline(CHARS_AT_ONCE)
+
+
+def file_kind(path):
+    stem, suffix = os.path.splitext(path.lower())
+    kind = os.path.splitext(stem)[1] if suffix in (".gz", ".xz") else suffix
+    return kind if kind in (".txt", ".jsonl") else None
+
+
+def json_text(line, path, number):
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}, line {number}: no JSON ({error})") from error
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
+        raise ValueError(f"{path}, line {number}: wanted an object with a 'text' field, got {found}")
+    return row["text"]
+
+
+def is_problem(line):
+    """question||thoughts #### answer, the format of the GSM8K augmentation."""
+    question, bars, rest = line.partition("||")
+    thoughts, hashes, answer = rest.rpartition("####")
+    return bool(bars and hashes and question.strip() and answer.strip())
+
+
+def read_hub(address):
+    try:
+        import datasets
+    except ImportError as error:
+        raise ValueError("a hub data set needs the datasets package: pip install datasets (or give --source=path)") from error
+    rest, _, split = address.removeprefix("hub:").partition(":")
+    name, _, config = rest.partition("@")
+    for row in datasets.load_dataset(name, config or None, split=split or "train", streaming=True):
+        yield row["text"], True
+
+
+def download(url, folder):
+    """Local path of a URL's file, fetched once into folder."""
+    path = os.path.join(folder, os.path.basename(urllib.request.url2pathname(url)))
+    if os.path.exists(path):
+        return path
+    os.makedirs(folder, exist_ok=True)
+    print(f"downloading {url}")
+    try:
+        with urllib.request.urlopen(url) as response, open(path + ".tmp", "wb") as file:
+            total = int(response.headers.get("Content-Length") or 0)
+            with tqdm.wrapattr(response, "read", total=total, disable=not sys.stderr.isatty()) as stream:
+                shutil.copyfileobj(stream, file)
+    except OSError as error:
+        raise ValueError(f"cannot download {url} ({error}); give a local copy with --source=path") from error
+    os.replace(path + ".tmp", path)
+    return path
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+
+
+def encode(pieces, tokenizer, dtype):
+    """(text, is_end_of_document) pairs -> their tokens, each document closed by end-of-text, and the number of documents."""
+    arrays = []
+    for text, is_end in pieces:
+        arrays.append(tokenizer.encode_to_numpy(text, disallowed_special=()))
+        if is_end:
+            arrays.append([tokenizer.eot_token])
+    return np.concatenate(arrays).astype(dtype), sum(is_end for _, is_end in pieces)
+
+
+def group(source):
+    """Documents that hold anything, in lists of about CHARS_AT_ONCE characters."""
+    pieces, size, is_open = [], 0, False
+    for text, is_end in source:
+        if not text.strip() and not is_open:
+            continue
+        is_open = not is_end
+        pieces.append((text, is_end))
+        size += len(text)
+        if size >= CHARS_AT_ONCE:
+            yield pieces
+            pieces, size = [], 0
+    if pieces:
+        yield pieces
+
+
+def write_tokens(path, source, tokenizer, dtype, max_tokens):
+    """Writes a source's tokens to path. Returns the number of tokens and of documents."""
+    n_tokens, n_documents, start, last_line = 0, 0, time.time(), time.time()
+    workers = os.cpu_count() or 1
+    waiting = collections.deque()  # work under way, in order; its length bounds the memory
+    groups = group(source)
+    bar = tqdm(desc=os.path.basename(path).removesuffix(".tmp"), unit="tok", unit_scale=True, disable=not sys.stderr.isatty())
+    with open(path, "wb") as file, ThreadPoolExecutor(workers) as pool, bar:  # tiktoken releases the GIL
+        while max_tokens is None or n_tokens < max_tokens:
+            while len(waiting) < 2 * workers and (pieces := next(groups, None)):
+                waiting.append(pool.submit(encode, pieces, tokenizer, dtype))
+            if not waiting:
+                break
+            tokens, documents = waiting.popleft().result()
+            if max_tokens is not None:
+                tokens = tokens[: max_tokens - n_tokens]
+            tokens.tofile(file)
+            n_tokens, n_documents = n_tokens + len(tokens), n_documents + documents
+            if source.bytes_total and source.bytes_read:
+                bar.total = max(n_tokens, int(n_tokens * source.bytes_total / source.bytes_read))
+            bar.update(len(tokens))
+            if bar.disable and time.time() - last_line > 30:
+                last_line = time.time()
+                print(f"{n_tokens:,} tokens, {n_tokens / (last_line - start):,.0f} tokens/s", flush=True)
+        file.flush()
+        os.fsync(file.fileno())
+    return n_tokens, n_documents
+
+
+def split_tail(train_path, val_path, dtype, fraction, eot_id):
+    """Moves about the last fraction of train_path's tokens to val_path, from the start of a document where there is one."""
+    tokens = np.memmap(train_path, dtype, mode="r")
+    cut = len(tokens) - max(1, round(len(tokens) * fraction))
+    ends = np.flatnonzero(tokens[cut:-1] == eot_id)
+    cut += int(ends[0]) + 1 if len(ends) else 0
+    with open(val_path, "wb") as file:
+        for start in range(cut, len(tokens), 1 << 24):
+            tokens[start : start + (1 << 24)].tofile(file)
+    n_train, n_val = cut, len(tokens) - cut
+    del tokens
+    os.truncate(train_path, n_train * dtype.itemsize)
+    return n_train, n_val
+
+
+def sha256(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def prepare(cfg: PrepareConfig) -> dict:
+    """Writes data_dir/name/{train.bin,val.bin,meta.json} and returns the meta. The files appear only when all is complete,
+    meta.json last. Raises ValueError for a source that cannot be read or is too short."""
+    if cfg.name not in CORPORA:
+        raise ValueError(f"unknown data set {cfg.name!r}; there are {', '.join(CORPORA)}")
+    corpus = CORPORA[cfg.name]
+    folder = os.path.join(cfg.data_dir, cfg.name)
+    address, val_address = cfg.source or corpus.source, cfg.val_source or (None if cfg.source else corpus.val_source)
+    stated = address, val_address
+    if cfg.name == "arithmetic":
+        if cfg.source or cfg.val_source:
+            raise ValueError("arithmetic is generated and takes no source; for your own problems use gsm8k --source=...")
+        address, val_address = write_arithmetic(folder, cfg.num_problems, cfg.seed)
+        stated = f"generated, seed {cfg.seed}", f"generated, seed {cfg.seed}"
+    if address is None:
+        raise ValueError(f"data set {cfg.name!r} has no public source; give --source=file-or-folder")
+    fraction = corpus.val_fraction if cfg.val_fraction is None else cfg.val_fraction
+    if not 0 < fraction < 1:
+        raise ValueError(f"val_fraction is {fraction}; it must lie between 0 and 1")
+    download_dir = os.path.join(folder, "download")
+    source = Source(address, corpus.documents, download_dir)
+    val_source = Source(val_address, corpus.documents, download_dir) if val_address else None
+
+    split_digits = corpus.documents == "problems" if cfg.split_digits is None else cfg.split_digits
+    vocab_size = 512 if cfg.name == "arithmetic" and cfg.vocab_size == PrepareConfig.vocab_size else cfg.vocab_size
+    spec = make_tokenizer(cfg.tokenizer or corpus.tokenizer, split_digits, vocab_size, (text for text, _ in source))
+    tokenizer = load_tokenizer(spec)
+    dtype = np.dtype("uint16" if spec["vocab_size"] <= 1 << 16 else "uint32")
+
+    os.makedirs(folder, exist_ok=True)
+    final = {split: os.path.join(folder, f"{split}.bin") for split in ("train", "val")}
+    partial = {split: path + ".tmp" for split, path in final.items()}
+    try:
+        n_tokens, n_documents = write_tokens(partial["train"], source, tokenizer, dtype, cfg.max_tokens)
+        if n_tokens < 2:
+            raise ValueError(f"{address} is empty: it gives {n_tokens} tokens")
+        if val_source:
+            n_val, _ = write_tokens(partial["val"], val_source, tokenizer, dtype, None)
+            if n_val == 0:
+                raise ValueError(f"{val_address} is empty: it gives no tokens")
+        else:
+            n_tokens, n_val = split_tail(partial["train"], partial["val"], dtype, fraction, tokenizer.eot_token)
+        for one in filter(None, (source, val_source)):
+            if one.malformed:
+                print(f"{one.address}: left out {one.malformed:,} lines that are not 'question||thoughts #### answer'")
+        meta = {
+            "name": cfg.name,
+            "source": stated[0],
+            "val_source": stated[1] or f"last {fraction} of the tokens",
+            "documents": n_documents,
+            "vocab_size": spec["vocab_size"],
+            "eot_id": tokenizer.eot_token,
+            "dtype": dtype.name,
+            "tokens": {"train": n_tokens, "val": n_val},
+            "sha256": {split: sha256(path) for split, path in partial.items()},
+            "tokenizer": spec,
+        }
+        meta_path = os.path.join(folder, "meta.json")
+        with open(meta_path + ".tmp", "w") as file:
+            json.dump(meta, file, indent=1)
+        if os.path.exists(meta_path):
+            os.remove(meta_path)  # from here until the last rename the folder counts as not prepared
+        for split in final:
+            os.replace(partial[split], final[split])
+        os.replace(meta_path + ".tmp", meta_path)
+    finally:
+        for path in partial.values():
+            if os.path.exists(path):
+                os.remove(path)
+    return meta
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Arithmetic: grade-school word problems. One line each: question||<<3+4=7>> <<7*2=14>> #### 14
+
+NAMES = ["Tom", "Anna", "Ben", "Mia", "Sam", "Lily", "Max", "Zoe"]
+THINGS = ["apples", "books", "coins", "shells", "pens", "cards", "eggs", "stamps"]
+# A question, and its one or two equations: a, b, c are the numbers of the question, x is the first result.
+TEMPLATES = [
+    ("{name} has {a} {things} and buys {b} more. How many {things} does {name} have now?", "a+b"),
+    ("{name} has {a} {things} and gives {b} of them to {friend}. How many {things} are left?", "a-b"),
+    ("There are {a} boxes with {b} {things} in each. How many {things} are there in all?", "a*b"),
+    ("{name} shares {a} {things} equally among {b} friends. How many {things} does each friend get?", "a/b"),
+    ("{name} has {a} {things}, finds {b} more and loses {c}. How many {things} does {name} have now?", "a+b", "x-c"),
+    ("{name} buys {a} bags of {b} {things} and gives {c} {things} to {friend}. How many {things} are left?", "a*b", "x-c"),
+    ("{name} has {a} {things}. {friend} has {b} times as many. How many {things} do they have together?", "a*b", "a+x"),
+    ("{name} has {a} {things} and {friend} has {b}. They put them into {c} equal piles. How many are in each pile?", "a+b", "x/c"),
+    ("{name} has {a} {things}, sells {b} and puts the rest into {c} equal bags. How many are in each bag?", "a-b", "x/c"),
+    ("{name} had {a} {things} and lost {b}. {friend} has {c} times as many as that. How many has {friend}?", "a-b", "x*c"),
+    ("{name} puts {a} {things} into {b} equal boxes and adds {c} to every box. How many are in each box now?", "a/b", "x+c"),
+    ("{b} children share {a} {things} equally. {name} is one of them and eats {c}. How many has {name} left?", "a/b", "x-c"),
+]  # fmt: skip
+OPERATIONS = {
+    "+": lambda p, q: p + q,
+    "-": lambda p, q: p - q,
+    "*": lambda p, q: p * q,
+    "/": lambda p, q: p / q,
+}
+
+
+def make_problem(rng: random.Random) -> str:
+    """One random problem whose results are whole numbers from 1 to 99."""
+    question, *equations = rng.choice(TEMPLATES)
+    name, friend = rng.sample(NAMES, 2)
+    things = rng.choice(THINGS)
+    while True:  # draw numbers until every result is whole and small
+        numbers = {"a": rng.randint(2, 60), "b": rng.randint(2, 20), "c": rng.randint(2, 9)}
+        thoughts = []
+        for left, operator, right in equations:
+            p, q = numbers[left], numbers[right]
+            result = OPERATIONS[operator](p, q)
+            if result != int(result) or not 1 <= result <= 99:
+                break
+            numbers["x"] = int(result)
+            thoughts.append(f"<<{p}{operator}{q}={numbers['x']}>>")
+        else:
+            return f"{question.format(name=name, friend=friend, things=things, **numbers)}||{' '.join(thoughts)} #### {numbers['x']}"
+
+
+def write_arithmetic(folder, num_problems, seed):
+    """Writes train.txt, valid.txt (1,000 problems) and test.txt (1,000); no question stands twice. Returns the first two."""
+    if not 1 <= num_problems <= 1_000_000:
+        raise ValueError(f"num_problems is {num_problems}; it must be from 1 to 1,000,000")
+    rng = random.Random(seed)
+    problems = {}  # a dict keeps the order, and a question only once
+    while len(problems) < num_problems + 2000:
+        line = make_problem(rng)
+        problems[line] = None
+    lines = list(problems)
+    os.makedirs(folder, exist_ok=True)
+    for split, part in {"train": lines[:-2000], "valid": lines[-2000:-1000], "test": lines[-1000:]}.items():
+        path = os.path.join(folder, f"{split}.txt")
+        with open(path + ".tmp", "w") as file:
+            file.write("\n".join(part) + "\n")
+        os.replace(path + ".tmp", path)
+    return os.path.join(folder, "train.txt"), os.path.join(folder, "valid.txt")
+
+
+def main():
+    cfg, set_by = configurator.parse(PrepareConfig, positional="name")
+    print(configurator.describe(cfg, set_by))
+    start = time.time()
+    meta = prepare(cfg)
+    n_train, n_val = meta["tokens"]["train"], meta["tokens"]["val"]
+    seconds = time.time() - start
+    print(
+        f"{os.path.join(cfg.data_dir, cfg.name)}: {n_train:,} training and {n_val:,} validation tokens, {meta['tokenizer']['name']} "
+        f"vocabulary of {meta['vocab_size']:,}, {seconds:.1f} s, {(n_train + n_val) / seconds:,.0f} tokens/s"
+    )
+
+
+if __name__ == "__main__":
+    configurator.run(main)

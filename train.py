@@ -1,0 +1,511 @@
+"""Trains a masked diffusion language model, on a laptop or on many GPUs.
+
+    python train.py                                                                  # arithmetic, on a CPU in minutes
+    python train.py config/shakespeare.py --n_sink=0 --out_dir=out/shakespeare-vanilla
+    torchrun --standalone --nproc_per_node=8 train.py config/pretrain_472m_sink.py   # one node
+    python train.py --init_from=resume --out_dir=out/arithmetic                      # goes on where it stopped
+
+Everything that is random in a micro-batch follows from (seed, index), where index numbers the micro-batches of the whole run. So
+a resumed run continues exactly, two processes do the work of one, and two variants see the same texts with the same masks.
+`train` is the one training loop; what is particular to a task is its get_batch(split, index) -> x0, maskable.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import signal
+import sys
+import time
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+import configurator
+from model import MDM, MDMConfig, diffusion_loss, load_checkpoint, mask_tokens, noise_levels, tokens_for_flops, weighted_nll
+
+
+@dataclass
+class TrainConfig:
+    # run
+    dataset: str = "arithmetic"  # trains on data_dir/dataset, made by prepare_data.py
+    data_dir: str = "data"  # where the data sets are
+    out_dir: str = "out/arithmetic"  # checkpoints and log.jsonl go here
+    init_from: str = "scratch"  # scratch, resume (out_dir/ckpt.pt), or a checkpoint to take the weights from
+    seed: int = 0  # of weights, batches and masks
+    # model
+    preset: str | None = None  # a size of model.py's table, such as 34M, instead of the four keys that follow
+    n_layer: int = 4  # transformer blocks
+    n_head: int = 4  # attention heads
+    n_embd: int = 128  # width of the residual stream
+    mlp_hidden: int | None = None  # hidden width of the MLP; None: 4 * n_embd
+    block_size: int = 64  # tokens of a sequence, sinks not counted
+    n_sink: int = 1  # sink tokens: 0 = vanilla MDM, 1 = the paper's, 2 and 4 its ablation
+    sink_position: str = "front"  # front or end
+    sink_zero_value: bool = False  # force the sinks' value vectors to zero
+    gated_attention: bool = False  # the gated-attention baseline
+    sink_attention: str = "mask"  # how the sink's row is computed
+    # batch and length
+    batch_size: int = 64  # sequences per optimizer step, over all processes
+    micro_batch_size: int = 64  # sequences per process and forward pass; the rest is gradient accumulation
+    max_steps: int = 2000  # optimizer steps
+    train_flops: float | None = None  # instead of max_steps: train until C = 6 N D, as the authors' --flops
+    # loss
+    stratified_t: bool = False  # spread the noise levels of a micro-batch evenly (the authors draw them independently)
+    random_length: float = 0.0  # share of micro-batches cut to a random length (SMDM: 0.01)
+    # optimizer
+    learning_rate: float = 2e-3  # peak, after warm-up
+    min_lr: float = 2e-4  # at the end of the cosine
+    warmup: float = 0.01  # share of the steps with a linearly rising rate
+    weight_decay: float = 0.1  # on every tensor, norms and embeddings included, as the authors do
+    beta1: float = 0.9  # AdamW
+    beta2: float = 0.95  # AdamW
+    grad_clip: float = 1.0  # largest norm of the gradient; 0 = off
+    # validation and logging
+    eval_interval: int = 500  # steps between validations, each of which also saves a checkpoint
+    eval_seqs: int = 512  # validation sequences, with fixed masks
+    log_interval: int = 50  # steps between log lines, each the mean over these steps
+    wandb: str | None = None  # project name: also log to Weights & Biases
+    # machine
+    device: str = "auto"  # auto: cuda, else mps, else cpu
+    dtype: str = "auto"  # float32, bfloat16 or float16 (autocast); auto: bfloat16 where a GPU has it, else float32
+    compile: bool = False  # torch.compile: a minute at the start, faster steps on a GPU
+
+    def __post_init__(self):
+        positive = "block_size batch_size micro_batch_size eval_interval eval_seqs log_interval learning_rate"
+        for name in positive.split():
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        if self.max_steps < 0 or self.eval_seqs < 2:
+            raise ValueError(f"wanted max_steps >= 0 and eval_seqs >= 2, got {self.max_steps} and {self.eval_seqs}")
+        if not 0 <= self.warmup < 1 or not 0 <= self.random_length <= 1:
+            raise ValueError(f"warmup {self.warmup} and random_length {self.random_length} are shares: wanted 0 to 1")
+        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
+            raise ValueError(f"dtype is {self.dtype!r}; wanted auto, float32, bfloat16 or float16")
+
+
+MODEL_KEYS = [f.name for f in dataclasses.fields(MDMConfig) if f.name != "vocab_size"]
+# What may be set anew when a run is resumed; any other key must keep its value.
+RESUME_KEYS = "out_dir init_from data_dir max_steps train_flops eval_interval log_interval wandb device dtype compile".split()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data
+
+
+def load_meta(folder: str) -> dict:
+    """meta.json of a prepared data set. Raises ValueError if there is none, or if a .bin file does not agree with it."""
+    path = os.path.join(folder, "meta.json")
+    if not os.path.exists(path):
+        raise ValueError(f"data set {folder} is not prepared; run: python prepare_data.py {os.path.basename(folder)}")
+    with open(path) as file:
+        meta = json.load(file)
+    for split, n_tokens in meta["tokens"].items():
+        path, wanted = os.path.join(folder, f"{split}.bin"), n_tokens * np.dtype(meta["dtype"]).itemsize
+        found = os.path.getsize(path) if os.path.exists(path) else 0
+        if found != wanted:
+            again = f"prepare it again: python prepare_data.py {meta['name']}"
+            raise ValueError(f"{path} has {found:,} bytes, meta.json says {wanted:,} ({n_tokens:,} {meta['dtype']}); {again}")
+    return meta
+
+
+def token_batches(folder: str, meta: dict, cfg: TrainConfig):
+    """get_batch for pretraining on a data set's token files: every token is maskable.
+
+    Training sequences start at random places, drawn from (seed, index). Validation sequence r of eval_seqs always starts at
+    the same place, and they lie evenly over the whole file."""
+    B, T = cfg.micro_batch_size, cfg.block_size
+    data = {split: np.memmap(os.path.join(folder, f"{split}.bin"), meta["dtype"], mode="r") for split in ("train", "val")}
+    for split, tokens in data.items():
+        if len(tokens) < T:
+            raise ValueError(f"{folder}/{split}.bin has {len(tokens)} tokens, fewer than block_size {T}; lower block_size")
+
+    def get_batch(split, index):
+        room = len(data[split]) - T + 1
+        if split == "train":
+            starts = np.random.default_rng([cfg.seed, index]).integers(room, size=B)
+        else:
+            starts = (np.arange(index * B, (index + 1) * B) * room // cfg.eval_seqs) % room
+        x0 = np.stack([data[split][start : start + T] for start in starts]).astype(np.int64)
+        if x0.max() >= meta["vocab_size"]:
+            raise ValueError(f"{folder}/{split}.bin holds token {x0.max()}, meta.json has a vocabulary of {meta['vocab_size']}")
+        return torch.from_numpy(x0), torch.ones(B, T, dtype=torch.bool)
+
+    return get_batch
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Machine
+
+
+def setup_distributed(device: str = "auto"):
+    """(rank, world_size, device) of this process; joins the group that torchrun describes in the environment, if any."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device {device}: this machine has no GPU that torch can use; try --device=auto")
+    torch.set_float32_matmul_precision("high")  # TF32 on GPUs, for what stays in float32
+    if "RANK" not in os.environ:
+        return 0, 1, torch.device(device)
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return dist.get_rank(), dist.get_world_size(), torch.device(device)
+
+
+def autocast(device, dtype: str):
+    if dtype == "auto":
+        dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+    return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
+
+
+# Dense peak of half-precision matrix products, FLOP/s, by the vendors' data sheets
+PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "V100": 125e12}
+
+
+def peak_flops(device):
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((flops for key, flops in PEAK_FLOPS.items() if key in name), None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts of the loop
+
+
+def get_lr(step, max_steps, peak, floor, warmup_steps):
+    """Linear from 0 to peak over warmup_steps, then half a cosine down to floor at max_steps."""
+    if step < warmup_steps:
+        return peak * step / warmup_steps
+    if step > max_steps:
+        return floor
+    progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
+    return floor + 0.5 * (1 + math.cos(math.pi * progress)) * (peak - floor)
+
+
+def seed_for(seed, index) -> int:
+    """32 bits from (seed, index). Plain sums would make one seed a shifted copy of another."""
+    return int(np.random.SeedSequence([seed, index]).generate_state(1)[0])
+
+
+@torch.no_grad()
+def evaluate(cfg, net, get_batch, device, rank=0, world_size=1):
+    """The bound on -log p(x0) over eval_seqs validation sequences, nats per maskable token: its mean and standard error.
+
+    Sequence r always has t = (r + 1/2) / eval_seqs and the same noise: whatever the model, the machine, the batch size or the
+    number of processes. As neighbours have almost the same t, the error is estimated from their differences, which leaves out
+    the spread over t that even spacing removes."""
+    B, N = cfg.micro_batch_size, cfg.eval_seqs
+    sums = torch.zeros(2, N, dtype=torch.float64, device=device if device.type == "cuda" else "cpu")
+    for index in range(rank, math.ceil(N / B), world_size):
+        rows = np.arange(index * B, min(N, (index + 1) * B))
+        x0, maskable = (tensor[: len(rows)].to(device) for tensor in get_batch("val", index))
+        p_mask = noise_levels(torch.tensor((rows[:, None] + 0.5) / N, dtype=torch.float32, device=device))
+        noise = np.stack([np.random.default_rng([1234, row]).random(x0.size(1), np.float32) for row in rows])
+        mask_id = getattr(net, "module", net).config.mask_id
+        xt, masked = mask_tokens(x0, p_mask, maskable, mask_id, torch.from_numpy(noise).to(device))
+        with autocast(device, cfg.dtype):
+            nll = weighted_nll(net, x0, xt, masked, p_mask)
+        sums[:, rows] = torch.stack((nll, maskable.sum(dim=1))).to(sums)
+    if world_size > 1:
+        dist.all_reduce(sums)
+    nll, count = sums.cpu()
+    mean = nll.sum() / count.sum()
+    residual = (nll - mean * count) / count.mean()
+    error = (residual.diff().square().mean() / 2 / N).sqrt()
+    return mean.item(), error.item()
+
+
+def save_checkpoint(path, checkpoint):
+    """Under a temporary name first, so that a crash or a full disk never costs the checkpoint that was there."""
+    with open(path + ".tmp", "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".tmp", path)
+
+
+class Reporter:
+    """What rank 0 tells: a progress bar in a terminal, plain lines elsewhere, log.jsonl, and wandb if asked."""
+
+    def __init__(self, cfg, start, max_steps):
+        os.makedirs(cfg.out_dir, exist_ok=True)
+        path = os.path.join(cfg.out_dir, "log.jsonl")
+        kept = []
+        if start and os.path.exists(path):  # drop what a crashed run logged after the checkpoint we resume from
+            with open(path) as file:
+                kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= start]
+        self.file = open(path, "w")
+        self.file.writelines(kept)
+        self.max_steps, self.run = max_steps, None
+        self.bar = tqdm(total=max_steps, initial=start, desc=cfg.out_dir, unit="step", disable=not sys.stderr.isatty())
+        if cfg.wandb:
+            try:
+                import wandb
+            except ImportError as error:
+                raise ValueError("wandb is not installed: pip install wandb, or leave out --wandb") from error
+            self.run = wandb.init(project=cfg.wandb, name=os.path.basename(cfg.out_dir), config=asdict(cfg))
+
+    def say(self, text):
+        self.bar.write(text, file=sys.stdout) if not self.bar.disable else print(text, flush=True)
+
+    def log(self, step, seconds_left=None, **metrics):
+        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
+        self.file.flush()
+        if self.run:
+            self.run.log(metrics, step=step)
+        place = f"step {step:>6}/{self.max_steps}"
+        if "val_loss" in metrics:
+            self.say(f"{place}  val loss {metrics['val_loss']:.4f} ± {metrics['val_se']:.4f}")
+        elif self.bar.disable:
+            left = tqdm.format_interval(seconds_left)
+            mfu = f"  mfu {metrics['mfu']:.1%}" if metrics.get("mfu") else ""
+            print(f"{place}  loss {metrics['loss']:.4f}  {metrics['tokens_per_s']:,.0f} tokens/s{mfu}  {left} left", flush=True)
+        else:
+            self.bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {metrics['tokens_per_s']:,.0f} tok/s")
+
+    def close(self):
+        self.bar.close()
+        self.file.close()
+        if self.run:
+            self.run.finish()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The training loop
+
+
+def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MDM:
+    """Trains model in place, and returns it. Pretraining and fine-tuning differ only in get_batch.
+
+    get_batch(split, index) -> x0, maskable: both (micro_batch_size, T), split 'train' or 'val'; index names the micro-batch
+    meta       the data set's meta.json, kept in the checkpoints
+    resume     a checkpoint dict to go on from: its optimizer state and step are taken up (its weights are in model already)
+
+    Writes out_dir/ckpt.pt (the latest), best.pt (lowest validation loss) and log.jsonl. Ctrl-C or SIGTERM saves, then ends.
+    Raises ValueError if batch_size does not divide, or if the loss is no longer a number."""
+    rank, world_size, device = setup_distributed(cfg.device)
+    per_pass = cfg.micro_batch_size * world_size
+    if cfg.batch_size % per_pass:
+        raise ValueError(
+            f"batch_size {cfg.batch_size} is not a multiple of micro_batch_size {cfg.micro_batch_size} x {world_size} processes "
+            f"= {per_pass}; change one of them"
+        )
+    grad_accum = cfg.batch_size // per_pass
+    step_tokens = cfg.batch_size * cfg.block_size
+    max_steps = cfg.max_steps
+    if cfg.train_flops is not None:
+        max_steps = int(tokens_for_flops(model.config, cfg.train_flops) / step_tokens)
+    warmup_steps = round(cfg.warmup * max_steps)
+
+    model.to(device)
+    net = torch.compile(model) if cfg.compile else model
+    ddp = net
+    if world_size > 1:
+        ddp = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False)
+    optimizer = torch.optim.AdamW(
+        model.parameters(),  # one group: every tensor decays
+        lr=cfg.learning_rate,
+        betas=(cfg.beta1, cfg.beta2),
+        weight_decay=cfg.weight_decay,
+        fused=device.type in ("cuda", "cpu"),
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "float16")
+    start, best_val_loss = 0, math.inf
+    if resume is not None:
+        optimizer.load_state_dict(resume["optimizer"])
+        scaler.load_state_dict(resume["scaler"])
+        start, best_val_loss = resume["step"], resume["best_val_loss"]
+    peak = peak_flops(device)
+
+    report = None
+    if rank == 0:
+        report = Reporter(cfg, start, max_steps)
+        report.say(
+            f"{model.num_params(non_embedding=False):,} parameters ({model.num_params():,} non-embedding) on {world_size} x {device}; "
+            f"a step is {grad_accum} x {world_size} x {cfg.micro_batch_size} sequences of {cfg.block_size} tokens; {max_steps:,} steps = "
+            f"{max_steps * step_tokens:,} tokens"
+        )
+
+    def save(name, step):
+        checkpoint = {
+            "model": model.state_dict(),
+            "optimizer": optimizer.state_dict(),
+            "scaler": scaler.state_dict(),
+            "model_config": asdict(model.config),
+            "run_config": asdict(cfg),
+            "meta": meta,
+            "step": step,
+            "best_val_loss": best_val_loss,
+        }
+        save_checkpoint(os.path.join(cfg.out_dir, name), checkpoint)
+
+    interrupted = False
+
+    def interrupt(signum, frame):
+        nonlocal interrupted
+        interrupted = True
+        if world_size == 1:
+            signal.signal(signum, handlers[signum])  # a second Ctrl-C ends at once
+
+    handlers = {signum: signal.signal(signum, interrupt) for signum in (signal.SIGINT, signal.SIGTERM)}
+    stop = False
+    loss_sum = torch.zeros((), device=device)  # since the last log line
+    log_time, log_step = time.time(), start
+    try:
+        for step in range(start, max_steps + 1):
+            last_step = step == max_steps
+            if (last_step or step % cfg.eval_interval == 0) and not (resume and step == start):
+                eval_time = time.time()
+                val_loss, val_se = evaluate(cfg, net, get_batch, device, rank, world_size)
+                is_best = val_loss < best_val_loss
+                best_val_loss = min(best_val_loss, val_loss)
+                if rank == 0:
+                    report.log(step, val_loss=val_loss, val_se=val_se)
+                    save("ckpt.pt", step)
+                    if is_best:
+                        save("best.pt", step)
+                log_time += time.time() - eval_time  # not counted in tokens/s
+            elif stop and rank == 0:
+                save("ckpt.pt", step)
+            if last_step or stop:
+                break
+
+            # ---- one optimizer step; its number in the schedule is step + 1, so that the first one moves and the last is at min_lr
+            lr = get_lr(step + 1, max_steps, cfg.learning_rate, cfg.min_lr, warmup_steps)
+            for param_group in optimizer.param_groups:
+                param_group["lr"] = lr
+            for micro in range(grad_accum):
+                index = (step * grad_accum + micro) * world_size + rank
+                x0, maskable = get_batch("train", index)
+                if device.type == "cuda":
+                    x0, maskable = x0.pin_memory(), maskable.pin_memory()
+                x0, maskable = x0.to(device, non_blocking=True), maskable.to(device, non_blocking=True)
+                torch.manual_seed(seed_for(cfg.seed, index))  # the masks, and dropout if you add some
+                syncs_now = world_size == 1 or micro == grad_accum - 1
+                with contextlib.nullcontext() if syncs_now else ddp.no_sync():
+                    with autocast(device, cfg.dtype):
+                        loss = diffusion_loss(ddp, x0, maskable, cfg.stratified_t, cfg.random_length) / grad_accum
+                    scaler.scale(loss).backward()
+                loss_sum += loss.detach()
+            scaler.unscale_(optimizer)
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad(set_to_none=True)
+
+            # ---- the rest is reporting
+            if world_size == 1:
+                stop = interrupted
+            if rank == 0:
+                report.bar.update(1)
+            done = step + 1
+            if done % cfg.log_interval == 0 or done == max_steps:
+                stats = torch.stack((loss_sum / (done - log_step), torch.tensor(float(interrupted), device=device)))
+                if world_size > 1:
+                    dist.all_reduce(stats)
+                mean_loss, stop = stats[0].item() / world_size, stats[1].item() > 0
+                if not math.isfinite(mean_loss):
+                    raise ValueError(f"the loss is {mean_loss} at step {done}; lower learning_rate (now {lr:.2e}) or use bfloat16")
+                seconds = time.time() - log_time
+                tokens_per_s = (done - log_step) * step_tokens / seconds
+                mfu = model.flops_per_token(cfg.block_size) * tokens_per_s / world_size / peak if peak else None
+                if rank == 0:
+                    seconds_left = (max_steps - done) * seconds / (done - log_step)
+                    report.log(
+                        done, seconds_left, loss=mean_loss, lr=lr, grad_norm=grad_norm.item(), tokens=done * step_tokens,
+                        tokens_per_s=tokens_per_s, mfu=mfu,
+                    )  # fmt: skip
+                loss_sum.zero_()
+                log_time, log_step = time.time(), done
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+        if report:
+            report.close()
+    if rank == 0:
+        resume_hint = f"; go on with --init_from=resume --out_dir={cfg.out_dir}" if step < max_steps else ""
+        print(f"stopped at step {step} of {max_steps}; {os.path.join(cfg.out_dir, 'ckpt.pt')} is saved{resume_hint}")
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Start: from scratch, resumed, or from the weights of a checkpoint
+
+
+def start_run(cfg: TrainConfig, set_by: dict, meta: dict):
+    """(cfg, model, checkpoint to resume or None) as init_from says. Raises ValueError where settings contradict what is there."""
+    if cfg.train_flops is not None and "max_steps" in set_by:
+        raise ValueError(f"max_steps ({set_by['max_steps']}) and train_flops ({cfg.train_flops:.3g}) both set the length; add --train_flops=None")
+    own = os.path.join(cfg.out_dir, "ckpt.pt")
+    if cfg.init_from != "resume" and os.path.exists(own):
+        raise ValueError(f"{own} exists; go on with --init_from=resume, or choose another --out_dir")
+    if cfg.init_from == "scratch":
+        torch.manual_seed(cfg.seed)
+        return cfg, MDM(model_config(cfg, set_by, meta)), None
+
+    checkpoint = load_checkpoint(own if cfg.init_from == "resume" else cfg.init_from)
+    if checkpoint["meta"] and checkpoint["meta"]["tokenizer"] != meta["tokenizer"]:
+        there, here = (f"{m['tokenizer']['name']} of {m['vocab_size']:,} tokens" for m in (checkpoint["meta"], meta))
+        raise ValueError(f"the checkpoint's tokenizer ({there}) is not that of data set {cfg.dataset} ({here}); prepare the data anew")
+    if cfg.init_from == "resume":
+        saved = checkpoint["run_config"]
+        clash = [
+            f"{key}={getattr(cfg, key)!r} ({set_by[key]}), {own} has {saved[key]!r}"
+            for key in set_by
+            if key not in RESUME_KEYS and getattr(cfg, key) != saved[key]
+        ]
+        if clash:
+            raise ValueError("cannot resume with other settings: " + "; ".join(clash))
+        if checkpoint["meta"] and checkpoint["meta"]["sha256"] != meta["sha256"]:
+            raise ValueError(f"cannot resume: data set {cfg.dataset} has other tokens now than when {own} was saved")
+        kept = {key: getattr(cfg, key) for key in RESUME_KEYS if key in set_by or key in ("out_dir", "init_from")}
+        cfg = type(cfg)(**{**saved, **kept})
+        return cfg, MDM.from_checkpoint(checkpoint), checkpoint
+
+    # weights only: the architecture is the checkpoint's; the length of a sequence has no weights and may be chosen anew
+    architecture = checkpoint["model_config"]
+    for key in MODEL_KEYS:
+        if key != "block_size" and key in set_by and getattr(cfg, key) != architecture[key]:
+            raise ValueError(f"{key}={getattr(cfg, key)!r} ({set_by[key]}), but {cfg.init_from} has {architecture[key]!r}; leave it out")
+    if "preset" in set_by:
+        raise ValueError(f"preset={cfg.preset} ({set_by['preset']}): the sizes come from {cfg.init_from}; leave it out")
+    block_size = cfg.block_size if "block_size" in set_by else architecture["block_size"]
+    checkpoint["model_config"] = {**architecture, "block_size": block_size}
+    cfg = dataclasses.replace(cfg, preset=None, **{key: checkpoint["model_config"][key] for key in MODEL_KEYS})
+    return cfg, MDM.from_checkpoint(checkpoint), None
+
+
+def model_config(cfg: TrainConfig, set_by: dict, meta: dict) -> MDMConfig:
+    """The model's share of the settings; with a preset, its sizes."""
+    settings = {key: getattr(cfg, key) for key in MODEL_KEYS}
+    if cfg.preset is None:
+        return MDMConfig(vocab_size=meta["vocab_size"], **settings)
+    sizes = ("n_layer", "n_head", "n_embd", "mlp_hidden")
+    twice = [f"{key} ({set_by[key]})" for key in sizes if key in set_by]
+    if twice:
+        raise ValueError(f"preset={cfg.preset} sets the sizes that {', '.join(twice)} set too; add --preset=None")
+    return MDMConfig.preset(cfg.preset, vocab_size=meta["vocab_size"], **{k: v for k, v in settings.items() if k not in sizes})
+
+
+def main():
+    cfg, set_by = configurator.parse(TrainConfig)
+    rank, _, _ = setup_distributed(cfg.device)
+    folder = os.path.join(cfg.data_dir, cfg.dataset)
+    meta = load_meta(folder)
+    cfg, model, checkpoint = start_run(cfg, set_by, meta)
+    if rank == 0:
+        print(configurator.describe(cfg, set_by))
+    train(cfg, model, token_batches(folder, meta, cfg), meta, checkpoint)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    configurator.run(main)
