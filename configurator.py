@@ -114,13 +114,14 @@ def describe(cfg, set_by):
 
 
 def run(main):
-    """Runs a script's main. What a user can mend, a ValueError raised by our own files or an error of the file system, ends
-    with one line and exit code 2; anything else keeps its traceback."""
+    """Runs a script's main. What a user can mend, a ValueError that one of our own lines raises or an error of the file system,
+    ends with one line and exit code 2; anything else keeps its traceback."""
     try:
         main()
     except (ValueError, OSError) as error:
-        raised_in = os.path.abspath(traceback.extract_tb(error.__traceback__)[-1].filename)
-        if isinstance(error, ValueError) and os.path.dirname(raised_in) != os.path.dirname(os.path.abspath(__file__)):
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        ours = os.path.dirname(os.path.abspath(last.filename)) == os.path.dirname(os.path.abspath(__file__))
+        if isinstance(error, ValueError) and not (ours and last.line.startswith("raise ")):
             raise
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

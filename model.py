@@ -180,7 +180,7 @@ class MDM(nn.Module):
     def __init__(self, config: MDMConfig):
         super().__init__()
         self.config = config
-        seed = int(torch.randint(2**31, ()))  # taken before the layers below draw numbers of their own
+        seed = int(torch.randint(2**31, (), device="cpu"))  # taken before the layers below draw numbers of their own
         self.wte = nn.Embedding(config.vocab_size + 1, config.n_embd)  # the last row is [MASK]
         self.sink = nn.Parameter(torch.empty(config.n_sink, config.n_embd)) if config.n_sink else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))

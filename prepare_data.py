@@ -243,8 +243,10 @@ class Source:
             for end in ended:
                 yield ("".join(text) + end).removesuffix("\n"), True
                 text, size, rest = [], 0, rest.removeprefix("\n")
-            # A long document is cut only between two lines of text, where no tokenizer pattern reads across the cut.
-            if size > CHARS_AT_ONCE and text[-1].strip() and not rest[:1].isspace():
+            # A long document is cut where one line end stands between two other characters: no tokenizer pattern reads
+            # across. Only where there is no such place for long is it cut anywhere.
+            lone_line_end = text and regex.search(r"\S\n$", text[-1]) and not rest[:1].isspace()
+            if size > (CHARS_AT_ONCE if lone_line_end else 16 * CHARS_AT_ONCE):
                 yield "".join(text), False
                 text, size = [], 0
             text.append(rest)

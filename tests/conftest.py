@@ -1,0 +1,46 @@
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
+
+from model import MDM, MDMConfig  # noqa: E402
+
+VARIANTS = {
+    "vanilla": {"n_sink": 0},
+    "sink": {"n_sink": 1},
+    "gate": {"n_sink": 0, "gated_attention": True},
+    "sink+gate": {"n_sink": 1, "gated_attention": True},
+    "4 sinks": {"n_sink": 4},
+    "2 sinks at the end": {"n_sink": 2, "sink_position": "end"},
+    "zero value": {"n_sink": 1, "sink_zero_value": True},
+}
+
+
+def make_model(seed=0, **kwargs):
+    """A tiny model whose weights are all random, norms included, so that no term hides behind a 1 or a 0."""
+    torch.manual_seed(seed)
+    model = MDM(MDMConfig(**{"block_size": 16, "vocab_size": 11, "n_layer": 2, "n_head": 2, "n_embd": 16, **kwargs}))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return model
+
+
+@pytest.fixture(params=VARIANTS)
+def variant(request):
+    return VARIANTS[request.param]
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    """A small prepared data set: tmp_path/data/arithmetic."""
+    from prepare_data import PrepareConfig, prepare
+
+    prepare(PrepareConfig(data_dir=str(tmp_path / "data"), num_problems=300))
+    return tmp_path / "data"

@@ -1,0 +1,216 @@
+"""The network against explicit formulas, and what makes a sink a sink.
+
+python -m pytest tests/test_model.py
+"""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from model import MDM, MDMConfig
+
+
+def states(model, xt):
+    """The residual stream after every block, sinks included."""
+    out = []
+    hooks = [block.register_forward_hook(lambda module, args, y: out.append(y)) for block in model.blocks]
+    model(xt)
+    for hook in hooks:
+        hook.remove()
+    return out
+
+
+def sink_rows(model, state):
+    n = model.config.n_sink
+    return state[:, :n] if model.config.sink_position == "front" else state[:, -n:]
+
+
+def oracle(model, xt):
+    """The whole model in float64, without SDPA: explicit softmax with the bias of Eq. 5-6, complex rotary embedding, loops."""
+    c, w = model.config, {name: p.double() for name, p in model.named_parameters()}
+    B, T = xt.shape
+    d = c.n_embd // c.n_head
+    x = w["wte.weight"][xt]
+    sinks = list(range(c.n_sink)) if c.sink_position == "front" else list(range(T, T + c.n_sink))
+    if c.n_sink:
+        s = w["sink"].expand(B, -1, -1)
+        x = torch.cat((s, x) if c.sink_position == "front" else (x, s), 1)
+    S = x.size(1)
+    bias = torch.zeros(S, S, dtype=torch.float64)
+    for i in sinks:
+        bias[i] = -math.inf
+        bias[i, i] = 0.0
+
+    def norm(x, weight):
+        return weight * x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+
+    turn = torch.polar(
+        torch.ones(S, d // 2, dtype=torch.float64),
+        torch.arange(S, dtype=torch.float64)[:, None] * 10000.0 ** (-2 * torch.arange(d // 2, dtype=torch.float64) / d),
+    )
+
+    def rotate(x):
+        z = torch.complex(x[..., : d // 2], x[..., d // 2 :]) * turn
+        return torch.cat((z.real, z.imag), -1)
+
+    for layer in range(c.n_layer):
+        p = f"blocks.{layer}."
+        n = norm(x, w[p + "norm_1.weight"])
+        q, k, v = (n @ w[p + "attn.qkv.weight"].T).split(c.n_embd, dim=-1)
+        if c.sink_zero_value:
+            v = v.clone()
+            v[:, sinks] = 0.0
+        heads = []
+        for h in range(c.n_head):
+            cut = slice(h * d, (h + 1) * d)
+            scores = rotate(q[..., cut]) @ rotate(k[..., cut]).transpose(1, 2) / math.sqrt(d) + bias
+            heads.append(scores.softmax(-1) @ v[..., cut])
+        y = torch.cat(heads, -1)
+        if c.gated_attention:
+            y = y / (1 + (-(n @ w[p + "attn.gate.weight"].T)).exp())
+        x = x + y @ w[p + "attn.proj.weight"].T
+        n = norm(x, w[p + "norm_2.weight"])
+        x = x + (F.silu(n @ w[p + "mlp.w1.weight"].T) * (n @ w[p + "mlp.w2.weight"].T)) @ w[p + "mlp.w3.weight"].T
+    content = [i for i in range(S) if i not in sinks]
+    return norm(x[:, content], w["ln_f.weight"]) @ w["lm_head.weight"].T
+
+
+def test_forward_equals_explicit_formula(variant):
+    model = make_model(**variant)
+    xt = torch.randint(0, 12, (3, 9))
+    logits = model(xt)
+    assert logits.shape == (3, 9, 11)
+    torch.testing.assert_close(logits.double(), oracle(model, xt), atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("flags", [{"n_sink": 1}, {"n_sink": 4}, {"n_sink": 2, "sink_position": "end"}, {"sink_zero_value": True}])
+def test_sink_state_is_a_constant(flags):
+    model = make_model(**flags)
+    one, other = torch.randint(0, 12, (2, 9)), torch.randint(0, 12, (2, 9))
+    for a, b in zip(states(model, one), states(model, other)):
+        torch.testing.assert_close(sink_rows(model, a), sink_rows(model, b), atol=1e-6, rtol=0)
+        torch.testing.assert_close(sink_rows(model, a)[0], sink_rows(model, a)[1], atol=1e-6, rtol=0)
+        assert not torch.allclose(a, b)  # the content's states do differ
+
+
+def test_sinks_do_not_see_each_other():
+    model = make_model(n_sink=2)
+    xt = torch.randint(0, 12, (1, 9))
+    before = [s[:, 0].clone() for s in states(model, xt)]
+    with torch.no_grad():
+        model.sink[1] += 1.0
+    for a, b in zip(before, states(model, xt)):
+        torch.testing.assert_close(a, b[:, 0], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("flags", [{"n_sink": 1}, {"n_sink": 4}, {"n_sink": 1, "sink_position": "end"}])
+def test_every_sink_changes_the_logits(flags):
+    model = make_model(**flags)
+    xt = torch.randint(0, 12, (1, 9))
+    for i in range(model.config.n_sink):
+        before = model(xt)
+        with torch.no_grad():
+            model.sink[i] += 1.0
+        assert ((model(xt) - before).abs().amax(-1) > 1e-4).all()  # at every position
+
+
+@pytest.mark.parametrize(
+    "flags", [{"n_sink": 0}, {"n_sink": 2}, {"sink_position": "end"}, {"sink_zero_value": True}, {"gated_attention": True}]
+)
+def test_every_flag_changes_the_logits(flags):
+    plain, flagged = make_model(), make_model(**flags)
+    own = flagged.state_dict()
+    shared = {k: v for k, v in plain.state_dict().items() if k in own and own[k].shape == v.shape}
+    flagged.load_state_dict(shared, strict=False)
+    xt = torch.randint(0, 12, (1, 9))
+    assert (plain(xt) - flagged(xt)).abs().max() > 1e-3
+
+
+def test_attention_reads_both_directions(variant):
+    model = make_model(**variant)
+    xt = torch.randint(0, 11, (1, 9))
+    changed = xt.clone()
+    changed[0, -1] = (xt[0, -1] + 1) % 11
+    assert (model(xt) - model(changed))[0, 0].abs().max() > 1e-4
+    changed = xt.clone()
+    changed[0, 0] = (xt[0, 0] + 1) % 11
+    assert (model(xt) - model(changed))[0, -1].abs().max() > 1e-4
+
+
+def test_vanilla_has_nothing_extra():
+    names = set(make_model(n_sink=0).state_dict())
+    assert not any("sink" in name or "gate" in name for name in names)
+    assert set(make_model(n_sink=1).state_dict()) - names == {"sink"}
+    assert make_model(n_sink=3).sink.shape == (3, 16)
+
+
+def test_variants_of_one_seed_share_their_weights():
+    models = []
+    for flags in ({"n_sink": 0}, {"n_sink": 2}, {"gated_attention": True}, {"sink_position": "end", "gated_attention": True}):
+        torch.manual_seed(5)
+        models.append(MDM(MDMConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16, **flags)).state_dict())
+    for other in models[1:]:
+        assert all(torch.equal(tensor, other[name]) for name, tensor in models[0].items())
+    assert not torch.equal(models[1]["wte.weight"][0], models[1]["wte.weight"][1])
+
+
+def test_initialisation():
+    torch.manual_seed(0)
+    model = MDM(MDMConfig(block_size=8, vocab_size=500, n_layer=3, n_head=4, n_embd=128, n_sink=4, gated_attention=True))
+    for name, p in model.named_parameters():
+        if p.ndim == 1:
+            assert (p == 1).all()
+            continue
+        residual = name.endswith(("attn.proj.weight", "mlp.w3.weight"))
+        wanted = 1 / (math.sqrt(128) * 3) if residual else math.sqrt(2 / (5 * 128))
+        assert p.std().item() == pytest.approx(wanted, rel=0.1 if name == "sink" else 0.02), name
+        assert abs(p.mean().item()) < 4 * wanted / math.sqrt(p.numel()), name
+
+
+@settings(max_examples=20, deadline=None)
+@given(T=st.integers(1, 16), n_sink=st.integers(0, 3), position=st.sampled_from(["front", "end"]))
+def test_any_length_up_to_block_size(T, n_sink, position):
+    model = make_model(n_sink=n_sink, sink_position=position)
+    xt = torch.randint(0, 12, (2, T))
+    torch.testing.assert_close(model(xt).double(), oracle(model, xt), atol=2e-5, rtol=1e-4)
+
+
+def test_counts():
+    model = make_model(n_sink=3, gated_attention=True)
+    c = model.config
+    by_hand = c.n_layer * (4 * 16 * 16 + 3 * 16 * 64 + 2 * 16 + 16 * 16) + 16
+    assert model.num_params() == by_hand
+    assert model.num_params(non_embedding=False) == by_hand + 12 * 16 + 11 * 16 + 3 * 16
+    assert c.table_params() == by_hand - c.n_layer * 16 * 16  # the table does not count the gate
+    # 2 FLOPs a weight forward, 4 backward; attention: q k^T and weights v, each 2 T C FLOPs a token, three times in all
+    assert model.flops_per_token(10) == 6 * (by_hand + 11 * 16) + 3 * c.n_layer * 2 * 2 * 10 * 16
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"n_embd": 18, "n_head": 4}, "n_embd 18 is not divisible by n_head 4"),
+        ({"n_embd": 12, "n_head": 4}, "heads of even width"),
+        ({"n_sink": -1}, "n_sink is -1"),
+        ({"sink_position": "middle"}, "'front' or 'end'"),
+        ({"sink_attention": "split"}, "only 'mask' is implemented"),
+        ({"n_layer": 0}, "n_layer is 0"),
+    ],
+)
+def test_bad_config(flags, message):
+    with pytest.raises(ValueError, match=message):
+        MDMConfig(**{"block_size": 8, "vocab_size": 11, **flags})
+
+
+def test_bad_input():
+    with pytest.raises(ValueError, match="sequence of 17 tokens exceeds block_size 16"):
+        make_model()(torch.zeros(1, 17, dtype=torch.long))
+    with pytest.raises(ValueError, match="no preset '7B'; there are 6M, 19M"):
+        MDMConfig.preset("7B")
+    with pytest.raises(ValueError, match="not an SMDM state dict"):
+        MDM.from_smdm({"a": torch.zeros(2)}, n_head=2)
