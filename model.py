@@ -293,7 +293,7 @@ def load_checkpoint(path) -> dict:
         raise ValueError(f"no checkpoint at {path}; train one with python train.py --out_dir={os.path.dirname(path) or '.'}")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise ValueError(f"{path} cannot be read as a checkpoint (cut off, or another kind of file?): {error}") from error
     if not isinstance(checkpoint, dict) or not {"model", "model_config", "meta", "step"} <= checkpoint.keys():
         raise ValueError(f"{path} is no checkpoint of train.py; for SMDM's released weights there is MDM.from_smdm")

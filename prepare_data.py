@@ -68,7 +68,7 @@ TINYSTORIES = f"{HF}/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4"
 CORPORA = {
     "arithmetic": Corpus(None, documents="problems", tokenizer="bpe"),
     "gsm8k": Corpus(f"{ICOT}/train.txt", f"{GITHUB}/da03/implicit_chain_of_thought/main/data/gsm8k/valid.txt", 0.02, "problems"),
-    "shakespeare": Corpus(f"{GITHUB}/karpathy/char-rnn/master/data/tinyshakespeare/input.txt", val_fraction=0.1),
+    "shakespeare": Corpus(f"{GITHUB}/karpathy/char-rnn/master/data/tinyshakespeare/input.txt", val_fraction=0.1, tokenizer="bytes"),
     "wikitext2": Corpus(f"{WIKITEXT2}/train.txt", f"{WIKITEXT2}/valid.txt", documents="articles"),
     "tinystories": Corpus(f"{TINYSTORIES}-train.txt", f"{TINYSTORIES}-valid.txt"),
     "openwebtext": Corpus("hub:Skylion007/openwebtext:train", val_fraction=0.0005),

@@ -441,11 +441,10 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
 
 def start_run(cfg: TrainConfig, set_by: dict, meta: dict):
     """(cfg, model, checkpoint to resume or None) as init_from says. Raises ValueError where settings contradict what is there."""
-    if cfg.train_flops is not None and "max_steps" in set_by:
-        raise ValueError(f"max_steps ({set_by['max_steps']}) and train_flops ({cfg.train_flops:.3g}) both set the length; add --train_flops=None")
     own = os.path.join(cfg.out_dir, "ckpt.pt")
     if cfg.init_from != "resume" and os.path.exists(own):
         raise ValueError(f"{own} exists; go on with --init_from=resume, or choose another --out_dir")
+    check_length(cfg, set_by)
     if cfg.init_from == "scratch":
         torch.manual_seed(cfg.seed)
         return cfg, MDM(model_config(cfg, set_by, meta)), None
@@ -467,6 +466,7 @@ def start_run(cfg: TrainConfig, set_by: dict, meta: dict):
             raise ValueError(f"cannot resume: data set {cfg.dataset} has other tokens now than when {own} was saved")
         kept = {key: getattr(cfg, key) for key in RESUME_KEYS if key in set_by or key in ("out_dir", "init_from")}
         cfg = type(cfg)(**{**saved, **kept})
+        check_length(cfg, set_by)
         return cfg, MDM.from_checkpoint(checkpoint), checkpoint
 
     # weights only: the architecture is the checkpoint's; the length of a sequence has no weights and may be chosen anew
@@ -480,6 +480,11 @@ def start_run(cfg: TrainConfig, set_by: dict, meta: dict):
     checkpoint["model_config"] = {**architecture, "block_size": block_size}
     cfg = dataclasses.replace(cfg, preset=None, **{key: checkpoint["model_config"][key] for key in MODEL_KEYS})
     return cfg, MDM.from_checkpoint(checkpoint), None
+
+
+def check_length(cfg: TrainConfig, set_by: dict):
+    if cfg.train_flops is not None and "max_steps" in set_by:
+        raise ValueError(f"max_steps ({set_by['max_steps']}) and train_flops={cfg.train_flops:.3g} both set the length; add --train_flops=None")
 
 
 def model_config(cfg: TrainConfig, set_by: dict, meta: dict) -> MDMConfig:

@@ -1,0 +1,386 @@
+"""The training loop: what it computes does not depend on how the work is cut, stopped or spread.
+
+python -m pytest tests/test_train.py
+"""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, make_model
+from test_diffusion import Stub
+
+import train as train_module
+from configurator import parse
+from model import MDM, MDMConfig, load_checkpoint
+from train import TrainConfig, evaluate, get_lr, load_meta, seed_for, start_run, token_batches, train
+
+TINY = {
+    "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 8, "micro_batch_size": 4, "max_steps": 6,
+    "eval_interval": 2, "eval_seqs": 8, "log_interval": 1, "warmup": 0.34, "device": "cpu",
+}  # fmt: skip
+TINY_FLAGS = [f"--{key}={value}" for key, value in TINY.items()]
+
+
+def run(data_dir, out_dir, *flags, wrap=lambda get_batch: get_batch):
+    """What train.py's main does, in this process."""
+    cfg, set_by = parse(TrainConfig, [*TINY_FLAGS, f"--data_dir={data_dir}", f"--out_dir={out_dir}", *flags])
+    return go(cfg, set_by, wrap)
+
+
+def go(cfg, set_by, wrap=lambda get_batch: get_batch):
+    folder = f"{cfg.data_dir}/{cfg.dataset}"
+    meta = load_meta(folder)
+    cfg, model, checkpoint = start_run(cfg, set_by, meta)
+    return train(cfg, model, wrap(token_batches(folder, meta, cfg)), meta, checkpoint)
+
+
+def rows(out_dir, key):
+    with open(os.path.join(out_dir, "log.jsonl")) as file:
+        return [(row["step"], row[key]) for row in map(json.loads, file) if key in row]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def interrupt_at(n):
+    def wrap(get_batch):
+        def batches(split, index):
+            if split == "train" and index == n:
+                os.kill(os.getpid(), signal.SIGINT)
+            return get_batch(split, index)
+
+        return batches
+
+    return wrap
+
+
+@pytest.mark.parametrize("micro", [5, 7])  # in the third step, and in the fourth, at whose end a validation falls due
+def test_interrupted_and_resumed_equals_uninterrupted(data_dir, tmp_path, micro, capsys):
+    whole = run(data_dir, tmp_path / "whole")
+    run(data_dir, tmp_path / "cut", wrap=interrupt_at(micro))
+    stopped = load_checkpoint(tmp_path / "cut")["step"]
+    assert stopped == micro // 2 + 1
+    assert f"stopped at step {stopped} of 6" in capsys.readouterr().out
+    cfg, set_by = parse(TrainConfig, ["--init_from=resume", f"--out_dir={tmp_path / 'cut'}", f"--data_dir={data_dir}"])
+    resumed = go(cfg, set_by)
+    assert same(whole, resumed)
+    a, b = load_checkpoint(tmp_path / "whole"), load_checkpoint(tmp_path / "cut")
+    for i, state in a["optimizer"]["state"].items():
+        assert all(torch.equal(tensor, b["optimizer"]["state"][i][key]) for key, tensor in state.items())
+    for key in ("loss", "lr", "val_loss", "grad_norm"):
+        assert rows(tmp_path / "whole", key) == rows(tmp_path / "cut", key)
+
+
+def test_resume_after_a_crash_drops_what_was_logged_since(data_dir, tmp_path):
+    whole = run(data_dir, tmp_path / "whole")
+
+    def crash(get_batch):
+        def batches(split, index):
+            if split == "train" and index == 11:  # in the last step; the checkpoint is of step 4
+                raise RuntimeError("power cut")
+            return get_batch(split, index)
+
+        return batches
+
+    with pytest.raises(RuntimeError):
+        run(data_dir, tmp_path / "cut", wrap=crash)
+    assert rows(tmp_path / "cut", "loss")[-1][0] == 5
+    assert same(whole, run(data_dir, tmp_path / "cut", "--init_from=resume"))
+    assert rows(tmp_path / "whole", "loss") == rows(tmp_path / "cut", "loss")
+
+
+def test_two_processes_do_the_work_of_one(data_dir, tmp_path):
+    """1 process x 4 accumulation steps = 2 processes x 2, up to rounding: same texts, same masks, same weights after 6 steps."""
+    flags = [*TINY_FLAGS, "--micro_batch_size=2", f"--data_dir={data_dir}"]
+    one = run(data_dir, tmp_path / "one", "--micro_batch_size=2")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py")]
+    done = subprocess.run([*command, *flags, f"--out_dir={tmp_path / 'two'}"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "on 2 x cpu; a step is 2 x 2 x 2 sequences" in done.stdout
+    two = MDM.from_checkpoint(tmp_path / "two")
+    for (name, a), b in zip(one.state_dict().items(), two.state_dict().values()):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-3, msg=name)
+    for key in ("loss", "val_loss", "val_se", "grad_norm"):
+        (steps, a), (other, b) = zip(*rows(tmp_path / "one", key)), zip(*rows(tmp_path / "two", key))
+        assert steps == other and a == pytest.approx(b, rel=1e-4), key
+    done = subprocess.run([*command, *flags, "--batch_size=6", f"--out_dir={tmp_path / 'three'}"], capture_output=True, text=True)
+    assert done.returncode != 0 and "batch_size 6 is not a multiple of micro_batch_size 2 x 2 processes = 4" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "flag",
+    "seed=1 n_layer=1 n_head=1 n_embd=32 mlp_hidden=8 block_size=8 n_sink=0 sink_position=end sink_zero_value=True "
+    "gated_attention=True batch_size=4 micro_batch_size=2 max_steps=3 stratified_t=True random_length=1 "
+    "learning_rate=1e-2 min_lr=1e-5 warmup=0 weight_decay=5 beta1=0.5 beta2=0.5 grad_clip=0.01 dtype=bfloat16".split(),
+)
+def test_every_option_changes_the_result(data_dir, tmp_path, flag):
+    plain = run(data_dir, tmp_path / "plain")
+    other = run(data_dir, tmp_path / "other", f"--{flag}")
+    a, b = plain.state_dict(), other.state_dict()
+    assert any(k not in b or v.shape != b[k].shape or not torch.equal(v, b[k]) for k, v in a.items()) or a.keys() != b.keys()
+    assert all(v.isfinite().all() for v in b.values())
+
+
+def test_log_and_checkpoints(data_dir, tmp_path):
+    model = run(data_dir, tmp_path, "--learning_rate=0.3")  # so high that the validation loss goes up again
+    assert [s for s, _ in rows(tmp_path, "val_loss")] == [0, 2, 4, 6]
+    warmup_steps = round(0.34 * 6)
+    assert rows(tmp_path, "lr") == [(k, get_lr(k, 6, 0.3, TrainConfig.min_lr, warmup_steps)) for k in range(1, 7)]
+    assert rows(tmp_path, "tokens") == [(k, k * 8 * 16) for k in range(1, 7)]
+    best = min(rows(tmp_path, "val_loss"), key=lambda row: row[1])
+    assert best[0] != 6
+    for name, step in {"ckpt.pt": 6, "best.pt": best[0]}.items():
+        checkpoint = load_checkpoint(tmp_path / name)
+        assert (checkpoint["step"], checkpoint["best_val_loss"]) == (step, best[1])
+        assert checkpoint["run_config"]["learning_rate"] == 0.3 and checkpoint["meta"]["tokenizer"]["name"] == "bpe"
+    assert same(model, MDM.from_checkpoint(tmp_path)) and same(model, MDM.from_checkpoint(str(tmp_path / "ckpt.pt")))
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_schedule():
+    assert [get_lr(k, 10, 1.0, 0.1, 4) for k in range(5)] == [0, 0.25, 0.5, 0.75, 1.0]
+    assert get_lr(7, 10, 1.0, 0.1, 4) == pytest.approx(0.55)  # half-way
+    assert get_lr(10, 10, 1.0, 0.1, 4) == pytest.approx(0.1) and get_lr(11, 10, 1.0, 0.1, 4) == 0.1
+
+
+def test_weight_decay_is_on_every_tensor(data_dir, tmp_path):
+    """With zero gradients AdamW only shrinks: by lr * wd a step, norms, embeddings and the sink included."""
+    cfg, set_by = parse(TrainConfig, [*TINY_FLAGS, f"--data_dir={data_dir}", f"--out_dir={tmp_path}", "--max_steps=1", "--warmup=0"])
+    meta = load_meta(data_dir / "arithmetic")
+    cfg, model, _ = start_run(cfg, set_by, meta)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    get_batch = token_batches(str(data_dir / "arithmetic"), meta, cfg)
+
+    def nothing_maskable(split, index):
+        x0, maskable = get_batch(split, index)
+        return x0, maskable if split == "val" else torch.zeros_like(maskable)
+
+    train(cfg, model, nothing_maskable, meta)
+    for name, p in model.named_parameters():
+        torch.testing.assert_close(p, before[name] * (1 - cfg.min_lr * cfg.weight_decay), msg=name)
+
+
+def test_a_text_is_learned_by_heart(tmp_path):
+    torch.manual_seed(0)
+    x0 = torch.randint(0, 11, (1, 16)).expand(16, -1)
+    config = {"batch_size": 16, "micro_batch_size": 16, "block_size": 16, "max_steps": 250, "eval_interval": 250, "eval_seqs": 64}
+    cfg = TrainConfig(**config, learning_rate=1e-2, out_dir=str(tmp_path), device="cpu")
+    torch.manual_seed(0)
+    model = MDM(MDMConfig(block_size=16, vocab_size=11, n_layer=2, n_head=2, n_embd=32))
+    train(cfg, model, lambda split, index: (x0, torch.ones(16, 16, dtype=torch.bool)))
+    (_, first), (_, last) = rows(tmp_path, "val_loss")
+    assert first == pytest.approx(math.log(11), abs=0.5) and last < 0.1
+
+
+# ---- validation
+
+
+def batches_of_zeros(B, T):
+    return lambda split, index: (torch.zeros(B, T, dtype=torch.long), torch.ones(B, T, dtype=torch.bool))
+
+
+def test_validation_of_the_stub():
+    """nll = 1 + 5 * masked share has the bound 3.5. Its error is that of the coins alone, since t is spaced evenly: the value must
+    lie within a few standard errors, and these must be far below the spread over t."""
+    cfg = dataclasses.replace(TrainConfig(), eval_seqs=500, micro_batch_size=20)
+    mean, error = evaluate(cfg, Stub(lambda share: 1 + 5 * share), batches_of_zeros(20, 200), torch.device("cpu"))
+    assert abs(mean - 3.5) < 4 * error
+    naive = 5 / math.sqrt(12 * 500)
+    assert 0 < error < naive
+
+
+def test_validation_error_is_the_spread_of_the_estimate(monkeypatch):
+    """Over many other draws of the masks, the estimate scatters as much as its standard error says."""
+    cfg = dataclasses.replace(TrainConfig(), eval_seqs=64, micro_batch_size=64)
+    real, found = np.random.default_rng, []
+    for draw in range(150):
+        monkeypatch.setattr(np.random, "default_rng", lambda key, draw=draw: real([*key, draw]))
+        found.append(evaluate(cfg, Stub(lambda share: 1 + 5 * share), batches_of_zeros(64, 30), torch.device("cpu")))
+    means, errors = np.array(found).T
+    assert means.std() == pytest.approx(errors.mean(), rel=0.25)
+
+
+def test_validation_does_not_depend_on_the_batch_size(data_dir):
+    model, meta = make_model(vocab_size=500), load_meta(data_dir / "arithmetic")
+    found = []
+    for B in (1, 3, 16):
+        cfg = dataclasses.replace(TrainConfig(), eval_seqs=13, micro_batch_size=B, block_size=16, seed=B)
+        torch.manual_seed(B)
+        get_batch = token_batches(str(data_dir / "arithmetic"), meta, cfg)
+        found.append(evaluate(cfg, model, get_batch, torch.device("cpu")))
+    assert found[0] == pytest.approx(found[1], rel=1e-5) and found[0] == pytest.approx(found[2], rel=1e-5)
+
+
+# ---- data
+
+
+def test_batches_follow_from_seed_and_index(data_dir):
+    meta = load_meta(data_dir / "arithmetic")
+    tokens = np.fromfile(data_dir / "arithmetic" / "train.bin", np.uint16)
+
+    def batch(seed, index):
+        cfg = TrainConfig(seed=seed, block_size=16, micro_batch_size=4)
+        return token_batches(str(data_dir / "arithmetic"), meta, cfg)("train", index)[0]
+
+    assert torch.equal(batch(0, 5), batch(0, 5))
+    others = [batch(0, 4), batch(0, 6), batch(1, 4), batch(1, 5)]  # seed + index must not be what counts
+    assert not any(torch.equal(batch(0, 5), other) for other in others)
+    text = tokens.tobytes()
+    assert all(row.numpy().astype(np.uint16).tobytes() in text for row in batch(0, 5))
+
+
+def test_seeds_are_mixed():
+    seeds = [seed_for(seed, index) for seed in range(30) for index in range(30)]
+    assert len(set(seeds)) == 900 and all(0 <= s < 2**32 for s in seeds)
+    assert max(seeds) > 2**31
+
+
+def test_validation_sequences_cover_the_file(data_dir):
+    meta = load_meta(data_dir / "arithmetic")
+    cfg = TrainConfig(block_size=16, micro_batch_size=4, eval_seqs=8)
+    get_batch = token_batches(str(data_dir / "arithmetic"), meta, cfg)
+    tokens = torch.from_numpy(np.fromfile(data_dir / "arithmetic" / "val.bin", np.uint16).astype(np.int64))
+    found = torch.cat([get_batch("val", 0)[0], get_batch("val", 1)[0]])
+    starts = [i * (len(tokens) - 15) // 8 for i in range(8)]
+    assert torch.equal(found, torch.stack([tokens[s : s + 16] for s in starts]))
+
+
+# ---- start, resume, bad input
+
+
+def test_start_from_the_weights_of_another_run(data_dir, tmp_path):
+    first = run(data_dir, tmp_path / "a", "--gated_attention=True")
+    flags = [f"--init_from={tmp_path / 'a' / 'ckpt.pt'}", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'b'}"]
+    cfg, set_by = parse(TrainConfig, [*flags, "--block_size=32"])
+    cfg, model, checkpoint = start_run(cfg, set_by, load_meta(data_dir / "arithmetic"))
+    assert checkpoint is None and same(first, model)
+    assert (cfg.gated_attention, cfg.n_embd, cfg.block_size, model.config.block_size) == (True, 16, 32, 32)
+    for flag, message in {
+        "--n_layer=3": r"n_layer=3 \(command line\), but .*ckpt.pt has 2",
+        "--preset=6M": "the sizes come from .*ckpt.pt",
+        "--n_sink=0": r"n_sink=0 \(command line\), but .* has 1",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            start_run(*parse(TrainConfig, [*flags, flag]), load_meta(data_dir / "arithmetic"))
+
+
+def test_resume_refuses_what_contradicts(data_dir, tmp_path):
+    run(data_dir, tmp_path / "a")
+    before = (tmp_path / "a" / "ckpt.pt").read_bytes()
+    with pytest.raises(ValueError, match="ckpt.pt exists; go on with --init_from=resume, or choose another --out_dir"):
+        run(data_dir, tmp_path / "a")
+    resume = ["--init_from=resume", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'a'}"]
+    meta = load_meta(data_dir / "arithmetic")
+    with pytest.raises(ValueError, match=r"n_layer=3 \(command line\), .* has 2; seed=1 \(command line\), .* has 0"):
+        start_run(*parse(TrainConfig, [*resume, "--n_layer=3", "--seed=1"]), meta)
+    cfg, _, checkpoint = start_run(*parse(TrainConfig, [*resume, "--max_steps=9", "--n_layer=2"]), meta)
+    assert (cfg.max_steps, cfg.n_embd, cfg.learning_rate, checkpoint["step"]) == (9, 16, TrainConfig.learning_rate, 6)
+    with pytest.raises(ValueError, match="has other tokens now"):
+        start_run(*parse(TrainConfig, resume), {**meta, "sha256": {}})
+    with pytest.raises(ValueError, match="tokenizer .* is not that of data set"):
+        start_run(*parse(TrainConfig, resume), {**meta, "tokenizer": {"name": "bytes"}, "vocab_size": 257})
+    assert (tmp_path / "a" / "ckpt.pt").read_bytes() == before
+
+
+def test_length_by_flops_or_by_steps(data_dir, tmp_path):
+    meta = load_meta(data_dir / "arithmetic")
+    flags = [*TINY_FLAGS, f"--data_dir={data_dir}", f"--out_dir={tmp_path}", "--train_flops=1e8"]
+    with pytest.raises(ValueError, match=r"max_steps \(command line\) and train_flops=1e\+08 both set the length"):
+        start_run(*parse(TrainConfig, flags), meta)
+    cfg, set_by = parse(TrainConfig, [flag for flag in flags if "max_steps" not in flag])
+    go(cfg, set_by)
+    n = MDMConfig(16, meta["vocab_size"], 2, 2, 16).table_params()
+    assert load_checkpoint(tmp_path)["step"] == int(1e8 / (6 * n * 8 * 16)) > 3
+
+
+def test_preset(data_dir, tmp_path):
+    meta = load_meta(data_dir / "arithmetic")
+    _, model, _ = start_run(*parse(TrainConfig, ["--preset=6M", "--block_size=32", f"--out_dir={tmp_path}"]), meta)
+    assert model.num_params() == 6_294_784 and model.config.block_size == 32 and model.config.vocab_size == meta["vocab_size"]
+    with pytest.raises(ValueError, match=r"preset=6M sets the sizes that n_layer \(command line\) set too"):
+        start_run(*parse(TrainConfig, ["--preset=6M", "--n_layer=3", f"--out_dir={tmp_path}"]), meta)
+
+
+def test_bad_data(data_dir, tmp_path):
+    folder = data_dir / "arithmetic"
+    meta = load_meta(folder)
+    tokens = np.fromfile(folder / "train.bin", np.uint16)
+    with pytest.raises(ValueError, match="is not prepared; run: python prepare_data.py shakespeare"):
+        load_meta(data_dir / "shakespeare")
+    with pytest.raises(ValueError, match="train.bin has .* tokens, fewer than block_size 100000; lower block_size"):
+        token_batches(str(folder), meta, TrainConfig(block_size=100_000))
+    tokens[:-1].tofile(folder / "train.bin")
+    with pytest.raises(ValueError, match="train.bin has .* bytes, meta.json says .*; prepare it again: python prepare_data.py arithmetic"):
+        load_meta(folder)
+    (tokens + 500).astype(np.uint16).tofile(folder / "train.bin")
+    with pytest.raises(ValueError, match=r"train.bin holds token \d+, meta.json has a vocabulary of"):
+        token_batches(str(folder), load_meta(folder), TrainConfig(block_size=16))("train", 0)
+
+
+def test_bad_checkpoints(data_dir, tmp_path):
+    with pytest.raises(ValueError, match="no checkpoint at .*ckpt.pt; train one"):
+        load_checkpoint(tmp_path)
+    (tmp_path / "ckpt.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
+        load_checkpoint(tmp_path)
+    torch.save({"weights": torch.zeros(3)}, tmp_path / "ckpt.pt")
+    with pytest.raises(ValueError, match="no checkpoint of train.py"):
+        load_checkpoint(tmp_path)
+    run(data_dir, tmp_path / "a", "--max_steps=0")
+    whole = (tmp_path / "a" / "ckpt.pt").read_bytes()
+    (tmp_path / "a" / "ckpt.pt").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match="cut off"):
+        load_checkpoint(tmp_path / "a")
+
+
+def test_bad_settings(data_dir, tmp_path):
+    for flag, message in {
+        "batch_size=6": r"batch_size 6 is not a multiple of micro_batch_size 4 x 1 processes = 4",
+        "n_embd=17": "n_embd 17 is not divisible by n_head 2",
+        "dtype=float8": "dtype is 'float8'",
+        "micro_batch_size=0": "micro_batch_size is 0; it must be above 0",
+        "warmup=2": "warmup 2.0 .* wanted 0 to 1",
+        "device=cuda": "no GPU that torch can use",
+        "preset=7B": "no preset '7B'",
+    }.items():
+        if flag == "device=cuda" and torch.cuda.is_available():
+            continue
+        flags = [f"--{flag}"]
+        with pytest.raises(ValueError, match=message):
+            if "preset" in flag:
+                start_run(*parse(TrainConfig, [*flags, f"--out_dir={tmp_path}"]), load_meta(data_dir / "arithmetic"))
+            else:
+                run(data_dir, tmp_path / "x", *flags)
+
+
+def test_a_loss_that_is_no_number_ends_the_run(data_dir, tmp_path):
+    with pytest.raises(ValueError, match="the loss is nan at step .*; lower learning_rate"):
+        run(data_dir, tmp_path, "--learning_rate=1e30", "--grad_clip=0", "--warmup=0")
+
+
+def test_a_failed_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    train_module.save_checkpoint(str(tmp_path / "ckpt.pt"), {"step": 1})
+
+    def full_disk(obj, file):
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    with pytest.raises(OSError):
+        train_module.save_checkpoint(str(tmp_path / "ckpt.pt"), {"step": 2})
+    assert torch.load(tmp_path / "ckpt.pt", weights_only=True) == {"step": 1}
+
+
+def test_float16_scales_the_loss(data_dir, tmp_path):
+    model = run(data_dir, tmp_path, "--dtype=float16")
+    assert load_checkpoint(tmp_path)["scaler"]["scale"] > 1
+    assert all(p.isfinite().all() for p in model.parameters())
