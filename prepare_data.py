@@ -475,19 +475,19 @@ NAMES = ["Tom", "Anna", "Ben", "Mia", "Sam", "Lily", "Max", "Zoe"]
 THINGS = ["apples", "books", "coins", "shells", "pens", "cards", "eggs", "stamps"]
 # A question, and its one or two equations: a, b, c are the numbers of the question, x is the first result.
 TEMPLATES = [
-    ("{name} has {a} {things} and buys {b} more. How many {things} does {name} have now?", "a+b"),
-    ("{name} has {a} {things} and gives {b} of them to {friend}. How many {things} are left?", "a-b"),
-    ("There are {a} boxes with {b} {things} in each. How many {things} are there in all?", "a*b"),
-    ("{name} shares {a} {things} equally among {b} friends. How many {things} does each friend get?", "a/b"),
-    ("{name} has {a} {things}, finds {b} more and loses {c}. How many {things} does {name} have now?", "a+b", "x-c"),
-    ("{name} buys {a} bags of {b} {things} and gives {c} {things} to {friend}. How many {things} are left?", "a*b", "x-c"),
-    ("{name} has {a} {things}. {friend} has {b} times as many. How many {things} do they have together?", "a*b", "a+x"),
-    ("{name} has {a} {things} and {friend} has {b}. They put them into {c} equal piles. How many are in each pile?", "a+b", "x/c"),
-    ("{name} has {a} {things}, sells {b} and puts the rest into {c} equal bags. How many are in each bag?", "a-b", "x/c"),
-    ("{name} had {a} {things} and lost {b}. {friend} has {c} times as many as that. How many has {friend}?", "a-b", "x*c"),
-    ("{name} puts {a} {things} into {b} equal boxes and adds {c} to every box. How many are in each box now?", "a/b", "x+c"),
-    ("{b} children share {a} {things} equally. {name} is one of them and eats {c}. How many has {name} left?", "a/b", "x-c"),
-]  # fmt: skip
+    ("{name} has {a} {things} and buys {b} more. How many now?", "a+b"),
+    ("{name} has {a} {things} and gives {b} to {friend}. How many are left?", "a-b"),
+    ("{name} has {a} boxes of {b} {things}. How many in all?", "a*b"),
+    ("{name} shares {a} {things} among {b} children. How many for each?", "a/b"),
+    ("{name} has {a} {things}, finds {b} and loses {c}. How many now?", "a+b", "x-c"),
+    ("{name} buys {a} bags of {b} {things} and loses {c}. How many are left?", "a*b", "x-c"),
+    ("{name} has {a} {things}. {friend} has {b} times as many. How many together?", "a*b", "a+x"),
+    ("{name} has {a} {things} and {friend} has {b}. They make {c} equal piles. How many in each?", "a+b", "x/c"),
+    ("{name} has {a} {things}, sells {b} and fills {c} equal bags. How many in each?", "a-b", "x/c"),
+    ("{name} has {a} {things} and loses {b}. {friend} has {c} times as many. How many is that?", "a-b", "x*c"),
+    ("{name} shares {a} {things} among {b} boxes and adds {c} to each. How many in each?", "a/b", "x+c"),
+    ("{name} shares {a} {things} among {b} plates and takes {c} from one. How many are left on it?", "a/b", "x-c"),
+]
 OPERATIONS = {
     "+": lambda p, q: p + q,
     "-": lambda p, q: p - q,
@@ -502,7 +502,7 @@ def make_problem(rng: random.Random) -> str:
     name, friend = rng.sample(NAMES, 2)
     things = rng.choice(THINGS)
     while True:  # draw numbers until every result is whole and small
-        numbers = {"a": rng.randint(2, 60), "b": rng.randint(2, 20), "c": rng.randint(2, 9)}
+        numbers = {"a": rng.randint(2, 20), "b": rng.randint(2, 9), "c": rng.randint(2, 9)}
         thoughts = []
         for left, operator, right in equations:
             p, q = numbers[left], numbers[right]
@@ -512,7 +512,9 @@ def make_problem(rng: random.Random) -> str:
             numbers["x"] = int(result)
             thoughts.append(f"<<{p}{operator}{q}={numbers['x']}>>")
         else:
-            return f"{question.format(name=name, friend=friend, things=things, **numbers)}||{' '.join(thoughts)} #### {numbers['x']}"
+            return (
+                f"{question.format(name=name, friend=friend, things=things, **numbers)}||{' '.join(thoughts)} #### {numbers['x']}"
+            )
 
 
 def write_arithmetic(folder, num_problems, seed):

@@ -224,11 +224,11 @@ def evaluate(cfg, net, get_batch, device, rank=0, world_size=1):
 
 def save_checkpoint(path, checkpoint):
     """Under a temporary name first, so that a crash or a full disk never costs the checkpoint that was there."""
-    with open(path + ".tmp", "wb") as file:
+    with open(f"{path}.tmp", "wb") as file:
         torch.save(checkpoint, file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(path + ".tmp", path)
+    os.replace(f"{path}.tmp", path)
 
 
 class Reporter:
@@ -452,7 +452,9 @@ def start_run(cfg: TrainConfig, set_by: dict, meta: dict):
     checkpoint = load_checkpoint(own if cfg.init_from == "resume" else cfg.init_from)
     if checkpoint["meta"] and checkpoint["meta"]["tokenizer"] != meta["tokenizer"]:
         there, here = (f"{m['tokenizer']['name']} of {m['vocab_size']:,} tokens" for m in (checkpoint["meta"], meta))
-        raise ValueError(f"the checkpoint's tokenizer ({there}) is not that of data set {cfg.dataset} ({here}); prepare the data anew")
+        raise ValueError(
+            f"the checkpoint's tokenizer ({there}) is not that of data set {cfg.dataset} ({here}); prepare the data anew"
+        )
     if cfg.init_from == "resume":
         saved = checkpoint["run_config"]
         clash = [
@@ -473,7 +475,9 @@ def start_run(cfg: TrainConfig, set_by: dict, meta: dict):
     architecture = checkpoint["model_config"]
     for key in MODEL_KEYS:
         if key != "block_size" and key in set_by and getattr(cfg, key) != architecture[key]:
-            raise ValueError(f"{key}={getattr(cfg, key)!r} ({set_by[key]}), but {cfg.init_from} has {architecture[key]!r}; leave it out")
+            raise ValueError(
+                f"{key}={getattr(cfg, key)!r} ({set_by[key]}), but {cfg.init_from} has {architecture[key]!r}; leave it out"
+            )
     if "preset" in set_by:
         raise ValueError(f"preset={cfg.preset} ({set_by['preset']}): the sizes come from {cfg.init_from}; leave it out")
     block_size = cfg.block_size if "block_size" in set_by else architecture["block_size"]
@@ -484,7 +488,9 @@ def start_run(cfg: TrainConfig, set_by: dict, meta: dict):
 
 def check_length(cfg: TrainConfig, set_by: dict):
     if cfg.train_flops is not None and "max_steps" in set_by:
-        raise ValueError(f"max_steps ({set_by['max_steps']}) and train_flops={cfg.train_flops:.3g} both set the length; add --train_flops=None")
+        raise ValueError(
+            f"max_steps ({set_by['max_steps']}) and train_flops={cfg.train_flops:.3g} both set the length; add --train_flops=None"
+        )
 
 
 def model_config(cfg: TrainConfig, set_by: dict, meta: dict) -> MDMConfig:

@@ -1,6 +1,6 @@
 """Our model with the authors' weights against the outputs of their code. Skipped where the golden folder is absent.
 
-    python -m pytest tests/test_golden.py
+python -m pytest tests/test_golden.py
 """
 
 import json

@@ -154,7 +154,9 @@ def test_schedule():
 
 def test_weight_decay_is_on_every_tensor(data_dir, tmp_path):
     """With zero gradients AdamW only shrinks: by lr * wd a step, norms, embeddings and the sink included."""
-    cfg, set_by = parse(TrainConfig, [*TINY_FLAGS, f"--data_dir={data_dir}", f"--out_dir={tmp_path}", "--max_steps=1", "--warmup=0"])
+    cfg, set_by = parse(
+        TrainConfig, [*TINY_FLAGS, f"--data_dir={data_dir}", f"--out_dir={tmp_path}", "--max_steps=1", "--warmup=0"]
+    )
     meta = load_meta(data_dir / "arithmetic")
     cfg, model, _ = start_run(cfg, set_by, meta)
     before = {name: p.clone() for name, p in model.named_parameters()}
@@ -319,7 +321,9 @@ def test_bad_data(data_dir, tmp_path):
     with pytest.raises(ValueError, match="train.bin has .* tokens, fewer than block_size 100000; lower block_size"):
         token_batches(str(folder), meta, TrainConfig(block_size=100_000))
     tokens[:-1].tofile(folder / "train.bin")
-    with pytest.raises(ValueError, match="train.bin has .* bytes, meta.json says .*; prepare it again: python prepare_data.py arithmetic"):
+    with pytest.raises(
+        ValueError, match="train.bin has .* bytes, meta.json says .*; prepare it again: python prepare_data.py arithmetic"
+    ):
         load_meta(folder)
     (tokens + 500).astype(np.uint16).tofile(folder / "train.bin")
     with pytest.raises(ValueError, match=r"train.bin holds token \d+, meta.json has a vocabulary of"):

@@ -1,0 +1,140 @@
+"""sample.py: prompts, gaps, what it prints.
+
+python -m pytest tests/test_sample.py
+"""
+
+import base64
+import io
+import re
+import sys
+
+import pytest
+import torch
+from conftest import make_model
+
+import sample
+from prepare_data import load_tokenizer
+from sample import SampleConfig, Show, encode_prompt, start_of_text
+from train import save_checkpoint
+
+MASK = 257  # mask_id of a model with the byte vocabulary
+
+
+@pytest.fixture
+def tokenizer():
+    return load_tokenizer({"name": "bytes", "pattern": r"[\s\S]", "vocab_size": 257})
+
+
+@pytest.fixture
+def out_dir(tmp_path):
+    """A checkpoint of an untrained model over bytes, of a corpus of many documents."""
+    model = make_model(vocab_size=257, block_size=32)
+    meta = {"tokenizer": {"name": "bytes", "pattern": r"[\s\S]", "vocab_size": 257}, "eot_id": 256, "documents": 9}
+    checkpoint = {"model": model.state_dict(), "model_config": vars(model.config), "meta": meta, "step": 0}
+    save_checkpoint(tmp_path / "ckpt.pt", checkpoint)
+    return tmp_path
+
+
+def call(monkeypatch, capsys, out_dir, *flags):
+    monkeypatch.setattr(sys, "argv", ["sample.py", f"--out_dir={out_dir}", "--device=cpu", *flags])
+    sample.main()
+    return capsys.readouterr()
+
+
+def test_prompts_and_gaps(tokenizer):
+    assert encode_prompt("ab", tokenizer, MASK) == ([97, 98], False)
+    assert encode_prompt("[MASK:3]a[MASK]b[MASK:1]", tokenizer, MASK) == ([MASK] * 3 + [97, MASK, 98, MASK], True)
+    assert encode_prompt("a<|endoftext|>b", tokenizer, MASK) == ([97, 256, 98], False)
+    assert encode_prompt("", tokenizer, MASK) == ([], False)
+    assert encode_prompt("[MASK:x]", tokenizer, MASK) == ([ord(c) for c in "[MASK:x]"], False)
+
+
+def test_start_of_text(tokenizer):
+    config = make_model(vocab_size=257, block_size=8).config
+    many, one = {"eot_id": 256, "documents": 2}, {"eot_id": 256, "documents": 1}
+    start, opening = start_of_text(SampleConfig(prompt="ab"), many, tokenizer, config)
+    assert start.tolist() == [[256, 97, 98] + [MASK] * 5] and opening == 1
+    start, opening = start_of_text(SampleConfig(prompt="ab", length=4), one, tokenizer, config)
+    assert start.tolist() == [[97, 98, MASK, MASK]] and opening == 0
+    start, _ = start_of_text(SampleConfig(prompt="a[MASK:2]b"), one, tokenizer, config)
+    assert start.tolist() == [[97, MASK, MASK, 98]]
+    for options, message in {
+        "prompt=abcdefghi": r"prompt and gaps \(9 tokens\) exceed block_size 8",
+        "prompt=a[MASK:8]": r"prompt and gaps \(9 tokens\) exceed block_size 8",
+        "prompt=abcdefgh": "leaves nothing to write in a length of 8",
+        "prompt=a[MASK:0]": "its gaps have no tokens",
+        "length=9": "length 9 exceed block_size 8",
+    }.items():
+        key, value = options.split("=")
+        cfg = SampleConfig(**{key: int(value) if key == "length" else value})
+        with pytest.raises(ValueError, match=message):
+            start_of_text(cfg, one, tokenizer, config)
+
+
+def test_output(monkeypatch, capsys, out_dir):
+    printed = call(monkeypatch, capsys, out_dir, "--prompt=Tom has ", "--num_samples=4", "--length=20", "--steps=5")
+    samples = printed.out.split("---\n")
+    assert len(samples) == 4 and all(s.startswith("Tom has ") and "<|endoftext|>" not in s for s in samples)
+    assert re.fullmatch(r"44 tokens in [\d.]+ s, [\d,]+ tokens/s, 5 forward passes of 4 rows\n", printed.err)
+
+
+def test_infilling_keeps_what_is_given(monkeypatch, capsys, out_dir):
+    out = call(monkeypatch, capsys, out_dir, "--prompt=Tom [MASK:3] and [MASK].", "--num_samples=1").out
+    assert re.fullmatch(r"Tom (.|\n)+ and (.|\n)+\.\n", out)
+
+
+@pytest.mark.parametrize(
+    "flag", ["steps=3", "temperature=0", "remasking=confidence", "cfg_scale=3", "seed=1", "length=9", "prompt=x", "num_samples=2"]
+)
+def test_every_option_changes_the_text(monkeypatch, capsys, out_dir, flag):
+    base = ["--prompt=ab", "--num_samples=1", "--length=30", "--steps=10", "--temperature=0.9"]
+    plain = call(monkeypatch, capsys, out_dir, *base).out
+    assert plain == call(monkeypatch, capsys, out_dir, *base).out
+    assert plain != call(monkeypatch, capsys, out_dir, *base, f"--{flag}").out
+
+
+def test_best_checkpoint(monkeypatch, capsys, out_dir):
+    with pytest.raises(ValueError, match="no checkpoint at .*best.pt"):
+        call(monkeypatch, capsys, out_dir, "--checkpoint=best.pt")
+    (out_dir / "ckpt.pt").rename(out_dir / "best.pt")
+    assert call(monkeypatch, capsys, out_dir, "--checkpoint=best.pt").out
+
+
+def test_show_where_the_output_is_no_terminal(monkeypatch, capsys, out_dir):
+    out = call(monkeypatch, capsys, out_dir, "--prompt=ab", "--length=8", "--steps=5", "--num_samples=1", "--show=True").out
+    lines = out.splitlines()
+    assert lines[0].startswith("step   1  ab") and "\033" not in out
+    hidden = [line.count("_") for line in lines[:5]]
+    assert hidden == sorted(hidden, reverse=True) and hidden[-1] == 0
+
+
+def test_show_in_a_terminal(monkeypatch, tokenizer):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    monkeypatch.setenv("COLUMNS", "4")
+    start = torch.tensor([[97, MASK, MASK, MASK, 98, 99]])
+    show = Show(start, tokenizer, MASK, opening=0)
+    one = torch.tensor([[97, MASK, 120, MASK, 98, 99]])
+    show(one)
+    show(torch.tensor([[97, MASK, 120, 121, 98, 99]]))
+    first, second = sys.stdout.getvalue().split("\033[3A\033[J")  # the three lines of the first step are drawn over
+    dim, bright, end = "\033[2m", "\033[1;32m", "\033[0m"
+    assert first == f"step 1\na{dim}_{end}{bright}x{end}{dim}_{end}\nbc\n"
+    assert second == f"step 2\na{dim}_{end}x{bright}y{end}\nbc\n"  # x is no longer new
+
+
+def test_the_tokenizer_comes_from_the_checkpoint(monkeypatch, capsys, out_dir):
+    """With the same ids under other names, the same model writes the same tokens as other text."""
+    checkpoint = torch.load(out_dir / "ckpt.pt", weights_only=True)
+    shifted = [base64.b64encode(bytes([(byte + 1) % 256])).decode() for byte in range(256)]
+    checkpoint["meta"]["tokenizer"] = {"name": "bpe", "pattern": r"[\s\S]", "vocab_size": 257, "ranks": shifted}
+    flags = ["--temperature=0", "--num_samples=1", "--length=9", "--steps=8"]
+    plain = call(monkeypatch, capsys, out_dir, "--prompt=abc", *flags).out
+    save_checkpoint(out_dir / "ckpt.pt", checkpoint)
+    other = call(monkeypatch, capsys, out_dir, "--prompt=bcd", *flags).out
+    assert other[:3] == "bcd" and other != plain
+    readable = [(p, o) for p, o in zip(plain[:-1], other[:-1]) if p.isascii() and o.isascii() and p != "\x7f"]
+    assert len(readable) > 3 and all(ord(o) == ord(p) + 1 for p, o in readable)
