@@ -89,6 +89,7 @@ class Show:
                     lines.append("")
                     width = 0
                 if character != "\n":
+                    character = character if character.isprintable() else "�"  # a tab would upset the count of columns
                     lines[-1] += f"{style}{character}\033[0m" if self.is_terminal and style else character
                     width += 1
         self.before = x[0]
