@@ -104,12 +104,9 @@ def help_text(config_class, positional=None):
 
 
 def describe(cfg, set_by):
-    """One line for each key that differs from its default: value, default, where it was set."""
-    lines = []
-    for field in dataclasses.fields(cfg):
-        value = getattr(cfg, field.name)
-        if value != field.default:
-            lines.append(f"  {field.name} = {value!r}  (default {field.default!r}, set by {set_by.get(field.name, 'checkpoint')})")
+    """One line for each key that was set to something else than its default: value, default, where it was set."""
+    changed = [field for field in dataclasses.fields(cfg) if field.name in set_by and getattr(cfg, field.name) != field.default]
+    lines = [f"  {f.name} = {getattr(cfg, f.name)!r}  (default {f.default!r}, set by {set_by[f.name]})" for f in changed]
     return "\n".join(["settings that differ from the defaults:", *lines]) if lines else "settings: all defaults"
 
 

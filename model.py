@@ -35,7 +35,7 @@ masked = is hidden, maskable = may be hidden; B batch, T content tokens, S = T +
 import math
 import os
 import pickle
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 import torch.nn as nn

@@ -17,6 +17,7 @@ import heapq
 import io
 import json
 import lzma
+import operator
 import os
 import random
 import shutil
@@ -44,7 +45,7 @@ class PrepareConfig:
     val_source: str | None = None  # the same for validation; None: the public one, or the last val_fraction of source
     val_fraction: float | None = None  # share of the tokens held out from the end; None: as the data set says
     tokenizer: str | None = None  # gpt2, bytes, or bpe (trained on the corpus); None: as the data set says
-    vocab_size: int = 4096  # of a bpe tokenizer, end-of-text included (arithmetic: 512)
+    vocab_size: int | None = None  # of a bpe tokenizer, end-of-text included; None: 4096 (arithmetic: 512)
     split_digits: bool | None = None  # every digit its own token; None: for arithmetic and gsm8k
     max_tokens: int | None = None  # stop after so many training tokens
     data_dir: str = "data"  # the files go to data_dir/name
@@ -57,7 +58,7 @@ class Corpus:
     source: str | None
     val_source: str | None = None
     val_fraction: float = 0.01
-    documents: str = "marked"  # 'marked' by <|endoftext|>, wikitext 'articles', 'lines', or word 'problems'
+    documents: str = "marked"  # 'marked' by <|endoftext|>, wikitext 'articles', or 'problems', one a line
     tokenizer: str = "gpt2"
 
 
@@ -104,23 +105,16 @@ def load_tokenizer(spec: dict) -> tiktoken.Encoding:
 
 
 def make_tokenizer(name: str, split_digits: bool, vocab_size: int, texts) -> dict:
-    """A tokenizer dict. texts, read only for bpe, is what it is trained on."""
-    pattern = DIGIT_PATTERN if split_digits else PATTERN
-    if name == "gpt2":
-        return {"name": name, "pattern": pattern, "vocab_size": 50257}
-    if name == "bytes":
-        return {"name": name, "pattern": pattern, "vocab_size": 257}
-    if name != "bpe":
+    """A tokenizer dict. vocab_size and texts, what it is trained on, count only for bpe."""
+    if name not in ("gpt2", "bytes", "bpe"):
         raise ValueError(f"unknown tokenizer {name!r}; there are gpt2, bytes and bpe")
+    spec = {"name": name, "pattern": DIGIT_PATTERN if split_digits else PATTERN}
+    if name != "bpe":
+        return {**spec, "vocab_size": 50257 if name == "gpt2" else 257}
     if vocab_size < 258:
         raise ValueError(f"vocab_size is {vocab_size}; bpe needs at least 258: 256 bytes, one merge, end-of-text")
-    ranks = train_bpe(texts, pattern, vocab_size - 1)
-    return {
-        "name": name,
-        "pattern": pattern,
-        "vocab_size": len(ranks) + 1,
-        "ranks": [base64.b64encode(token).decode() for token in ranks],
-    }
+    ranks = train_bpe(texts, spec["pattern"], vocab_size - 1)
+    return {**spec, "vocab_size": len(ranks) + 1, "ranks": [base64.b64encode(token).decode() for token in ranks]}
 
 
 def train_bpe(texts, pattern: str, n_tokens: int, max_chars: int = 50_000_000) -> dict[bytes, int]:
@@ -186,17 +180,12 @@ class Source:
         if address.startswith("hub:"):
             return
         path = download(address, download_dir) if "://" in address else address
-        if os.path.isdir(path):
-            found = sorted(os.path.join(folder, file) for folder, _, files in os.walk(path) for file in files)
-            self.paths = [p for p in found if file_kind(p) is not None]
-            if not self.paths:
-                raise ValueError(f"folder {path} holds no .txt or .jsonl file (also .gz, .xz)")
-        elif not os.path.exists(path):
+        if not os.path.exists(path):
             raise ValueError(f"source {path} not found")
-        elif file_kind(path) is None:
-            raise ValueError(f"{path}: wanted a .txt or .jsonl file, or one of these as .gz or .xz")
-        else:
-            self.paths = [path]
+        files = [os.path.join(folder, file) for folder, _, names in os.walk(path) for file in names] or [path]
+        self.paths = sorted(file for file in files if file_kind(file) is not None)
+        if not self.paths:
+            raise ValueError(f"{path}: wanted .txt or .jsonl files (also as .gz or .xz), a folder or one of them")
         self.bytes_total = sum(os.path.getsize(p) for p in self.paths)
 
     def __iter__(self):
@@ -210,9 +199,11 @@ class Source:
         base = self.bytes_read
         opener = {".gz": gzip.open, ".xz": lzma.open}.get(os.path.splitext(path)[1], lambda raw: raw)
         with open(path, "rb") as raw:
+            if raw.peek(40).startswith(b"version https://git-lfs"):
+                raise ValueError(f"{path} is a Git LFS pointer of a few lines, not the file itself; fetch it with git lfs pull")
             lines = io.TextIOWrapper(opener(raw), encoding="utf-8", newline="\n")
             try:
-                for piece in self.split(bounded_lines(lines), path):
+                for piece in self.split(lines, path):
                     self.bytes_read = base + raw.tell()
                     yield piece
             except (UnicodeDecodeError, EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
@@ -224,14 +215,13 @@ class Source:
             for number, line in enumerate(lines, 1):
                 yield json_text(line, path, number), True
         elif self.documents == "problems":
-            for line in lines:
-                line = line.strip()
+            for line in map(str.strip, lines):
                 if is_problem(line):
                     yield line, True
                 else:
                     self.malformed += 1
         else:
-            yield from self.split_text(lines)
+            yield from self.split_text(iter(lambda: lines.readline(CHARS_AT_ONCE), ""))  # a longer line comes in parts
 
     def split_text(self, lines):
         text, size = [], 0
@@ -252,16 +242,6 @@ class Source:
             text.append(rest)
             size += len(rest)
         yield "".join(text), True
-
-
-def bounded_lines(lines):
-    """Lines of a text file, longer ones in parts, so that a file without line ends does not have to fit into memory."""
-    line = lines.readline(CHARS_AT_ONCE)
-    if line.startswith("version https://git-lfs.github.com/spec/"):
-        raise ValueError("the source is a Git LFS pointer of a few lines, not the file itself; fetch it with git lfs pull")
-    while line:
-        yield line
-        line = lines.readline(CHARS_AT_ONCE)
 
 
 def file_kind(path):
@@ -420,7 +400,7 @@ def prepare(cfg: PrepareConfig) -> dict:
     val_source = Source(val_address, corpus.documents, download_dir) if val_address else None
 
     split_digits = corpus.documents == "problems" if cfg.split_digits is None else cfg.split_digits
-    vocab_size = 512 if cfg.name == "arithmetic" and cfg.vocab_size == PrepareConfig.vocab_size else cfg.vocab_size
+    vocab_size = cfg.vocab_size or (512 if cfg.name == "arithmetic" else 4096)
     spec = make_tokenizer(cfg.tokenizer or corpus.tokenizer, split_digits, vocab_size, (text for text, _ in source))
     tokenizer = load_tokenizer(spec)
     dtype = np.dtype("uint16" if spec["vocab_size"] <= 1 << 16 else "uint32")
@@ -488,12 +468,7 @@ TEMPLATES = [
     ("{name} shares {a} {things} among {b} boxes and adds {c} to each. How many in each?", "a/b", "x+c"),
     ("{name} shares {a} {things} among {b} plates and takes {c} from one. How many are left on it?", "a/b", "x-c"),
 ]
-OPERATIONS = {
-    "+": lambda p, q: p + q,
-    "-": lambda p, q: p - q,
-    "*": lambda p, q: p * q,
-    "/": lambda p, q: p / q,
-}
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 
 
 def make_problem(rng: random.Random) -> str:
@@ -504,13 +479,13 @@ def make_problem(rng: random.Random) -> str:
     while True:  # draw numbers until every result is whole and small
         numbers = {"a": rng.randint(2, 20), "b": rng.randint(2, 9), "c": rng.randint(2, 9)}
         thoughts = []
-        for left, operator, right in equations:
+        for left, sign, right in equations:
             p, q = numbers[left], numbers[right]
-            result = OPERATIONS[operator](p, q)
+            result = OPERATIONS[sign](p, q)
             if result != int(result) or not 1 <= result <= 99:
                 break
             numbers["x"] = int(result)
-            thoughts.append(f"<<{p}{operator}{q}={numbers['x']}>>")
+            thoughts.append(f"<<{p}{sign}{q}={numbers['x']}>>")
         else:
             return (
                 f"{question.format(name=name, friend=friend, things=things, **numbers)}||{' '.join(thoughts)} #### {numbers['x']}"
@@ -524,8 +499,7 @@ def write_arithmetic(folder, num_problems, seed):
     rng = random.Random(seed)
     problems = {}  # a dict keeps the order, and a question only once
     while len(problems) < num_problems + 2000:
-        line = make_problem(rng)
-        problems[line] = None
+        problems[make_problem(rng)] = None
     lines = list(problems)
     os.makedirs(folder, exist_ok=True)
     for split, part in {"train": lines[:-2000], "valid": lines[-2000:-1000], "test": lines[-1000:]}.items():
@@ -543,10 +517,8 @@ def main():
     meta = prepare(cfg)
     n_train, n_val = meta["tokens"]["train"], meta["tokens"]["val"]
     seconds = time.time() - start
-    print(
-        f"{os.path.join(cfg.data_dir, cfg.name)}: {n_train:,} training and {n_val:,} validation tokens, {meta['tokenizer']['name']} "
-        f"vocabulary of {meta['vocab_size']:,}, {seconds:.1f} s, {(n_train + n_val) / seconds:,.0f} tokens/s"
-    )
+    what = f"{n_train:,} training and {n_val:,} validation tokens, {meta['tokenizer']['name']} vocabulary of {meta['vocab_size']:,}"
+    print(f"{os.path.join(cfg.data_dir, cfg.name)}: {what}, {seconds:.1f} s, {(n_train + n_val) / seconds:,.0f} tokens/s")
 
 
 if __name__ == "__main__":

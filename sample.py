@@ -32,8 +32,8 @@ class SampleConfig:
     num_samples: int = 3  # texts, all in one batch
     length: int | None = None  # tokens of a text without gaps, prompt included; None: block_size
     steps: int = 64  # denoising steps; more are slower and better, up to one per token
-    temperature: float = 1.0  # 0: always the likeliest token; 1: the model's own distribution
-    remasking: str = "random"  # random: the exact reverse process; confidence: keep the surest tokens first
+    temperature: float = 0.7  # 0: always the likeliest token; 1: the model's own distribution
+    remasking: str = "confidence"  # confidence: keep the surest tokens first; random: the exact reverse process
     cfg_scale: float = 0.0  # classifier-free guidance towards the prompt; 0 = off, else twice the work
     show: bool = False  # redraw the first text at every step: hidden places dim, new tokens bright
     seed: int = 0  # of the random draws

@@ -35,14 +35,14 @@ class TrainConfig:
     # run
     dataset: str = "arithmetic"  # trains on data_dir/dataset, made by prepare_data.py
     data_dir: str = "data"  # where the data sets are
-    out_dir: str = "out/arithmetic"  # checkpoints and log.jsonl go here
+    out_dir: str | None = None  # checkpoints and log.jsonl go here; None: out/dataset
     init_from: str = "scratch"  # scratch, resume (out_dir/ckpt.pt), or a checkpoint to take the weights from
     seed: int = 0  # of weights, batches and masks
     # model
     preset: str | None = None  # a size of model.py's table, such as 34M, instead of the four keys that follow
     n_layer: int = 4  # transformer blocks
     n_head: int = 4  # attention heads
-    n_embd: int = 128  # width of the residual stream
+    n_embd: int = 96  # width of the residual stream
     mlp_hidden: int | None = None  # hidden width of the MLP; None: 4 * n_embd
     block_size: int = 64  # tokens of a sequence, sinks not counted
     n_sink: int = 1  # sink tokens: 0 = vanilla MDM, 1 = the paper's, 2 and 4 its ablation
@@ -51,9 +51,9 @@ class TrainConfig:
     gated_attention: bool = False  # the gated-attention baseline
     sink_attention: str = "mask"  # how the sink's row is computed
     # batch and length
-    batch_size: int = 64  # sequences per optimizer step, over all processes
-    micro_batch_size: int = 64  # sequences per process and forward pass; the rest is gradient accumulation
-    max_steps: int = 2000  # optimizer steps
+    batch_size: int = 16  # sequences per optimizer step, over all processes
+    micro_batch_size: int = 16  # sequences per process and forward pass; the rest is gradient accumulation
+    max_steps: int = 4000  # optimizer steps
     train_flops: float | None = None  # instead of max_steps: train until C = 6 N D, as the authors' --flops
     # loss
     stratified_t: bool = False  # spread the noise levels of a micro-batch evenly (the authors draw them independently)
@@ -69,7 +69,7 @@ class TrainConfig:
     # validation and logging
     eval_interval: int = 500  # steps between validations, each of which also saves a checkpoint
     eval_seqs: int = 512  # validation sequences, with fixed masks
-    log_interval: int = 50  # steps between log lines, each the mean over these steps
+    log_interval: int = 100  # steps between log lines, each the mean over these steps
     wandb: str | None = None  # project name: also log to Weights & Biases
     # machine
     device: str = "auto"  # auto: cuda, else mps, else cpu
@@ -77,6 +77,7 @@ class TrainConfig:
     compile: bool = False  # torch.compile: a minute at the start, faster steps on a GPU
 
     def __post_init__(self):
+        self.out_dir = self.out_dir or f"out/{self.dataset}"
         positive = "block_size batch_size micro_batch_size eval_interval eval_seqs log_interval learning_rate"
         for name in positive.split():
             if getattr(self, name) <= 0:
@@ -162,7 +163,7 @@ def setup_distributed(device: str = "auto"):
 
 def autocast(device, dtype: str):
     if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "float32"
+        dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
     return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
 
 
@@ -224,11 +225,16 @@ def evaluate(cfg, net, get_batch, device, rank=0, world_size=1):
 
 def save_checkpoint(path, checkpoint):
     """Under a temporary name first, so that a crash or a full disk never costs the checkpoint that was there."""
-    with open(f"{path}.tmp", "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
+    try:
+        with open(f"{path}.tmp", "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.tmp", path)
+    except (OSError, RuntimeError) as error:  # in torch.save a full disk ends as a RuntimeError
+        if os.path.exists(f"{path}.tmp"):
+            os.remove(f"{path}.tmp")
+        raise ValueError(f"cannot save {path} ({error.__context__ or error}); make room, then --init_from=resume") from error
 
 
 class Reporter:
@@ -327,10 +333,10 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
     report = None
     if rank == 0:
         report = Reporter(cfg, start, max_steps)
+        sizes = f"{model.num_params(non_embedding=False):,} parameters ({model.num_params():,} non-embedding)"
+        batch = f"{grad_accum} x {world_size} x {cfg.micro_batch_size} sequences of {cfg.block_size} tokens"
         report.say(
-            f"{model.num_params(non_embedding=False):,} parameters ({model.num_params():,} non-embedding) on {world_size} x {device}; "
-            f"a step is {grad_accum} x {world_size} x {cfg.micro_batch_size} sequences of {cfg.block_size} tokens; {max_steps:,} steps = "
-            f"{max_steps * step_tokens:,} tokens"
+            f"{sizes} on {world_size} x {device}; a step is {batch}; {max_steps:,} steps = {max_steps * step_tokens:,} tokens"
         )
 
     def save(name, step):
@@ -440,7 +446,8 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
 
 
 def start_run(cfg: TrainConfig, set_by: dict, meta: dict):
-    """(cfg, model, checkpoint to resume or None) as init_from says. Raises ValueError where settings contradict what is there."""
+    """(cfg, model, checkpoint to resume or None) as init_from says; set_by learns which settings come from a checkpoint.
+    Raises ValueError where settings contradict what is there."""
     own = os.path.join(cfg.out_dir, "ckpt.pt")
     if cfg.init_from != "resume" and os.path.exists(own):
         raise ValueError(f"{own} exists; go on with --init_from=resume, or choose another --out_dir")
@@ -469,6 +476,7 @@ def start_run(cfg: TrainConfig, set_by: dict, meta: dict):
         kept = {key: getattr(cfg, key) for key in RESUME_KEYS if key in set_by or key in ("out_dir", "init_from")}
         cfg = type(cfg)(**{**saved, **kept})
         check_length(cfg, set_by)
+        set_by |= {key: own for key in saved if key not in kept}
         return cfg, MDM.from_checkpoint(checkpoint), checkpoint
 
     # weights only: the architecture is the checkpoint's; the length of a sequence has no weights and may be chosen anew
@@ -483,6 +491,7 @@ def start_run(cfg: TrainConfig, set_by: dict, meta: dict):
     block_size = cfg.block_size if "block_size" in set_by else architecture["block_size"]
     checkpoint["model_config"] = {**architecture, "block_size": block_size}
     cfg = dataclasses.replace(cfg, preset=None, **{key: checkpoint["model_config"][key] for key in MODEL_KEYS})
+    set_by |= {key: cfg.init_from for key in MODEL_KEYS if key not in set_by}
     return cfg, MDM.from_checkpoint(checkpoint), None
 
 

@@ -86,7 +86,8 @@ def test_errors(arg, message):
 def test_files(tmp_path):
     file = tmp_path / "x.py"
     file.write_text(
-        "import math\nfrom os import path\n_half = 0.5\ndef twice(x): return 2 * x\nlearning_rate = twice(_half)\nsteps = 1e2\nname = 'f'\n"
+        "import math\nfrom os import path\n_half = 0.5\ndef twice(x): return 2 * x\n"
+        "learning_rate = twice(_half)\nsteps = 1e2\nname = 'f'\n"
     )
     cfg, set_by = parse("--steps=5", str(file), "--name=flag")
     assert (cfg.learning_rate, cfg.steps, cfg.name) == (1.0, 100, "flag")  # the later one wins, both ways

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 
-from model import PRESETS, MDM, MDMConfig, generate, guided_logits, sample_tokens, surest, tokens_for_flops, weighted_nll
+from model import MDM, PRESETS, MDMConfig, generate, guided_logits, sample_tokens, surest, tokens_for_flops, weighted_nll
 from train import get_lr
 
 GOLDEN = os.environ.get("GOLDEN_DIR", ROOT.parent / "shared" / "golden")

@@ -278,6 +278,12 @@ def test_bad_sources(tmp_path, content, options, message):
     assert not list(tmp_path.glob("data/*/*"))
 
 
+def test_a_json_line_may_be_long(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_data, "CHARS_AT_ONCE", 100)
+    (tmp_path / "a.jsonl").write_text((json.dumps({"text": "long " * 1000}) + "\n") * 3)
+    assert prepared(tmp_path, source=str(tmp_path / "a.jsonl"))[0]["documents"] == 3
+
+
 def test_bad_json(tmp_path):
     for line, message in {"{": "line 2: no JSON", '{"a": 1}': "wanted an object with a 'text' field, got a"}.items():
         (tmp_path / "a.jsonl").write_text('{"text": "x"}\n' + line + "\n")

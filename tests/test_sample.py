@@ -84,7 +84,7 @@ def test_infilling_keeps_what_is_given(monkeypatch, capsys, out_dir):
 
 
 @pytest.mark.parametrize(
-    "flag", ["steps=3", "temperature=0", "remasking=confidence", "cfg_scale=3", "seed=1", "length=9", "prompt=x", "num_samples=2"]
+    "flag", ["steps=3", "temperature=0", "remasking=random", "cfg_scale=3", "seed=1", "length=9", "prompt=x", "num_samples=2"]
 )
 def test_every_option_changes_the_text(monkeypatch, capsys, out_dir, flag):
     base = ["--prompt=ab", "--num_samples=1", "--length=30", "--steps=10", "--temperature=0.9"]
