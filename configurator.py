@@ -38,7 +38,11 @@ def parse(config_class, argv=None, positional=None):
         elif arg.endswith(".py"):
             if not os.path.exists(arg):
                 raise ValueError(f"config file {arg} not found")
-            for key, value in runpy.run_path(arg).items():
+            try:
+                settings = runpy.run_path(arg)
+            except Exception as error:  # whatever a Python file can do wrong
+                raise ValueError(f"config file {arg}: {type(error).__name__}: {error}") from error
+            for key, value in settings.items():
                 if key.startswith("_") or callable(value) or isinstance(value, types.ModuleType):
                     continue
                 check_key(config_class, key, arg)

@@ -285,8 +285,8 @@ class MDM(nn.Module):
 
 
 def load_checkpoint(path) -> dict:
-    """A checkpoint as train.py writes it: model (weights), optimizer, model_config, run_config, meta (of the data set, with
-    its tokenizer), step, best_val_loss. A folder stands for its ckpt.pt. Raises ValueError where that is not what is there."""
+    """A checkpoint as train.py writes it: model (weights), optimizer, scaler, model_config, run_config, step, best_val_loss and
+    meta (the data set's, with its tokenizer). A folder stands for its ckpt.pt. Raises ValueError if that is not what is there."""
     if os.path.isdir(path):
         path = os.path.join(path, "ckpt.pt")
     if not os.path.exists(path):
@@ -359,19 +359,22 @@ def guided_logits(model, x, given, cfg_scale):
     return unconditional + (1 + cfg_scale) * (logits - unconditional)
 
 
-def sample_tokens(logits, temperature, uniform=None):
-    """A token for each row of logits (N, V) and its probability (N,). Gumbel-max in float64: the argmax of
+def sample_tokens(logits, temperature, generator=None):
+    """A token for each row of logits (N, V) and the model's probability of it, both (N,). Gumbel-max in float64: the argmax of
     logits + temperature * Gumbel noise is a draw from softmax(logits / temperature), and temperature 0 is the argmax."""
-    logits = logits.double()
-    noisy = logits if temperature == 0.0 else logits - temperature * torch.log(-torch.log(uniform))
+    logits = noisy = logits.double()
+    if temperature > 0.0:
+        uniform = torch.rand(logits.shape, generator=generator, dtype=torch.float64, device=logits.device)
+        noisy = logits - temperature * torch.log(-torch.log(uniform))
     tokens = noisy.argmax(dim=-1)
     return tokens, logits.softmax(dim=-1).gather(-1, tokens[:, None])[:, 0]
 
 
 def surest(confidence, k):
-    """The k[r] most confident places of each row r. confidence (B, T), k (B,) -> bool (B, T). Ties go to the left."""
-    order = confidence.argsort(dim=1, descending=True, stable=True)
-    return order.argsort(dim=1) < k[:, None]
+    """Which are the k most confident of N places? (N,) -> bool (N,). Ties go to the left."""
+    chosen = torch.zeros_like(confidence, dtype=torch.bool)
+    chosen[confidence.argsort(descending=True, stable=True)[:k]] = True
+    return chosen
 
 
 @torch.no_grad()
@@ -385,8 +388,8 @@ def generate(model, x, steps, temperature=0.0, remasking="confidence", cfg_scale
                   'random': the exact reverse process; at level t = 1 - step/steps each hidden token is revealed with
                   probability (t - s) / t = 1 / (steps left), whatever the model thinks of it
     cfg_scale     w of unsupervised classifier-free guidance; 0 is off, and else each step costs two forward passes
-    seeds         B integers, the rows' own random streams (default: from torch's generator). All decisions are taken per
-                  row, so a row's text does not depend on what else is in the batch.
+    seeds         B integers, the rows' own random streams (default: from torch's generator); a row's text does not depend on
+                  what else is in the batch
     on_step       called with x (B, T) after every step
 
     Returns the filled rows (B, T) and the number of forward passes. Raises ValueError for options out of range.
@@ -395,41 +398,25 @@ def generate(model, x, steps, temperature=0.0, remasking="confidence", cfg_scale
         raise ValueError(f"remasking is {remasking!r}; it must be 'confidence' or 'random'")
     if steps < 1 or temperature < 0 or cfg_scale < 0:
         raise ValueError(f"wanted steps >= 1, temperature >= 0, cfg_scale >= 0; got {steps}, {temperature}, {cfg_scale}")
-    B, T = x.shape
-    mask_id = model.config.mask_id
-    model_device = x.device
-    device = torch.device("cpu") if x.device.type == "mps" else x.device  # decisions in float64, which MPS lacks
-    x = x.to(device)
-    given = x != mask_id
+    mask_id, given, device = model.config.mask_id, x != model.config.mask_id, x.device
+    place = torch.device("cpu") if device.type == "mps" else device  # decisions take float64, which MPS lacks
     if seeds is None:
-        seeds = torch.randint(2**31, (B,)).tolist()
-    streams = [torch.Generator(device).manual_seed(seed) for seed in seeds]
-    n_forward = 0
+        seeds = torch.randint(2**31, (len(x),)).tolist()
+    streams = [torch.Generator(place).manual_seed(seed) for seed in seeds]
+    x, n_forward = x.clone(), 0
     for step in range(steps):
-        masked = x == mask_id
-        n_masked = masked.sum(dim=1)
-        if not masked.any():
+        if not (x == mask_id).any():
             break
-        # 1. predict: a token for every hidden place (N of them in all)
-        logits = guided_logits(model, x.to(model_device), given.to(model_device), cfg_scale).to(device)[masked]  # (N, V)
+        logits = guided_logits(model, x, given, cfg_scale)  # (B, T, V)
         n_forward += 1 if cfg_scale == 0.0 else 2
-        uniform = None
-        if temperature > 0.0:
-            shapes = [(n, logits.size(-1)) for n in n_masked.tolist()]
-            uniform = torch.cat([torch.rand(s, generator=g, dtype=torch.float64, device=device) for s, g in zip(shapes, streams)])
-        tokens, probability = sample_tokens(logits, temperature, uniform)
-        # 2. choose which of them to keep
-        if remasking == "confidence":
-            confidence = torch.full((B, T), -1.0, dtype=torch.float64, device=device)
-            confidence[masked] = probability
-            reveal = surest(confidence, k=-(-n_masked // (steps - step)))  # ceil
-        else:
-            coins = torch.stack([torch.rand(T, generator=g, device=device) for g in streams])
-            reveal = masked & (coins < 1 / (steps - step))
-        # 3. write them; the others stay hidden
-        filled = x.clone()
-        filled[masked] = tokens
-        x = torch.where(reveal, filled, x)
+        for r, stream in enumerate(streams):  # row by row: independent of the others, and little memory for a large V
+            hidden = (x[r] == mask_id).nonzero()[:, 0]  # (N,) places
+            tokens, confidence = sample_tokens(logits[r, hidden].to(place), temperature, stream)
+            if remasking == "confidence":
+                reveal = surest(confidence, k=-(-len(hidden) // (steps - step)))  # ceil
+            else:
+                reveal = torch.rand(len(hidden), generator=stream, device=place) < 1 / (steps - step)
+            x[r, hidden[reveal.to(device)]] = tokens[reveal].to(device)
         if on_step is not None:
-            on_step(x)
-    return x.to(model_device), n_forward
+            on_step(x.clone())
+    return x, n_forward

@@ -6,7 +6,8 @@
     python prepare_data.py fineweb_edu --max_tokens=1e9      # streams from the hub (pip install datasets)
 
 A .bin file is the tokens of all documents, one after another as uint16 (uint32 for a vocabulary over 65,536), each document
-closed by the end-of-text token. Files are read as streams and encoded on all cores, so a corpus may be larger than memory.
+closed by the end-of-text token. Files are read as streams and encoded on all cores, so a corpus may be larger than memory: what
+must fit is a document of a .jsonl or hub source, and some megabytes of text.
 """
 
 import base64
@@ -20,10 +21,11 @@ import lzma
 import operator
 import os
 import random
-import shutil
 import sys
 import time
+import urllib.parse
 import urllib.request
+import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -47,7 +49,7 @@ class PrepareConfig:
     tokenizer: str | None = None  # gpt2, bytes, or bpe (trained on the corpus); None: as the data set says
     vocab_size: int | None = None  # of a bpe tokenizer, end-of-text included; None: 4096 (arithmetic: 512)
     split_digits: bool | None = None  # every digit its own token; None: for arithmetic and gsm8k
-    max_tokens: int | None = None  # stop after so many training tokens
+    max_tokens: int | None = None  # stop after so many tokens of source
     data_dir: str = "data"  # the files go to data_dir/name
     num_problems: int = 50000  # arithmetic: training problems (1,000 more each for validation and test)
     seed: int = 0  # arithmetic: seed of the generator
@@ -82,6 +84,7 @@ CORPORA = {
 # Tokenizers: tiktoken encodings, described by a small dict that meta.json and every checkpoint carry
 
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's
+TOKENIZERS = ("gpt2", "bytes", "bpe")
 DIGIT_PATTERN = PATTERN.replace(r" ?\p{N}+", r"\p{N}")
 
 
@@ -106,8 +109,6 @@ def load_tokenizer(spec: dict) -> tiktoken.Encoding:
 
 def make_tokenizer(name: str, split_digits: bool, vocab_size: int, texts) -> dict:
     """A tokenizer dict. vocab_size and texts, what it is trained on, count only for bpe."""
-    if name not in ("gpt2", "bytes", "bpe"):
-        raise ValueError(f"unknown tokenizer {name!r}; there are gpt2, bytes and bpe")
     spec = {"name": name, "pattern": DIGIT_PATTERN if split_digits else PATTERN}
     if name != "bpe":
         return {**spec, "vocab_size": 50257 if name == "gpt2" else 257}
@@ -206,14 +207,15 @@ class Source:
                 for piece in self.split(lines, path):
                     self.bytes_read = base + raw.tell()
                     yield piece
-            except (UnicodeDecodeError, EOFError, lzma.LZMAError, gzip.BadGzipFile) as error:
+            except (UnicodeDecodeError, EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
                 raise ValueError(f"{path} cannot be read as UTF-8 text ({error}); convert or unpack it anew") from error
 
     def split(self, lines, path):
         """Lines of one file -> (text, is_end_of_document)."""
         if file_kind(path) == ".jsonl":
             for number, line in enumerate(lines, 1):
-                yield json_text(line, path, number), True
+                if line.strip():
+                    yield json_text(line, path, number), True
         elif self.documents == "problems":
             for line in map(str.strip, lines):
                 if is_problem(line):
@@ -280,20 +282,18 @@ def read_hub(address):
 
 
 def download(url, folder):
-    """Local path of a URL's file, fetched once into folder."""
-    path = os.path.join(folder, os.path.basename(urllib.request.url2pathname(url)))
-    if os.path.exists(path):
-        return path
-    os.makedirs(folder, exist_ok=True)
-    print(f"downloading {url}")
-    try:
-        with urllib.request.urlopen(url) as response, open(path + ".tmp", "wb") as file:
-            total = int(response.headers.get("Content-Length") or 0)
-            with tqdm.wrapattr(response, "read", total=total, disable=not sys.stderr.isatty()) as stream:
-                shutil.copyfileobj(stream, file)
-    except OSError as error:
-        raise ValueError(f"cannot download {url} ({error}); give a local copy with --source=path") from error
-    os.replace(path + ".tmp", path)
+    """Local path of a URL's file, fetched once into folder. Raises ValueError if it cannot be had whole."""
+    name = os.path.basename(urllib.parse.urlsplit(url).path)
+    path = os.path.join(folder, f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}")
+    if not os.path.exists(path):
+        os.makedirs(folder, exist_ok=True)
+        print(f"downloading {url}")
+        try:
+            with tqdm(unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
+                urllib.request.urlretrieve(url, path + ".tmp", lambda blocks, size, total: bar.update(blocks * size - bar.n))
+        except OSError as error:
+            raise ValueError(f"cannot download {url} ({error}); give a local copy with --source=path") from error
+        os.replace(path + ".tmp", path)
     return path
 
 
@@ -305,6 +305,7 @@ def encode(pieces, tokenizer, dtype):
     """(text, is_end_of_document) pairs -> their tokens, each document closed by end-of-text, and the number of documents."""
     arrays = []
     for text, is_end in pieces:
+        text = text.encode("utf-8", "replace").decode()  # half a surrogate pair, which JSON may hold, becomes a question mark
         arrays.append(tokenizer.encode_to_numpy(text, disallowed_special=()))
         if is_end:
             arrays.append([tokenizer.eot_token])
@@ -359,9 +360,11 @@ def write_tokens(path, source, tokenizer, dtype, max_tokens):
 def split_tail(train_path, val_path, dtype, fraction, eot_id):
     """Moves about the last fraction of train_path's tokens to val_path, from the start of a document where there is one."""
     tokens = np.memmap(train_path, dtype, mode="r")
-    cut = len(tokens) - max(1, round(len(tokens) * fraction))
+    size = max(1, round(len(tokens) * fraction))
+    cut = len(tokens) - size
     ends = np.flatnonzero(tokens[cut:-1] == eot_id)
-    cut += int(ends[0]) + 1 if len(ends) else 0
+    if len(ends) and ends[0] < size / 2:  # else the rest would be too small; then cut within a document
+        cut += int(ends[0]) + 1
     with open(val_path, "wb") as file:
         for start in range(cut, len(tokens), 1 << 24):
             tokens[start : start + (1 << 24)].tofile(file)
@@ -381,6 +384,8 @@ def prepare(cfg: PrepareConfig) -> dict:
     meta.json last. Raises ValueError for a source that cannot be read or is too short."""
     if cfg.name not in CORPORA:
         raise ValueError(f"unknown data set {cfg.name!r}; there are {', '.join(CORPORA)}")
+    if cfg.tokenizer not in (None, *TOKENIZERS):
+        raise ValueError(f"unknown tokenizer {cfg.tokenizer!r}; there are {', '.join(TOKENIZERS)}")
     corpus = CORPORA[cfg.name]
     folder = os.path.join(cfg.data_dir, cfg.name)
     address, val_address = cfg.source or corpus.source, cfg.val_source or (None if cfg.source else corpus.val_source)
@@ -426,6 +431,7 @@ def prepare(cfg: PrepareConfig) -> dict:
             "source": stated[0],
             "val_source": stated[1] or f"last {fraction} of the tokens",
             "documents": n_documents,
+            "one_per_line": corpus.documents == "problems",
             "vocab_size": spec["vocab_size"],
             "eot_id": tokenizer.eot_token,
             "dtype": dtype.name,
@@ -494,8 +500,8 @@ def make_problem(rng: random.Random) -> str:
 
 def write_arithmetic(folder, num_problems, seed):
     """Writes train.txt, valid.txt (1,000 problems) and test.txt (1,000); no question stands twice. Returns the first two."""
-    if not 1 <= num_problems <= 1_000_000:
-        raise ValueError(f"num_problems is {num_problems}; it must be from 1 to 1,000,000")
+    if not 1 <= num_problems <= 500_000:
+        raise ValueError(f"num_problems is {num_problems}; the grammar is good for 1 to 500,000")
     rng = random.Random(seed)
     problems = {}  # a dict keeps the order, and a question only once
     while len(problems) < num_problems + 2000:

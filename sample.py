@@ -11,7 +11,6 @@ between them; what it took goes to stderr.
 
 import os
 import re
-import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ class SampleConfig:
     checkpoint: str = "ckpt.pt"  # ckpt.pt (the latest) or best.pt (lowest validation loss)
     prompt: str = ""  # text to go on from; [MASK] or [MASK:12] in it is a gap of 1 or 12 tokens to fill
     num_samples: int = 3  # texts, all in one batch
-    length: int | None = None  # tokens of a text without gaps, prompt included; None: block_size
+    length: int | None = None  # tokens of a text without gaps, prompt included; None: as many as the model takes
     steps: int = 64  # denoising steps; more are slower and better, up to one per token
     temperature: float = 0.7  # 0: always the likeliest token; 1: the model's own distribution
     remasking: str = "confidence"  # confidence: keep the surest tokens first; random: the exact reverse process
@@ -51,55 +50,43 @@ def encode_prompt(prompt, tokenizer, mask_id):
 
 
 def start_of_text(cfg, meta, tokenizer, config):
-    """(1, T) ids to denoise, and how many of them come before the text: a corpus of many documents starts with end-of-text,
-    because that is what the model has seen before the start of a document."""
+    """What to denoise, (1, T) ids; how many ids come before the prompt; and where a written text may end, None for infilling.
+
+    A corpus of many documents starts with end-of-text, because that is what the model has seen before a document."""
     opening = [meta["eot_id"]] if meta["documents"] > 1 else []
-    ids, has_gaps = encode_prompt(cfg.prompt, tokenizer, config.mask_id)
-    length = cfg.length or config.block_size
-    ids = opening + ids
-    if len(ids) > config.block_size or length > config.block_size:
-        what = f"prompt and gaps ({len(ids)} tokens)" if len(ids) > config.block_size else f"length {length}"
-        raise ValueError(f"{what} exceed block_size {config.block_size}; shorten them, or train with a larger block_size")
-    if not has_gaps:
-        if len(ids) >= length:
-            raise ValueError(f"the prompt has {len(ids)} tokens, which leaves nothing to write in a length of {length}")
-        ids += [config.mask_id] * (length - len(ids))
+    prompt, has_gaps = encode_prompt(cfg.prompt, tokenizer, config.mask_id)
+    room = config.block_size - len(opening)
+    length = len(prompt) if has_gaps else room if cfg.length is None else cfg.length
+    if max(length, len(prompt)) > room:
+        what = f"the prompt and its gaps ({len(prompt)} tokens)" if len(prompt) > room else f"length {length}"
+        raise ValueError(f"{what} exceeds the model's {room} tokens; shorten it, or train with a larger block_size")
+    ids = prompt + [config.mask_id] * (length - len(prompt))
     if config.mask_id not in ids:
-        raise ValueError("the prompt leaves nothing to write: its gaps have no tokens")
-    return torch.tensor([ids]), len(opening)
+        raise ValueError(f"nothing to write: the prompt has {len(prompt)} tokens, length is {length}; add a gap or raise length")
+    return torch.tensor([opening + ids]), len(opening), None if has_gaps else len(opening) + len(prompt)
 
 
 class Show:
-    """on_step for generate: draws the first row in place in a terminal, and as plain lines elsewhere."""
+    """on_step for generate: redraws the first row in a terminal, and prints it as plain lines elsewhere."""
 
     def __init__(self, x, tokenizer, mask_id, opening):
-        self.before, self.tokenizer, self.mask_id, self.opening = x[0], tokenizer, mask_id, opening
-        self.step, self.height, self.is_terminal = 0, 0, sys.stdout.isatty()
+        self.before, self.tokenizer, self.mask_id, self.opening, self.step = x[0], tokenizer, mask_id, opening, 0
 
     def __call__(self, x):
         self.step += 1
-        lines, width = [""], 0
-        columns = shutil.get_terminal_size().columns
+        is_terminal = sys.stdout.isatty()
+        text = ""
         for token, old in list(zip(x[0].tolist(), self.before.tolist()))[self.opening :]:
             hidden = token == self.mask_id
-            text = "_" if hidden else self.tokenizer.decode([token])
-            style = "\033[2m" if hidden else "\033[1;32m" if old == self.mask_id else ""
-            for character in text if self.is_terminal else text.replace("\n", "⏎"):
-                if character == "\n" or (self.is_terminal and width == columns):
-                    lines.append("")
-                    width = 0
-                if character != "\n":
-                    character = character if character.isprintable() else "�"  # a tab would upset the count of columns
-                    lines[-1] += f"{style}{character}\033[0m" if self.is_terminal and style else character
-                    width += 1
+            part = "_" if hidden else self.tokenizer.decode([token])
+            style = "\033[2m" if hidden else "\033[1;32m" if old == self.mask_id else ""  # dim, bright green, plain
+            text += f"{style}{part}\033[0m" if is_terminal and style else part
         self.before = x[0]
-        if not self.is_terminal:
-            print(f"step {self.step:>3}  {lines[0]}")
-            return
-        back = f"\033[{self.height}A\033[J" if self.height else ""
-        print(back + f"step {self.step}\n" + "\n".join(lines), flush=True)
-        self.height = len(lines) + 1
-        time.sleep(0.05)  # slow enough to follow
+        if is_terminal:
+            print(f"\033[H\033[Jstep {self.step}\n{text}", flush=True)  # from the top of a cleared screen
+            time.sleep(0.05)  # slow enough to follow
+        else:
+            print(f"step {self.step:>3}  " + text.replace("\n", "⏎"))
 
 
 def main():
@@ -109,8 +96,10 @@ def main():
     _, _, device = setup_distributed(cfg.device)
     checkpoint = load_checkpoint(os.path.join(cfg.out_dir, cfg.checkpoint))
     model, meta = MDM.from_checkpoint(checkpoint).to(device), checkpoint["meta"]
+    if meta is None:
+        raise ValueError("the checkpoint carries no tokenizer: it was trained without a prepared data set")
     tokenizer = load_tokenizer(meta["tokenizer"])
-    start, opening = start_of_text(cfg, meta, tokenizer, model.config)
+    start, opening, end = start_of_text(cfg, meta, tokenizer, model.config)
     x = start.expand(cfg.num_samples, -1).to(device)
     show = Show(start, tokenizer, model.config.mask_id, opening) if cfg.show else None
 
@@ -120,14 +109,13 @@ def main():
         x, n_forward = generate(model, x, cfg.steps, cfg.temperature, cfg.remasking, cfg.cfg_scale, on_step=show)
     seconds = time.time() - start_time
 
-    has_gaps = "[MASK" in cfg.prompt
-    for i, row in enumerate(x[:, opening:].tolist()):
-        if not has_gaps and meta["eot_id"] in row:  # the document ends here; behind it the model began another one
-            row = row[: row.index(meta["eot_id"])]
-        print(("---\n" if i else "") + tokenizer.decode(row))
+    for i, row in enumerate(x.tolist()):
+        if end is not None and meta["eot_id"] in row[end:]:  # the document ends here; behind it the model began another one
+            row = row[: row.index(meta["eot_id"], end)]
+        print(("---\n" if i else "") + tokenizer.decode(row[opening:]))
     n_tokens = int((start == model.config.mask_id).sum()) * cfg.num_samples
-    rate = "" if cfg.show else f", {n_tokens / seconds:,.0f} tokens/s"
-    print(f"{n_tokens} tokens in {seconds:.2f} s{rate}, {n_forward} forward passes of {cfg.num_samples} rows", file=sys.stderr)
+    rate = f"{n_tokens / seconds:,.0f} tokens/s{' (slowed down to be watched)' if cfg.show else ''}"
+    print(f"{n_tokens} tokens in {seconds:.2f} s, {rate}, {n_forward} forward passes of {cfg.num_samples} rows", file=sys.stderr)
 
 
 if __name__ == "__main__":

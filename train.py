@@ -53,8 +53,9 @@ class TrainConfig:
     # batch and length
     batch_size: int = 16  # sequences per optimizer step, over all processes
     micro_batch_size: int = 16  # sequences per process and forward pass; the rest is gradient accumulation
-    max_steps: int = 4000  # optimizer steps
+    max_steps: int | None = 4000  # optimizer steps
     train_flops: float | None = None  # instead of max_steps: train until C = 6 N D, as the authors' --flops
+    align_documents: bool | None = None  # start sequences at documents; None: where they are short, one per line
     # loss
     stratified_t: bool = False  # spread the noise levels of a micro-batch evenly (the authors draw them independently)
     random_length: float = 0.0  # share of micro-batches cut to a random length (SMDM: 0.01)
@@ -69,7 +70,7 @@ class TrainConfig:
     # validation and logging
     eval_interval: int = 500  # steps between validations, each of which also saves a checkpoint
     eval_seqs: int = 512  # validation sequences, with fixed masks
-    log_interval: int = 100  # steps between log lines, each the mean over these steps
+    log_interval: int = 100  # steps between log lines; the loss is the mean over these steps
     wandb: str | None = None  # project name: also log to Weights & Biases
     # machine
     device: str = "auto"  # auto: cuda, else mps, else cpu
@@ -78,21 +79,25 @@ class TrainConfig:
 
     def __post_init__(self):
         self.out_dir = self.out_dir or f"out/{self.dataset}"
-        positive = "block_size batch_size micro_batch_size eval_interval eval_seqs log_interval learning_rate"
+        positive = "block_size batch_size micro_batch_size eval_interval eval_seqs log_interval learning_rate train_flops"
         for name in positive.split():
-            if getattr(self, name) <= 0:
+            if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
-        if self.max_steps < 0 or self.eval_seqs < 2:
-            raise ValueError(f"wanted max_steps >= 0 and eval_seqs >= 2, got {self.max_steps} and {self.eval_seqs}")
-        if not 0 <= self.warmup < 1 or not 0 <= self.random_length <= 1:
-            raise ValueError(f"warmup {self.warmup} and random_length {self.random_length} are shares: wanted 0 to 1")
-        if self.dtype not in ("auto", "float32", "bfloat16", "float16"):
-            raise ValueError(f"dtype is {self.dtype!r}; wanted auto, float32, bfloat16 or float16")
+        for name in "seed max_steps min_lr weight_decay grad_clip".split():
+            if getattr(self, name) is not None and not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        for name in "warmup random_length beta1 beta2".split():
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
+        if (self.max_steps is None) == (self.train_flops is None):
+            raise ValueError(f"one of max_steps ({self.max_steps}) and train_flops ({self.train_flops}) must be None, not both")
+        if self.eval_seqs < 2:
+            raise ValueError("eval_seqs is 1; a standard error needs at least 2")
 
 
 MODEL_KEYS = [f.name for f in dataclasses.fields(MDMConfig) if f.name != "vocab_size"]
 # What may be set anew when a run is resumed; any other key must keep its value.
-RESUME_KEYS = "out_dir init_from data_dir max_steps train_flops eval_interval log_interval wandb device dtype compile".split()
+RESUME_KEYS = "out_dir init_from data_dir max_steps train_flops eval_interval log_interval wandb device compile".split()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -102,36 +107,49 @@ RESUME_KEYS = "out_dir init_from data_dir max_steps train_flops eval_interval lo
 def load_meta(folder: str) -> dict:
     """meta.json of a prepared data set. Raises ValueError if there is none, or if a .bin file does not agree with it."""
     path = os.path.join(folder, "meta.json")
+    data_dir, name = os.path.split(folder)
+    command = f"python prepare_data.py {name}" + ("" if data_dir == TrainConfig.data_dir else f" --data_dir={data_dir}")
     if not os.path.exists(path):
-        raise ValueError(f"data set {folder} is not prepared; run: python prepare_data.py {os.path.basename(folder)}")
-    with open(path) as file:
-        meta = json.load(file)
-    for split, n_tokens in meta["tokens"].items():
-        path, wanted = os.path.join(folder, f"{split}.bin"), n_tokens * np.dtype(meta["dtype"]).itemsize
+        raise ValueError(f"data set {folder} is not prepared; run: {command}")
+    try:
+        with open(path) as file:
+            meta = json.load(file)
+        sizes = {split: meta["tokens"][split] * np.dtype(meta["dtype"]).itemsize for split in ("train", "val")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); prepare the data set again: {command}") from error
+    for split, wanted in sizes.items():
+        path = os.path.join(folder, f"{split}.bin")
         found = os.path.getsize(path) if os.path.exists(path) else 0
         if found != wanted:
-            again = f"prepare it again: python prepare_data.py {meta['name']}"
-            raise ValueError(f"{path} has {found:,} bytes, meta.json says {wanted:,} ({n_tokens:,} {meta['dtype']}); {again}")
+            raise ValueError(f"{path} has {found:,} bytes, meta.json says {wanted:,}; prepare the data set again: {command}")
     return meta
 
 
 def token_batches(folder: str, meta: dict, cfg: TrainConfig):
     """get_batch for pretraining on a data set's token files: every token is maskable.
 
-    Training sequences start at random places, drawn from (seed, index). Validation sequence r of eval_seqs always starts at
-    the same place, and they lie evenly over the whole file."""
+    Training sequences start at random places, drawn from (seed, index): anywhere, or with cfg.align_documents at the
+    end-of-text before a document. Validation sequence r of eval_seqs always starts at the same place; they are spread evenly."""
     B, T = cfg.micro_batch_size, cfg.block_size
-    data = {split: np.memmap(os.path.join(folder, f"{split}.bin"), meta["dtype"], mode="r") for split in ("train", "val")}
-    for split, tokens in data.items():
+    data, places = {}, {}
+    for split in ("train", "val"):
+        path = os.path.join(folder, f"{split}.bin")
+        data[split] = tokens = np.memmap(path, meta["dtype"], mode="r")
         if len(tokens) < T:
-            raise ValueError(f"{folder}/{split}.bin has {len(tokens)} tokens, fewer than block_size {T}; lower block_size")
+            raise ValueError(f"{path} has {len(tokens)} tokens, fewer than block_size {T}; lower block_size")
+        places[split] = range(len(tokens) - T + 1)
+        if meta["one_per_line"] if cfg.align_documents is None else cfg.align_documents:
+            places[split] = np.flatnonzero(tokens[: len(tokens) - T + 1] == meta["eot_id"])
+            if len(places[split]) == 0:
+                raise ValueError(f"{path} has no document to start a sequence of {T} tokens at; set align_documents=False")
 
     def get_batch(split, index):
-        room = len(data[split]) - T + 1
+        room = len(places[split])
         if split == "train":
-            starts = np.random.default_rng([cfg.seed, index]).integers(room, size=B)
+            draws = np.random.default_rng([cfg.seed, index]).integers(room, size=B)
         else:
-            starts = (np.arange(index * B, (index + 1) * B) * room // cfg.eval_seqs) % room
+            draws = (np.arange(index * B, (index + 1) * B) * room // cfg.eval_seqs) % room
+        starts = [places[split][i] for i in draws]
         x0 = np.stack([data[split][start : start + T] for start in starts]).astype(np.int64)
         if x0.max() >= meta["vocab_size"]:
             raise ValueError(f"{folder}/{split}.bin holds token {x0.max()}, meta.json has a vocabulary of {meta['vocab_size']}")
@@ -146,12 +164,17 @@ def token_batches(folder: str, meta: dict, cfg: TrainConfig):
 
 def setup_distributed(device: str = "auto"):
     """(rank, world_size, device) of this process; joins the group that torchrun describes in the environment, if any."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device {device}: this machine has no GPU that torch can use; try --device=auto")
-    torch.set_float32_matmul_precision("high")  # TF32 on GPUs, for what stays in float32
-    if "RANK" not in os.environ:
+    distributed = "RANK" in os.environ
+    if device == "auto":  # mps has no process groups
+        has_mps = torch.backends.mps.is_available() and not distributed
+        device = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {device!r} cannot be used here ({str(error).splitlines()[0]}); try --device=auto") from error
+    if device.startswith("cuda"):
+        torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
+    if not distributed:
         return 0, 1, torch.device(device)
     if device == "cuda":
         device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -162,8 +185,12 @@ def setup_distributed(device: str = "auto"):
 
 
 def autocast(device, dtype: str):
+    """The context in which a forward pass runs in dtype."""
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ValueError(f"dtype is {dtype!r}; wanted auto, float32, bfloat16 or float16")
     if dtype == "auto":
-        dtype = "bfloat16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+        has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        dtype = "bfloat16" if has_bf16 else "float32"
     return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
 
 
@@ -199,27 +226,29 @@ def seed_for(seed, index) -> int:
 def evaluate(cfg, net, get_batch, device, rank=0, world_size=1):
     """The bound on -log p(x0) over eval_seqs validation sequences, nats per maskable token: its mean and standard error.
 
-    Sequence r always has t = (r + 1/2) / eval_seqs and the same noise: whatever the model, the machine, the batch size or the
-    number of processes. As neighbours have almost the same t, the error is estimated from their differences, which leaves out
-    the spread over t that even spacing removes."""
+    The levels are (i + 1/2) / eval_seqs; a sequence always has the same level and the same noise, whatever the model, the
+    machine, the batch size or the number of processes. The error is estimated from the differences between neighbours in t,
+    which leaves out the spread over t that even spacing removes."""
     B, N = cfg.micro_batch_size, cfg.eval_seqs
-    sums = torch.zeros(2, N, dtype=torch.float64, device=device if device.type == "cuda" else "cpu")
+    level = np.random.default_rng(1234).permutation(N)  # in file order, t would be tied to the place in the corpus
+    sums = torch.zeros(2, N, dtype=torch.float64)
     for index in range(rank, math.ceil(N / B), world_size):
         rows = np.arange(index * B, min(N, (index + 1) * B))
         x0, maskable = (tensor[: len(rows)].to(device) for tensor in get_batch("val", index))
-        p_mask = noise_levels(torch.tensor((rows[:, None] + 0.5) / N, dtype=torch.float32, device=device))
+        p_mask = noise_levels(torch.tensor((level[rows, None] + 0.5) / N, dtype=torch.float32, device=device))
         noise = np.stack([np.random.default_rng([1234, row]).random(x0.size(1), np.float32) for row in rows])
         mask_id = getattr(net, "module", net).config.mask_id
         xt, masked = mask_tokens(x0, p_mask, maskable, mask_id, torch.from_numpy(noise).to(device))
         with autocast(device, cfg.dtype):
             nll = weighted_nll(net, x0, xt, masked, p_mask)
-        sums[:, rows] = torch.stack((nll, maskable.sum(dim=1))).to(sums)
+        sums[:, level[rows]] = torch.stack((nll, maskable.sum(dim=1))).cpu().to(sums)
     if world_size > 1:
+        sums = sums.to(device)
         dist.all_reduce(sums)
-    nll, count = sums.cpu()
+    nll, count = sums.cpu()  # in the order of t
     mean = nll.sum() / count.sum()
     residual = (nll - mean * count) / count.mean()
-    error = (residual.diff().square().mean() / 2 / N).sqrt()
+    error = ((residual - residual.roll(1)).square().mean() / 2 / N).sqrt()  # each counts twice, also the wildest, at t near 0
     return mean.item(), error.item()
 
 
@@ -247,8 +276,10 @@ class Reporter:
         if start and os.path.exists(path):  # drop what a crashed run logged after the checkpoint we resume from
             with open(path) as file:
                 kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= start]
-        self.file = open(path, "w")
-        self.file.writelines(kept)
+        with open(path + ".tmp", "w") as file:
+            file.writelines(kept)
+        os.replace(path + ".tmp", path)
+        self.file = open(path, "a")
         self.max_steps, self.run = max_steps, None
         self.bar = tqdm(total=max_steps, initial=start, desc=cfg.out_dir, unit="step", disable=not sys.stderr.isatty())
         if cfg.wandb:
@@ -294,7 +325,8 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
     meta       the data set's meta.json, kept in the checkpoints
     resume     a checkpoint dict to go on from: its optimizer state and step are taken up (its weights are in model already)
 
-    Writes out_dir/ckpt.pt (the latest), best.pt (lowest validation loss) and log.jsonl. Ctrl-C or SIGTERM saves, then ends.
+    Writes out_dir/ckpt.pt (the latest), best.pt (lowest validation loss) and log.jsonl. Ctrl-C or SIGTERM saves and ends: after
+    the step, or with several processes after the next log line, where they agree on it.
     Raises ValueError if batch_size does not divide, or if the loss is no longer a number."""
     rank, world_size, device = setup_distributed(cfg.device)
     per_pass = cfg.micro_batch_size * world_size
@@ -306,8 +338,10 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
     grad_accum = cfg.batch_size // per_pass
     step_tokens = cfg.batch_size * cfg.block_size
     max_steps = cfg.max_steps
-    if cfg.train_flops is not None:
+    if max_steps is None:
         max_steps = int(tokens_for_flops(model.config, cfg.train_flops) / step_tokens)
+    if resume is not None and max_steps < resume["step"]:
+        raise ValueError(f"{max_steps} steps, but the run to resume has made {resume['step']}; raise max_steps")
     warmup_steps = round(cfg.warmup * max_steps)
 
     model.to(device)
@@ -370,13 +404,15 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
             if (last_step or step % cfg.eval_interval == 0) and not (resume and step == start):
                 eval_time = time.time()
                 val_loss, val_se = evaluate(cfg, net, get_batch, device, rank, world_size)
+                if not math.isfinite(val_loss):  # before it is saved
+                    raise ValueError(f"the validation loss is {val_loss} at step {step}; lower learning_rate or use bfloat16")
                 is_best = val_loss < best_val_loss
                 best_val_loss = min(best_val_loss, val_loss)
                 if rank == 0:
                     report.log(step, val_loss=val_loss, val_se=val_se)
-                    save("ckpt.pt", step)
                     if is_best:
                         save("best.pt", step)
+                    save("ckpt.pt", step)
                 log_time += time.time() - eval_time  # not counted in tokens/s
             elif stop and rank == 0:
                 save("ckpt.pt", step)
@@ -390,9 +426,9 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
             for micro in range(grad_accum):
                 index = (step * grad_accum + micro) * world_size + rank
                 x0, maskable = get_batch("train", index)
-                if device.type == "cuda":
+                if device.type == "cuda":  # pinned memory is copied while the GPU works
                     x0, maskable = x0.pin_memory(), maskable.pin_memory()
-                x0, maskable = x0.to(device, non_blocking=True), maskable.to(device, non_blocking=True)
+                x0, maskable = (tensor.to(device, non_blocking=device.type == "cuda") for tensor in (x0, maskable))
                 torch.manual_seed(seed_for(cfg.seed, index))  # the masks, and dropout if you add some
                 syncs_now = world_size == 1 or micro == grad_accum - 1
                 with contextlib.nullcontext() if syncs_now else ddp.no_sync():
@@ -446,72 +482,52 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
 
 
 def start_run(cfg: TrainConfig, set_by: dict, meta: dict):
-    """(cfg, model, checkpoint to resume or None) as init_from says; set_by learns which settings come from a checkpoint.
+    """(cfg, model, checkpoint to resume or None) as init_from says; set_by learns which settings come from elsewhere.
     Raises ValueError where settings contradict what is there."""
     own = os.path.join(cfg.out_dir, "ckpt.pt")
     if cfg.init_from != "resume" and os.path.exists(own):
         raise ValueError(f"{own} exists; go on with --init_from=resume, or choose another --out_dir")
-    check_length(cfg, set_by)
     if cfg.init_from == "scratch":
+        if cfg.preset is not None:
+            shape = MDMConfig.preset(cfg.preset)
+            sizes = {key: getattr(shape, key) for key in ("n_layer", "n_head", "n_embd", "mlp_hidden")}
+            refuse(cfg, set_by, sizes, f"preset {cfg.preset}")
+            cfg = dataclasses.replace(cfg, **sizes)
         torch.manual_seed(cfg.seed)
-        return cfg, MDM(model_config(cfg, set_by, meta)), None
+        return cfg, MDM(MDMConfig(vocab_size=meta["vocab_size"], **{key: getattr(cfg, key) for key in MODEL_KEYS})), None
 
-    checkpoint = load_checkpoint(own if cfg.init_from == "resume" else cfg.init_from)
-    if checkpoint["meta"] and checkpoint["meta"]["tokenizer"] != meta["tokenizer"]:
+    path = own if cfg.init_from == "resume" else cfg.init_from
+    checkpoint = load_checkpoint(path)
+    if checkpoint["meta"] and vocabulary(checkpoint["meta"]) != vocabulary(meta):
         there, here = (f"{m['tokenizer']['name']} of {m['vocab_size']:,} tokens" for m in (checkpoint["meta"], meta))
-        raise ValueError(
-            f"the checkpoint's tokenizer ({there}) is not that of data set {cfg.dataset} ({here}); prepare the data anew"
-        )
+        raise ValueError(f"{path} has another vocabulary ({there}) than data set {cfg.dataset} ({here}); prepare the data anew")
     if cfg.init_from == "resume":
-        saved = checkpoint["run_config"]
-        clash = [
-            f"{key}={getattr(cfg, key)!r} ({set_by[key]}), {own} has {saved[key]!r}"
-            for key in set_by
-            if key not in RESUME_KEYS and getattr(cfg, key) != saved[key]
-        ]
-        if clash:
-            raise ValueError("cannot resume with other settings: " + "; ".join(clash))
+        saved = {key: value for key, value in checkpoint["run_config"].items() if key not in RESUME_KEYS or key not in set_by}
+        saved.update(out_dir=cfg.out_dir, init_from="resume")
+        refuse(cfg, set_by, saved, path)
         if checkpoint["meta"] and checkpoint["meta"]["sha256"] != meta["sha256"]:
-            raise ValueError(f"cannot resume: data set {cfg.dataset} has other tokens now than when {own} was saved")
-        kept = {key: getattr(cfg, key) for key in RESUME_KEYS if key in set_by or key in ("out_dir", "init_from")}
-        cfg = type(cfg)(**{**saved, **kept})
-        check_length(cfg, set_by)
-        set_by |= {key: own for key in saved if key not in kept}
-        return cfg, MDM.from_checkpoint(checkpoint), checkpoint
-
-    # weights only: the architecture is the checkpoint's; the length of a sequence has no weights and may be chosen anew
-    architecture = checkpoint["model_config"]
-    for key in MODEL_KEYS:
-        if key != "block_size" and key in set_by and getattr(cfg, key) != architecture[key]:
-            raise ValueError(
-                f"{key}={getattr(cfg, key)!r} ({set_by[key]}), but {cfg.init_from} has {architecture[key]!r}; leave it out"
-            )
-    if "preset" in set_by:
-        raise ValueError(f"preset={cfg.preset} ({set_by['preset']}): the sizes come from {cfg.init_from}; leave it out")
-    block_size = cfg.block_size if "block_size" in set_by else architecture["block_size"]
-    checkpoint["model_config"] = {**architecture, "block_size": block_size}
-    cfg = dataclasses.replace(cfg, preset=None, **{key: checkpoint["model_config"][key] for key in MODEL_KEYS})
-    set_by |= {key: cfg.init_from for key in MODEL_KEYS if key not in set_by}
-    return cfg, MDM.from_checkpoint(checkpoint), None
+            raise ValueError(f"cannot resume: data set {cfg.dataset} has other tokens now than when {path} was saved")
+    else:  # weights only: the architecture is the checkpoint's; the length of a sequence has no weights and may be chosen anew
+        saved = {key: checkpoint["model_config"][key] for key in MODEL_KEYS if key != "block_size" or key not in set_by}
+        saved["preset"] = None
+        refuse(cfg, set_by, saved, path)
+    cfg = dataclasses.replace(cfg, **saved)
+    set_by.update({key: path for key in saved if key not in set_by})
+    checkpoint["model_config"]["block_size"] = cfg.block_size
+    return cfg, MDM.from_checkpoint(checkpoint), checkpoint if cfg.init_from == "resume" else None
 
 
-def check_length(cfg: TrainConfig, set_by: dict):
-    if cfg.train_flops is not None and "max_steps" in set_by:
-        raise ValueError(
-            f"max_steps ({set_by['max_steps']}) and train_flops={cfg.train_flops:.3g} both set the length; add --train_flops=None"
-        )
+def refuse(cfg, set_by, fixed, place):
+    """ValueError if a key that was set contradicts one that is fixed by a checkpoint or a preset."""
+    clash = [key for key in fixed if key in set_by and getattr(cfg, key) != fixed[key]]
+    if clash:
+        details = "; ".join(f"{key}={getattr(cfg, key)!r} ({set_by[key]}), not {fixed[key]!r}" for key in clash)
+        raise ValueError(f"settings contradict {place}: {details}; leave them out")
 
 
-def model_config(cfg: TrainConfig, set_by: dict, meta: dict) -> MDMConfig:
-    """The model's share of the settings; with a preset, its sizes."""
-    settings = {key: getattr(cfg, key) for key in MODEL_KEYS}
-    if cfg.preset is None:
-        return MDMConfig(vocab_size=meta["vocab_size"], **settings)
-    sizes = ("n_layer", "n_head", "n_embd", "mlp_hidden")
-    twice = [f"{key} ({set_by[key]})" for key in sizes if key in set_by]
-    if twice:
-        raise ValueError(f"preset={cfg.preset} sets the sizes that {', '.join(twice)} set too; add --preset=None")
-    return MDMConfig.preset(cfg.preset, vocab_size=meta["vocab_size"], **{k: v for k, v in settings.items() if k not in sizes})
+def vocabulary(meta):
+    """What must agree between a checkpoint and its data; the split pattern may differ."""
+    return {key: value for key, value in meta["tokenizer"].items() if key != "pattern"}
 
 
 def main():

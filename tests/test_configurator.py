@@ -108,7 +108,10 @@ def test_files(tmp_path):
 
 def test_a_file_sees_nothing_of_the_script(tmp_path):
     (tmp_path / "x.py").write_text("steps = steps + 1")
-    with pytest.raises(NameError):
+    with pytest.raises(ValueError, match="config file .*x.py: NameError: name 'steps' is not defined"):
+        parse(str(tmp_path / "x.py"))
+    (tmp_path / "x.py").write_text("steps = = 3")
+    with pytest.raises(ValueError, match="config file .*x.py: SyntaxError"):
         parse(str(tmp_path / "x.py"))
 
 

@@ -129,7 +129,8 @@ def test_fills_every_gap_and_nothing_else(variant, remasking, temperature, cfg_s
     filled, n_forward = generate(model, PROMPT, 4, temperature, remasking, cfg_scale)
     assert torch.equal(PROMPT, before)
     assert (filled < 11).all() and torch.equal(filled[PROMPT != 11], PROMPT[PROMPT != 11])
-    assert n_forward == 4 * (2 if cfg_scale else 1)
+    passes = 4 * (2 if cfg_scale else 1)
+    assert n_forward == passes if remasking == "confidence" else 1 <= n_forward <= passes  # by chance all may be revealed early
 
 
 @pytest.mark.parametrize("remasking", ["confidence", "random"])
@@ -189,10 +190,9 @@ def test_random_one_token_at_a_time_draws_from_the_model():
 
 def test_temperature():
     logits = torch.tensor([[1.0, 2.0, 0.0]]).expand(20000, 3)
-    torch.manual_seed(0)
-    uniform = torch.rand(20000, 3, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
     for temperature in (0.5, 1.0, 2.0):
-        tokens, confidence = sample_tokens(logits, temperature, uniform)
+        tokens, confidence = sample_tokens(logits, temperature, generator)
         wanted = (logits[0] / temperature).softmax(-1)
         got = torch.bincount(tokens, minlength=3) / 20000
         torch.testing.assert_close(got, wanted, atol=0.012, rtol=0)
@@ -213,10 +213,10 @@ def test_guidance():
 
 
 def test_surest():
-    confidence = torch.tensor([[0.1, 0.9, 0.5, 0.9], [0.3, 0.3, 0.3, -1.0]])
-    wanted = torch.tensor([[False, True, False, True], [True, False, False, False]])
-    assert torch.equal(surest(confidence, torch.tensor([2, 1])), wanted)
-    assert not surest(confidence, torch.tensor([0, 0])).any()
+    assert surest(torch.tensor([0.1, 0.9, 0.5, 0.9]), 2).tolist() == [False, True, False, True]
+    assert surest(torch.tensor([0.3, 0.3, 0.3]), 1).tolist() == [True, False, False]
+    assert surest(torch.tensor([0.3, 0.2]), 0).tolist() == [False, False]
+    assert surest(torch.tensor([0.3, 0.2]), 5).tolist() == [True, True]
 
 
 @pytest.mark.parametrize("options", [{"remasking": "greddy"}, {"steps": 0}, {"temperature": -1.0}, {"cfg_scale": -0.1}])

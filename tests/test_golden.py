@@ -108,8 +108,8 @@ def test_deterministic_sampler_decisions(golden, cfg_scale):
         with torch.no_grad():
             tokens, confidence = sample_tokens(guided_logits(model, x, given, float(cfg_scale))[0], temperature=0.0)
         confidence = torch.where(x[0] == mask_id, confidence, -1.0)
-        reveal = surest(confidence[None], torch.tensor([left[step] - left[step + 1]]))
-        assert torch.equal(torch.where(reveal, tokens, x)[0], trace[step + 1])
+        reveal = surest(confidence, left[step] - left[step + 1])
+        assert torch.equal(torch.where(reveal, tokens, x[0]), trace[step + 1])
 
 
 def test_parameter_table():

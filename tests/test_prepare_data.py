@@ -142,6 +142,25 @@ def test_download_of_a_url(tmp_path):
         prepared(tmp_path, source=(tmp_path / "b.txt").as_uri())
 
 
+def test_downloads_of_one_name_are_kept_apart(tmp_path):
+    for folder, text in {"a": "train " * 50, "b": "valid"}.items():
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "t.txt").write_text(text)
+    urls = {"source": (tmp_path / "a" / "t.txt").as_uri(), "val_source": (tmp_path / "b" / "t.txt").as_uri()}
+    assert prepared(tmp_path, **urls)[0]["tokens"] == {"train": 301, "val": 6}
+
+
+def test_validation_is_not_tiny_because_of_one_long_document(tmp_path):
+    (tmp_path / "a.txt").write_text("x" * 9000 + EOT + "end")
+    assert prepared(tmp_path, source=str(tmp_path / "a.txt"), val_fraction=0.1)[0]["tokens"]["val"] == 900
+
+
+def test_half_a_surrogate_pair_is_replaced(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a\\ud83db"}\n\n{"text": "c"}\n')
+    meta, splits, encoding = prepared(tmp_path, source=str(tmp_path / "a.jsonl"))
+    assert encoding.decode(splits["train"].tolist()).startswith("a?b") and meta["documents"] == 2
+
+
 def test_hub_data_sets_stream(tmp_path, monkeypatch):
     calls = []
 
@@ -264,17 +283,18 @@ def test_problem_lines_are_checked(tmp_path, capsys):
         ("", {}, "is empty"),
         ("\n \n", {}, "is empty"),
         ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", {}, "Git LFS pointer"),
-        ("text", {"tokenizer": "gpt5"}, "unknown tokenizer 'gpt5'; there are gpt2, bytes and bpe"),
+        ("text", {"tokenizer": "gpt5"}, "unknown tokenizer 'gpt5'; there are gpt2, bytes, bpe"),
         ("text", {"tokenizer": "bpe", "vocab_size": 100}, "bpe needs at least 258"),
         ("text", {"val_fraction": 1.5}, "val_fraction is 1.5"),
         ("text", {"name": "nonsense"}, "unknown data set 'nonsense'; there are arithmetic"),
         ("text", {"name": "arithmetic"}, "arithmetic is generated"),
+        ("text", {"name": "arithmetic", "source": None, "num_problems": 10**6}, "the grammar is good for 1 to 500,000"),
     ],
 )
 def test_bad_sources(tmp_path, content, options, message):
     (tmp_path / "a.txt").write_text(content)
     with pytest.raises(ValueError, match=message):
-        prepared(tmp_path, source=str(tmp_path / "a.txt"), **options)
+        prepared(tmp_path, **{"source": str(tmp_path / "a.txt"), **options})
     assert not list(tmp_path.glob("data/*/*"))
 
 

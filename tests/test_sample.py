@@ -52,18 +52,19 @@ def test_prompts_and_gaps(tokenizer):
 def test_start_of_text(tokenizer):
     config = make_model(vocab_size=257, block_size=8).config
     many, one = {"eot_id": 256, "documents": 2}, {"eot_id": 256, "documents": 1}
-    start, opening = start_of_text(SampleConfig(prompt="ab"), many, tokenizer, config)
-    assert start.tolist() == [[256, 97, 98] + [MASK] * 5] and opening == 1
-    start, opening = start_of_text(SampleConfig(prompt="ab", length=4), one, tokenizer, config)
-    assert start.tolist() == [[97, 98, MASK, MASK]] and opening == 0
-    start, _ = start_of_text(SampleConfig(prompt="a[MASK:2]b"), one, tokenizer, config)
-    assert start.tolist() == [[97, MASK, MASK, 98]]
+    start, opening, end = start_of_text(SampleConfig(prompt="ab"), many, tokenizer, config)
+    assert start.tolist() == [[256, 97, 98] + [MASK] * 5] and (opening, end) == (1, 3)
+    start, opening, end = start_of_text(SampleConfig(prompt="ab", length=4), one, tokenizer, config)
+    assert start.tolist() == [[97, 98, MASK, MASK]] and (opening, end) == (0, 2)
+    start, opening, end = start_of_text(SampleConfig(prompt="a[MASK:2]b"), one, tokenizer, config)
+    assert start.tolist() == [[97, MASK, MASK, 98]] and (opening, end) == (0, None)
     for options, message in {
-        "prompt=abcdefghi": r"prompt and gaps \(9 tokens\) exceed block_size 8",
-        "prompt=a[MASK:8]": r"prompt and gaps \(9 tokens\) exceed block_size 8",
-        "prompt=abcdefgh": "leaves nothing to write in a length of 8",
-        "prompt=a[MASK:0]": "its gaps have no tokens",
-        "length=9": "length 9 exceed block_size 8",
+        "prompt=abcdefghi": r"the prompt and its gaps \(9 tokens\) exceeds the model's 8 tokens",
+        "prompt=a[MASK:8]": r"the prompt and its gaps \(9 tokens\) exceeds the model's 8 tokens",
+        "prompt=abcdefgh": "nothing to write: the prompt has 8 tokens, length is 8",
+        "prompt=a[MASK:0]": "nothing to write: the prompt has 1 tokens",
+        "length=9": "length 9 exceeds the model's 8 tokens",
+        "length=0": "nothing to write: the prompt has 0 tokens, length is 0",
     }.items():
         key, value = options.split("=")
         cfg = SampleConfig(**{key: int(value) if key == "length" else value})
@@ -75,7 +76,7 @@ def test_output(monkeypatch, capsys, out_dir):
     printed = call(monkeypatch, capsys, out_dir, "--prompt=Tom has ", "--num_samples=4", "--length=20", "--steps=5")
     samples = printed.out.split("---\n")
     assert len(samples) == 4 and all(s.startswith("Tom has ") and "<|endoftext|>" not in s for s in samples)
-    assert re.fullmatch(r"44 tokens in [\d.]+ s, [\d,]+ tokens/s, 5 forward passes of 4 rows\n", printed.err)
+    assert re.fullmatch(r"48 tokens in [\d.]+ s, [\d,]+ tokens/s, 5 forward passes of 4 rows\n", printed.err)
 
 
 def test_infilling_keeps_what_is_given(monkeypatch, capsys, out_dir):
@@ -114,16 +115,13 @@ def test_show_in_a_terminal(monkeypatch, tokenizer):
             return True
 
     monkeypatch.setattr(sys, "stdout", Terminal())
-    monkeypatch.setenv("COLUMNS", "4")
-    start = torch.tensor([[97, MASK, MASK, MASK, 98, 99]])
-    show = Show(start, tokenizer, MASK, opening=0)
-    one = torch.tensor([[97, MASK, 120, MASK, 98, 99]])
-    show(one)
-    show(torch.tensor([[97, MASK, 120, 121, 98, 99]]))
-    first, second = sys.stdout.getvalue().split("\033[3A\033[J")  # the three lines of the first step are drawn over
+    show = Show(torch.tensor([[97, MASK, MASK, MASK, 98]]), tokenizer, MASK, opening=0)
+    show(torch.tensor([[97, MASK, 120, MASK, 98]]))
+    show(torch.tensor([[97, MASK, 120, 121, 98]]))
+    _, first, second = sys.stdout.getvalue().split("\033[H\033[J")  # each step clears the screen
     dim, bright, end = "\033[2m", "\033[1;32m", "\033[0m"
-    assert first == f"step 1\na{dim}_{end}{bright}x{end}{dim}_{end}\nbc\n"
-    assert second == f"step 2\na{dim}_{end}x{bright}y{end}\nbc\n"  # x is no longer new
+    assert first == f"step 1\na{dim}_{end}{bright}x{end}{dim}_{end}b\n"
+    assert second == f"step 2\na{dim}_{end}x{bright}y{end}b\n"  # x is no longer new
 
 
 def test_the_tokenizer_comes_from_the_checkpoint(monkeypatch, capsys, out_dir):

@@ -119,7 +119,7 @@ def test_two_processes_do_the_work_of_one(data_dir, tmp_path):
 @pytest.mark.parametrize(
     "flag",
     "seed=1 n_layer=1 n_head=1 n_embd=32 mlp_hidden=8 block_size=8 n_sink=0 sink_position=end sink_zero_value=True "
-    "gated_attention=True batch_size=4 micro_batch_size=2 max_steps=3 stratified_t=True random_length=1 "
+    "gated_attention=True batch_size=4 micro_batch_size=2 max_steps=3 align_documents=False stratified_t=True random_length=1 "
     "learning_rate=1e-2 min_lr=1e-5 warmup=0 weight_decay=5 beta1=0.5 beta2=0.5 grad_clip=0.01 dtype=bfloat16".split(),
 )
 def test_every_option_changes_the_result(data_dir, tmp_path, flag):
@@ -205,10 +205,29 @@ def test_validation_error_is_the_spread_of_the_estimate(monkeypatch):
     cfg = dataclasses.replace(TrainConfig(), eval_seqs=64, micro_batch_size=64)
     real, found = np.random.default_rng, []
     for draw in range(150):
-        monkeypatch.setattr(np.random, "default_rng", lambda key, draw=draw: real([*key, draw]))
+        monkeypatch.setattr(np.random, "default_rng", lambda key, draw=draw: real([*np.atleast_1d(key), draw]))
         found.append(evaluate(cfg, Stub(lambda share: 1 + 5 * share), batches_of_zeros(64, 30), torch.device("cpu")))
     means, errors = np.array(found).T
     assert means.std() == pytest.approx(errors.mean(), rel=0.25)
+
+
+def test_validation_levels_are_not_tied_to_the_place_in_the_file():
+    """A corpus whose second half is as hard at any t: levels in file order would give it 3/4 of t, not 1/2."""
+
+    class Half(Stub):
+        def forward(self, xt):
+            self.hard = xt[:, :1] == 1
+            logits = super().forward(xt).clone()
+            return torch.where(self.hard[..., None], logits, torch.tensor([50.0, 0.0, 0.0], dtype=logits.dtype))
+
+    N, T = 500, 200
+    x0 = torch.zeros(N, T, dtype=torch.long)
+    x0[N // 2 :, 0] = 1
+    maskable = torch.ones(N, T, dtype=torch.bool)
+    maskable[:, 0] = False
+    cfg = dataclasses.replace(TrainConfig(), eval_seqs=N, micro_batch_size=N)
+    mean, error = evaluate(cfg, Half(lambda share: 5 * share + 1e-6), lambda split, index: (x0, maskable), torch.device("cpu"))
+    assert abs(mean - 1.25) < 4 * error + 0.02  # half the texts, and 5 * 1/2 for them
 
 
 def test_validation_does_not_depend_on_the_batch_size(data_dir):
@@ -230,7 +249,7 @@ def test_batches_follow_from_seed_and_index(data_dir):
     tokens = np.fromfile(data_dir / "arithmetic" / "train.bin", np.uint16)
 
     def batch(seed, index):
-        cfg = TrainConfig(seed=seed, block_size=16, micro_batch_size=4)
+        cfg = TrainConfig(seed=seed, block_size=16, micro_batch_size=4, align_documents=False)
         return token_batches(str(data_dir / "arithmetic"), meta, cfg)("train", index)[0]
 
     assert torch.equal(batch(0, 5), batch(0, 5))
@@ -238,6 +257,18 @@ def test_batches_follow_from_seed_and_index(data_dir):
     assert not any(torch.equal(batch(0, 5), other) for other in others)
     text = tokens.tobytes()
     assert all(row.numpy().astype(np.uint16).tobytes() in text for row in batch(0, 5))
+
+
+def test_aligned_sequences_start_at_documents(data_dir):
+    meta = load_meta(data_dir / "arithmetic")
+    for align, share in {None: 1.0, True: 1.0, False: 0.0}.items():
+        cfg = TrainConfig(block_size=16, micro_batch_size=64, eval_seqs=64, align_documents=align)
+        get_batch = token_batches(str(data_dir / "arithmetic"), meta, cfg)
+        for split in ("train", "val"):
+            first = (get_batch(split, 0)[0][:, 0] == meta["eot_id"]).float().mean().item()
+            assert first == share or (align is False and first < 0.2)
+    with pytest.raises(ValueError, match="no document to start a sequence of 64 tokens"):
+        token_batches(str(data_dir / "arithmetic"), {**meta, "eot_id": meta["vocab_size"] + 1}, TrainConfig())
 
 
 def test_seeds_are_mixed():
@@ -248,7 +279,7 @@ def test_seeds_are_mixed():
 
 def test_validation_sequences_cover_the_file(data_dir):
     meta = load_meta(data_dir / "arithmetic")
-    cfg = TrainConfig(block_size=16, micro_batch_size=4, eval_seqs=8)
+    cfg = TrainConfig(block_size=16, micro_batch_size=4, eval_seqs=8, align_documents=False)
     get_batch = token_batches(str(data_dir / "arithmetic"), meta, cfg)
     tokens = torch.from_numpy(np.fromfile(data_dir / "arithmetic" / "val.bin", np.uint16).astype(np.int64))
     found = torch.cat([get_batch("val", 0)[0], get_batch("val", 1)[0]])
@@ -267,9 +298,9 @@ def test_start_from_the_weights_of_another_run(data_dir, tmp_path):
     assert checkpoint is None and same(first, model)
     assert (cfg.gated_attention, cfg.n_embd, cfg.block_size, model.config.block_size) == (True, 16, 32, 32)
     for flag, message in {
-        "--n_layer=3": r"n_layer=3 \(command line\), but .*ckpt.pt has 2",
-        "--preset=6M": "the sizes come from .*ckpt.pt",
-        "--n_sink=0": r"n_sink=0 \(command line\), but .* has 1",
+        "--n_layer=3": r"settings contradict .*ckpt.pt: n_layer=3 \(command line\), not 2; leave them out",
+        "--preset=6M": r"preset='6M' \(command line\), not None",
+        "--n_sink=0": r"n_sink=0 \(command line\), not 1",
     }.items():
         with pytest.raises(ValueError, match=message):
             start_run(*parse(TrainConfig, [*flags, flag]), load_meta(data_dir / "arithmetic"))
@@ -282,7 +313,7 @@ def test_resume_refuses_what_contradicts(data_dir, tmp_path):
         run(data_dir, tmp_path / "a")
     resume = ["--init_from=resume", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'a'}"]
     meta = load_meta(data_dir / "arithmetic")
-    with pytest.raises(ValueError, match=r"n_layer=3 \(command line\), .* has 2; seed=1 \(command line\), .* has 0"):
+    with pytest.raises(ValueError, match=r"seed=1 \(command line\), not 0; n_layer=3 \(command line\), not 2; leave them out"):
         start_run(*parse(TrainConfig, [*resume, "--n_layer=3", "--seed=1"]), meta)
     parsed, set_by = parse(TrainConfig, [*resume, "--max_steps=9", "--n_layer=2"])
     cfg, _, checkpoint = start_run(parsed, set_by, meta)
@@ -291,27 +322,32 @@ def test_resume_refuses_what_contradicts(data_dir, tmp_path):
     assert (cfg.max_steps, cfg.n_embd, cfg.learning_rate, checkpoint["step"]) == (9, 16, TrainConfig.learning_rate, 6)
     with pytest.raises(ValueError, match="has other tokens now"):
         start_run(*parse(TrainConfig, resume), {**meta, "sha256": {}})
-    with pytest.raises(ValueError, match="tokenizer .* is not that of data set"):
+    with pytest.raises(ValueError, match=r"another vocabulary \(bpe of .*\) than data set arithmetic \(bytes of 257"):
         start_run(*parse(TrainConfig, resume), {**meta, "tokenizer": {"name": "bytes"}, "vocab_size": 257})
+    start_run(*parse(TrainConfig, resume), {**meta, "tokenizer": {**meta["tokenizer"], "pattern": "other"}})
+    with pytest.raises(ValueError, match="4 steps, but the run to resume has made 6; raise max_steps"):
+        run(data_dir, tmp_path / "a", "--init_from=resume", "--max_steps=4")
     assert (tmp_path / "a" / "ckpt.pt").read_bytes() == before
 
 
 def test_length_by_flops_or_by_steps(data_dir, tmp_path):
     meta = load_meta(data_dir / "arithmetic")
     flags = [*TINY_FLAGS, f"--data_dir={data_dir}", f"--out_dir={tmp_path}", "--train_flops=1e8"]
-    with pytest.raises(ValueError, match=r"max_steps \(command line\) and train_flops=1e\+08 both set the length"):
-        start_run(*parse(TrainConfig, flags), meta)
-    cfg, set_by = parse(TrainConfig, [flag for flag in flags if "max_steps" not in flag])
-    go(cfg, set_by)
+    with pytest.raises(ValueError, match=r"one of max_steps \(6\) and train_flops \(100000000.0\) must be None"):
+        parse(TrainConfig, flags)
+    with pytest.raises(ValueError, match="must be None, not both"):
+        parse(TrainConfig, ["--max_steps=None"])
+    go(*parse(TrainConfig, [*flags, "--max_steps=None"]))
     n = MDMConfig(16, meta["vocab_size"], 2, 2, 16).table_params()
     assert load_checkpoint(tmp_path)["step"] == int(1e8 / (6 * n * 8 * 16)) > 3
 
 
 def test_preset(data_dir, tmp_path):
     meta = load_meta(data_dir / "arithmetic")
-    _, model, _ = start_run(*parse(TrainConfig, ["--preset=6M", "--block_size=32", f"--out_dir={tmp_path}"]), meta)
+    cfg, model, _ = start_run(*parse(TrainConfig, ["--preset=6M", "--block_size=32", f"--out_dir={tmp_path}"]), meta)
+    assert (cfg.n_layer, cfg.n_embd, cfg.mlp_hidden) == (6, 256, 1024)  # what the checkpoint will say
     assert model.num_params() == 6_294_784 and model.config.block_size == 32 and model.config.vocab_size == meta["vocab_size"]
-    with pytest.raises(ValueError, match=r"preset=6M sets the sizes that n_layer \(command line\) set too"):
+    with pytest.raises(ValueError, match=r"settings contradict preset 6M: n_layer=3 \(command line\), not 6"):
         start_run(*parse(TrainConfig, ["--preset=6M", "--n_layer=3", f"--out_dir={tmp_path}"]), meta)
 
 
@@ -325,12 +361,17 @@ def test_bad_data(data_dir, tmp_path):
         token_batches(str(folder), meta, TrainConfig(block_size=100_000))
     tokens[:-1].tofile(folder / "train.bin")
     with pytest.raises(
-        ValueError, match="train.bin has .* bytes, meta.json says .*; prepare it again: python prepare_data.py arithmetic"
+        ValueError,
+        match="train.bin has .* bytes, meta.json says .*; prepare .* again: python prepare_data.py arithmetic --data_dir=",
     ):
         load_meta(folder)
     (tokens + 500).astype(np.uint16).tofile(folder / "train.bin")
     with pytest.raises(ValueError, match=r"train.bin holds token \d+, meta.json has a vocabulary of"):
-        token_batches(str(folder), load_meta(folder), TrainConfig(block_size=16))("train", 0)
+        token_batches(str(folder), load_meta(folder), TrainConfig(block_size=16, align_documents=False))("train", 0)
+    for damage in ("{", '{"dtype": "uint16"}'):
+        (folder / "meta.json").write_text(damage)
+        with pytest.raises(ValueError, match="meta.json is damaged .*; prepare the data set again"):
+            load_meta(folder)
 
 
 def test_bad_checkpoints(data_dir, tmp_path):
@@ -355,8 +396,12 @@ def test_bad_settings(data_dir, tmp_path):
         "n_embd=17": "n_embd 17 is not divisible by n_head 2",
         "dtype=float8": "dtype is 'float8'",
         "micro_batch_size=0": "micro_batch_size is 0; it must be above 0",
-        "warmup=2": "warmup 2.0 .* wanted 0 to 1",
-        "device=cuda": "no GPU that torch can use",
+        "warmup=2": "warmup is 2.0; it must lie between 0 and 1",
+        "seed=-1": "seed is -1; it must not be negative",
+        "learning_rate=nan": "learning_rate is nan",
+        "eval_seqs=1": "eval_seqs is 1",
+        "device=foo": "device 'foo' cannot be used here",
+        "device=cuda": "device 'cuda' cannot be used here",
         "preset=7B": "no preset '7B'",
     }.items():
         if flag == "device=cuda" and torch.cuda.is_available():
@@ -370,8 +415,12 @@ def test_bad_settings(data_dir, tmp_path):
 
 
 def test_a_loss_that_is_no_number_ends_the_run(data_dir, tmp_path):
+    wild = ["--learning_rate=1e30", "--grad_clip=0", "--warmup=0"]
     with pytest.raises(ValueError, match="the loss is nan at step .*; lower learning_rate"):
-        run(data_dir, tmp_path, "--learning_rate=1e30", "--grad_clip=0", "--warmup=0")
+        run(data_dir, tmp_path / "a", *wild, "--eval_interval=100")
+    with pytest.raises(ValueError, match="the validation loss is nan at step 2"):
+        run(data_dir, tmp_path / "b", *wild, "--log_interval=100")
+    assert load_checkpoint(tmp_path / "b")["step"] == 0  # the last good one
 
 
 def test_a_failed_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
