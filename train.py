@@ -348,7 +348,7 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
     net = torch.compile(model) if cfg.compile else model
     ddp = net
     if world_size > 1:
-        ddp = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False)
+        ddp = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None)
     optimizer = torch.optim.AdamW(
         model.parameters(),  # one group: every tensor decays
         lr=cfg.learning_rate,

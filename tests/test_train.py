@@ -19,7 +19,7 @@ from test_diffusion import Stub
 
 import train as train_module
 from configurator import describe, parse
-from model import MDM, MDMConfig, load_checkpoint
+from model import MDM, MDMConfig, load_checkpoint, tokens_for_flops
 from train import TrainConfig, evaluate, get_lr, load_meta, seed_for, start_run, token_batches, train
 
 TINY = {
@@ -340,6 +340,22 @@ def test_length_by_flops_or_by_steps(data_dir, tmp_path):
     go(*parse(TrainConfig, [*flags, "--max_steps=None"]))
     n = MDMConfig(16, meta["vocab_size"], 2, 2, 16).table_params()
     assert load_checkpoint(tmp_path)["step"] == int(1e8 / (6 * n * 8 * 16)) > 3
+
+
+def test_the_paper_configs_hold_its_recipe_and_differ_in_the_variant_only():
+    arms = {name: parse(TrainConfig, [str(ROOT / f"config/pretrain_472m_{name}.py")])[0] for name in ("vanilla", "sink", "gate")}
+    for name, cfg in arms.items():
+        assert (cfg.n_sink, cfg.gated_attention) == {"vanilla": (0, False), "sink": (1, False), "gate": (0, True)}[name]
+        assert (cfg.batch_size, cfg.block_size, cfg.beta1, cfg.beta2, cfg.weight_decay) == (256, 2048, 0.9, 0.95, 0.1)
+        assert (cfg.grad_clip, cfg.learning_rate, cfg.min_lr, cfg.warmup, cfg.stratified_t) == (1.0, 2e-4, 2e-5, 0.01, False)
+        shape = MDMConfig.preset(cfg.preset, n_sink=cfg.n_sink, gated_attention=cfg.gated_attention)
+        assert int(tokens_for_flops(shape, cfg.train_flops) / (256 * 2048)) == 202089  # as the authors count
+        same = dataclasses.replace(cfg, n_sink=1, gated_attention=False, out_dir="x")
+        assert same == dataclasses.replace(arms["sink"], out_dir="x")
+
+
+def test_defaults_are_the_authors_loss():
+    assert (TrainConfig.stratified_t, TrainConfig.random_length, TrainConfig.n_sink) == (False, 0.0, 1)
 
 
 def test_preset(data_dir, tmp_path):
