@@ -79,6 +79,7 @@ class Show:
         for token, old in list(zip(x[0].tolist(), self.before.tolist()))[self.opening :]:
             hidden = token == self.mask_id
             part = "_" if hidden else self.tokenizer.decode([token])
+            part = "".join(c if c.isprintable() or c == "\n" else "�" for c in part)  # no control characters of the model's own
             style = "\033[2m" if hidden else "\033[1;32m" if old == self.mask_id else ""  # dim, bright green, plain
             text += f"{style}{part}\033[0m" if is_terminal and style else part
         self.before = x[0]
