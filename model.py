@@ -233,8 +233,8 @@ class MDM(nn.Module):
         return n
 
     def flops_per_token(self, T: int) -> float:
-        """FLOPs of one forward and backward pass per content token, for MFU: 6 per weight of a matrix product (the input
-        embedding is a look-up), and 12 * n_layer * n_embd * T for the two products of attention (PaLM, appendix B)."""
+        """FLOPs of one forward and backward pass per content token, for MFU: 6 per weight (but the input embedding, which is a
+        look-up), and 12 * n_layer * n_embd * T for the two products of attention (PaLM, appendix B)."""
         weights = self.num_params() + self.lm_head.weight.numel()
         return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * T
 
@@ -396,6 +396,8 @@ def generate(model, x, steps, temperature=0.0, remasking="confidence", cfg_scale
     """
     if remasking not in ("confidence", "random"):
         raise ValueError(f"remasking is {remasking!r}; it must be 'confidence' or 'random'")
+    if seeds is not None and len(seeds) != len(x):
+        raise ValueError(f"{len(seeds)} seeds for {len(x)} rows; wanted one for each")
     if steps < 1 or temperature < 0 or cfg_scale < 0:
         raise ValueError(f"wanted steps >= 1, temperature >= 0, cfg_scale >= 0; got {steps}, {temperature}, {cfg_scale}")
     mask_id, given, device = model.config.mask_id, x != model.config.mask_id, x.device

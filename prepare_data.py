@@ -302,14 +302,14 @@ def download(url, folder):
 
 
 def encode(pieces, tokenizer, dtype):
-    """(text, is_end_of_document) pairs -> their tokens, each document closed by end-of-text, and the number of documents."""
+    """(text, is_end_of_document) pairs -> their tokens, each document closed by end-of-text."""
     arrays = []
     for text, is_end in pieces:
         text = text.encode("utf-8", "replace").decode()  # half a surrogate pair, which JSON may hold, becomes a question mark
         arrays.append(tokenizer.encode_to_numpy(text, disallowed_special=()))
         if is_end:
             arrays.append([tokenizer.eot_token])
-    return np.concatenate(arrays).astype(dtype), sum(is_end for _, is_end in pieces)
+    return np.concatenate(arrays).astype(dtype)
 
 
 def group(source):
@@ -341,11 +341,11 @@ def write_tokens(path, source, tokenizer, dtype, max_tokens):
                 waiting.append(pool.submit(encode, pieces, tokenizer, dtype))
             if not waiting:
                 break
-            tokens, documents = waiting.popleft().result()
+            tokens = waiting.popleft().result()
             if max_tokens is not None:
                 tokens = tokens[: max_tokens - n_tokens]
             tokens.tofile(file)
-            n_tokens, n_documents = n_tokens + len(tokens), n_documents + documents
+            n_tokens, n_documents = n_tokens + len(tokens), n_documents + int((tokens == tokenizer.eot_token).sum())
             if source.bytes_total and source.bytes_read:
                 bar.total = max(n_tokens, int(n_tokens * source.bytes_total / source.bytes_read))
             bar.update(len(tokens))
@@ -405,7 +405,7 @@ def prepare(cfg: PrepareConfig) -> dict:
     val_source = Source(val_address, corpus.documents, download_dir) if val_address else None
 
     split_digits = corpus.documents == "problems" if cfg.split_digits is None else cfg.split_digits
-    vocab_size = cfg.vocab_size or (512 if cfg.name == "arithmetic" else 4096)
+    vocab_size = (512 if cfg.name == "arithmetic" else 4096) if cfg.vocab_size is None else cfg.vocab_size
     spec = make_tokenizer(cfg.tokenizer or corpus.tokenizer, split_digits, vocab_size, (text for text, _ in source))
     tokenizer = load_tokenizer(spec)
     dtype = np.dtype("uint16" if spec["vocab_size"] <= 1 << 16 else "uint32")

@@ -54,7 +54,7 @@ class TrainConfig:
     batch_size: int = 16  # sequences per optimizer step, over all processes
     micro_batch_size: int = 16  # sequences per process and forward pass; the rest is gradient accumulation
     max_steps: int | None = 3500  # optimizer steps
-    train_flops: float | None = None  # instead of max_steps: train until C = 6 N D, as the authors' --flops
+    train_flops: float | None = None  # if set, instead of max_steps: train until C = 6 N D, as the authors' --flops
     align_documents: bool | None = None  # start sequences at documents; None: where they are short, one per line
     # loss
     stratified_t: bool = False  # spread the noise levels of a micro-batch evenly (the authors draw them independently)
@@ -87,10 +87,10 @@ class TrainConfig:
             if getattr(self, name) is not None and not getattr(self, name) >= 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
         for name in "warmup random_length beta1 beta2".split():
-            if not 0 <= getattr(self, name) <= 1:
+            if not 0 <= getattr(self, name) <= 1 or (name.startswith("beta") and getattr(self, name) == 1):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
-        if (self.max_steps is None) == (self.train_flops is None):
-            raise ValueError(f"one of max_steps ({self.max_steps}) and train_flops ({self.train_flops}) must be None, not both")
+        if self.max_steps is None and self.train_flops is None:
+            raise ValueError("max_steps and train_flops are both None; one of them must set the length")
         if self.eval_seqs < 2:
             raise ValueError("eval_seqs is 1; a standard error needs at least 2")
 
@@ -129,7 +129,8 @@ def token_batches(folder: str, meta: dict, cfg: TrainConfig):
     """get_batch for pretraining on a data set's token files: every token is maskable.
 
     Training sequences start at random places, drawn from (seed, index): anywhere, or with cfg.align_documents at the
-    end-of-text before a document. Validation sequence r of eval_seqs always starts at the same place; they are spread evenly."""
+    end-of-text before a document (all but the first have one). Validation sequence r of eval_seqs always starts at the same
+    place; they are spread evenly."""
     B, T = cfg.micro_batch_size, cfg.block_size
     data, places = {}, {}
     for split in ("train", "val"):
@@ -228,7 +229,8 @@ def evaluate(cfg, net, get_batch, device, rank=0, world_size=1):
 
     The levels are (i + 1/2) / eval_seqs; a sequence always has the same level and the same noise, whatever the model, the
     machine, the batch size or the number of processes. The error is estimated from the differences between neighbours in t,
-    which leaves out the spread over t that even spacing removes."""
+    which leaves out the spread over t that even spacing removes. It takes the texts for different ones: with fewer places in
+    the data than eval_seqs it is too small."""
     B, N = cfg.micro_batch_size, cfg.eval_seqs
     level = np.random.default_rng(1234).permutation(N)  # in file order, t would be tied to the place in the corpus
     sums = torch.zeros(2, N, dtype=torch.float64)
@@ -237,8 +239,7 @@ def evaluate(cfg, net, get_batch, device, rank=0, world_size=1):
         x0, maskable = (tensor[: len(rows)].to(device) for tensor in get_batch("val", index))
         p_mask = noise_levels(torch.tensor((level[rows, None] + 0.5) / N, dtype=torch.float32, device=device))
         noise = np.stack([np.random.default_rng([1234, row]).random(x0.size(1), np.float32) for row in rows])
-        mask_id = getattr(net, "module", net).config.mask_id
-        xt, masked = mask_tokens(x0, p_mask, maskable, mask_id, torch.from_numpy(noise).to(device))
+        xt, masked = mask_tokens(x0, p_mask, maskable, net.config.mask_id, torch.from_numpy(noise).to(device))
         with autocast(device, cfg.dtype):
             nll = weighted_nll(net, x0, xt, masked, p_mask)
         sums[:, level[rows]] = torch.stack((nll, maskable.sum(dim=1))).cpu().to(sums)
@@ -269,11 +270,11 @@ def save_checkpoint(path, checkpoint):
 class Reporter:
     """What rank 0 tells: a progress bar in a terminal, plain lines elsewhere, log.jsonl, and wandb if asked."""
 
-    def __init__(self, cfg, start, max_steps):
+    def __init__(self, cfg, start, max_steps, is_resumed):
         os.makedirs(cfg.out_dir, exist_ok=True)
         path = os.path.join(cfg.out_dir, "log.jsonl")
         kept = []
-        if start and os.path.exists(path):  # drop what a crashed run logged after the checkpoint we resume from
+        if is_resumed and os.path.exists(path):  # drop what a crashed run logged after the checkpoint we resume from
             with open(path) as file:
                 kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= start]
         with open(path + ".tmp", "w") as file:
@@ -326,7 +327,7 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
     resume     a checkpoint dict to go on from: its optimizer state and step are taken up (its weights are in model already)
 
     Writes out_dir/ckpt.pt (the latest), best.pt (lowest validation loss) and log.jsonl. Ctrl-C or SIGTERM saves and ends: after
-    the step, or with several processes after the next log line, where they agree on it.
+    the step, or with several processes within the next ten.
     Raises ValueError if batch_size does not divide, or if the loss is no longer a number."""
     rank, world_size, device = setup_distributed(cfg.device)
     per_pass = cfg.micro_batch_size * world_size
@@ -338,7 +339,7 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
     grad_accum = cfg.batch_size // per_pass
     step_tokens = cfg.batch_size * cfg.block_size
     max_steps = cfg.max_steps
-    if max_steps is None:
+    if cfg.train_flops is not None:
         max_steps = int(tokens_for_flops(model.config, cfg.train_flops) / step_tokens)
     if resume is not None and max_steps < resume["step"]:
         raise ValueError(f"{max_steps} steps, but the run to resume has made {resume['step']}; raise max_steps")
@@ -366,7 +367,7 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
 
     report = None
     if rank == 0:
-        report = Reporter(cfg, start, max_steps)
+        report = Reporter(cfg, start, max_steps, resume is not None)
         sizes = f"{model.num_params(non_embedding=False):,} parameters ({model.num_params():,} non-embedding)"
         batch = f"{grad_accum} x {world_size} x {cfg.micro_batch_size} sequences of {cfg.block_size} tokens"
         report.say(
@@ -443,16 +444,19 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
             optimizer.zero_grad(set_to_none=True)
 
             # ---- the rest is reporting
+            done = step + 1
             if world_size == 1:
                 stop = interrupted
+            elif done % 10 == 0:  # all processes must agree on it, and soon: torchrun kills them 30 seconds after Ctrl-C
+                votes = torch.tensor(float(interrupted), device=device)
+                dist.all_reduce(votes)
+                stop = votes.item() > 0
             if rank == 0:
                 report.bar.update(1)
-            done = step + 1
             if done % cfg.log_interval == 0 or done == max_steps:
-                stats = torch.stack((loss_sum / (done - log_step), torch.tensor(float(interrupted), device=device)))
                 if world_size > 1:
-                    dist.all_reduce(stats)
-                mean_loss, stop = stats[0].item() / world_size, stats[1].item() > 0
+                    dist.all_reduce(loss_sum)
+                mean_loss = loss_sum.item() / (done - log_step) / world_size
                 if not math.isfinite(mean_loss):
                     raise ValueError(f"the loss is {mean_loss} at step {done}; lower learning_rate (now {lr:.2e}) or use bfloat16")
                 seconds = time.time() - log_time
@@ -481,40 +485,56 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
 # Start: from scratch, resumed, or from the weights of a checkpoint
 
 
-def start_run(cfg: TrainConfig, set_by: dict, meta: dict):
-    """(cfg, model, checkpoint to resume or None) as init_from says; set_by learns which settings come from elsewhere.
-    Raises ValueError where settings contradict what is there."""
+def settle(cfg: TrainConfig, set_by: dict):
+    """(cfg, checkpoint or None) with what init_from, preset and train_flops imply; set_by learns where it comes from.
+    Raises ValueError where settings contradict each other or what is there."""
+    if cfg.preset is not None:
+        shape = MDMConfig.preset(cfg.preset)
+        sizes = {key: getattr(shape, key) for key in ("n_layer", "n_head", "n_embd", "mlp_hidden")}
+        refuse(cfg, set_by, sizes, f"preset {cfg.preset}")
+        cfg = dataclasses.replace(cfg, **sizes)
+        set_by.update({key: f"preset {cfg.preset}" for key in sizes})
+    lengths = [key for key in ("max_steps", "train_flops") if key in set_by and getattr(cfg, key) is not None]
+    if len(lengths) == 2:
+        places = f"max_steps ({set_by['max_steps']}) and train_flops ({set_by['train_flops']})"
+        raise ValueError(f"{places} both set the length; add --train_flops=None or --max_steps=None")
     own = os.path.join(cfg.out_dir, "ckpt.pt")
     if cfg.init_from != "resume" and os.path.exists(own):
         raise ValueError(f"{own} exists; go on with --init_from=resume, or choose another --out_dir")
-    if cfg.init_from == "scratch":
-        if cfg.preset is not None:
-            shape = MDMConfig.preset(cfg.preset)
-            sizes = {key: getattr(shape, key) for key in ("n_layer", "n_head", "n_embd", "mlp_hidden")}
-            refuse(cfg, set_by, sizes, f"preset {cfg.preset}")
-            cfg = dataclasses.replace(cfg, **sizes)
-        torch.manual_seed(cfg.seed)
-        return cfg, MDM(MDMConfig(vocab_size=meta["vocab_size"], **{key: getattr(cfg, key) for key in MODEL_KEYS})), None
+    checkpoint = None
+    if cfg.init_from != "scratch":
+        path = own if cfg.init_from == "resume" else cfg.init_from
+        checkpoint = load_checkpoint(path)
+        if cfg.init_from == "resume":
+            saved = {key: value for key, value in checkpoint["run_config"].items() if key not in RESUME_KEYS or key not in set_by}
+            saved.update(out_dir=cfg.out_dir, init_from="resume")
+        else:  # weights only: the architecture is the checkpoint's; the length of a sequence has no weights
+            saved = {key: checkpoint["model_config"][key] for key in MODEL_KEYS if key != "block_size" or key not in set_by}
+        refuse(cfg, set_by, saved, path)
+        if lengths:  # the other of the two, where it was saved, no longer counts
+            saved["train_flops" if lengths == ["max_steps"] else "max_steps"] = None
+        cfg = dataclasses.replace(cfg, **saved)
+        set_by.update({key: path for key in saved if key not in set_by})
+    elif lengths == ["train_flops"]:
+        cfg = dataclasses.replace(cfg, max_steps=None)
+    return cfg, checkpoint
 
-    path = own if cfg.init_from == "resume" else cfg.init_from
-    checkpoint = load_checkpoint(path)
-    if checkpoint["meta"] and vocabulary(checkpoint["meta"]) != vocabulary(meta):
-        there, here = (f"{m['tokenizer']['name']} of {m['vocab_size']:,} tokens" for m in (checkpoint["meta"], meta))
-        raise ValueError(f"{path} has another vocabulary ({there}) than data set {cfg.dataset} ({here}); prepare the data anew")
-    if cfg.init_from == "resume":
-        saved = {key: value for key, value in checkpoint["run_config"].items() if key not in RESUME_KEYS or key not in set_by}
-        saved.update(out_dir=cfg.out_dir, init_from="resume")
-        refuse(cfg, set_by, saved, path)
-        if checkpoint["meta"] and checkpoint["meta"]["sha256"] != meta["sha256"]:
-            raise ValueError(f"cannot resume: data set {cfg.dataset} has other tokens now than when {path} was saved")
-    else:  # weights only: the architecture is the checkpoint's; the length of a sequence has no weights and may be chosen anew
-        saved = {key: checkpoint["model_config"][key] for key in MODEL_KEYS if key != "block_size" or key not in set_by}
-        saved["preset"] = None
-        refuse(cfg, set_by, saved, path)
-    cfg = dataclasses.replace(cfg, **saved)
-    set_by.update({key: path for key in saved if key not in set_by})
+
+def start_model(cfg: TrainConfig, checkpoint, meta: dict) -> MDM:
+    """The model of settled settings. Raises ValueError if the checkpoint was made with other data than meta's."""
+    if checkpoint is None:
+        torch.manual_seed(cfg.seed)
+        return MDM(MDMConfig(vocab_size=meta["vocab_size"], **{key: getattr(cfg, key) for key in MODEL_KEYS}))
+    trained_on = checkpoint["meta"]
+    if trained_on and vocabulary(trained_on) != vocabulary(meta):
+        there, here = (f"{m['tokenizer']['name']} of {m['vocab_size']:,} tokens" for m in (trained_on, meta))
+        raise ValueError(
+            f"the checkpoint has another vocabulary ({there}) than data set {cfg.dataset} ({here}); prepare the data anew"
+        )
+    if trained_on and cfg.init_from == "resume" and trained_on["sha256"] != meta["sha256"]:
+        raise ValueError(f"cannot resume: data set {cfg.dataset} has other tokens now than when the checkpoint was saved")
     checkpoint["model_config"]["block_size"] = cfg.block_size
-    return cfg, MDM.from_checkpoint(checkpoint), checkpoint if cfg.init_from == "resume" else None
+    return MDM.from_checkpoint(checkpoint)
 
 
 def refuse(cfg, set_by, fixed, place):
@@ -532,13 +552,14 @@ def vocabulary(meta):
 
 def main():
     cfg, set_by = configurator.parse(TrainConfig)
+    cfg, checkpoint = settle(cfg, set_by)
     rank, _, _ = setup_distributed(cfg.device)
-    folder = os.path.join(cfg.data_dir, cfg.dataset)
-    meta = load_meta(folder)
-    cfg, model, checkpoint = start_run(cfg, set_by, meta)
     if rank == 0:
         print(configurator.describe(cfg, set_by))
-    train(cfg, model, token_batches(folder, meta, cfg), meta, checkpoint)
+    folder = os.path.join(cfg.data_dir, cfg.dataset)
+    meta = load_meta(folder)
+    model = start_model(cfg, checkpoint, meta)
+    train(cfg, model, token_batches(folder, meta, cfg), meta, checkpoint if cfg.init_from == "resume" else None)
     if dist.is_initialized():
         dist.destroy_process_group()
 

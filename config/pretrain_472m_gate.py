@@ -14,7 +14,6 @@ gated_attention = True
 batch_size = 256
 micro_batch_size = 8
 train_flops = 300e18
-max_steps = None  # as many as that buys
 random_length = 0.01
 learning_rate = 2e-4
 min_lr = 2e-5

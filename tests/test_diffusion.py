@@ -221,5 +221,7 @@ def test_surest():
 
 @pytest.mark.parametrize("options", [{"remasking": "greddy"}, {"steps": 0}, {"temperature": -1.0}, {"cfg_scale": -0.1}])
 def test_bad_options(options):
+    with pytest.raises(ValueError, match="1 seeds for 2 rows"):
+        generate(make_model(), PROMPT, steps=2, seeds=[1])
     with pytest.raises(ValueError, match="remasking is 'greddy'|wanted steps >= 1"):
         generate(make_model(), PROMPT, **{"steps": 4, **options})

@@ -73,8 +73,10 @@ def test_long_document_is_cut_where_no_token_is(tmp_path, monkeypatch):
     pieces = list(Source(str(tmp_path / "a.txt"), "marked", ""))
     assert len(pieces) > 100 and "".join(p for p, _ in pieces) == text and [end for _, end in pieces].count(True) == 1
     spec = whole[0]["tokenizer"]
-    tokens, n = prepare_data.encode(pieces, load_tokenizer(spec), np.uint16)
-    assert n == 1 and tokens.tolist() == np.concatenate([whole[1]["train"], whole[1]["val"]]).tolist()
+    tokens = prepare_data.encode(pieces, load_tokenizer(spec), np.uint16)
+    assert (tokens == spec["vocab_size"] - 1).sum() == 1 and tokens.tolist() == np.concatenate(
+        [whole[1]["train"], whole[1]["val"]]
+    ).tolist()
     assert tokens[:-1].tolist() == load_tokenizer(spec).encode_ordinary(text)
 
 
@@ -129,6 +131,7 @@ def test_max_tokens_and_val_source(tmp_path):
     (tmp_path / "v.txt").write_text("held out")
     paths = {"source": str(tmp_path / "a.txt"), "val_source": str(tmp_path / "v.txt")}
     meta, splits, encoding = prepared(tmp_path, **paths, max_tokens=100)
+    assert meta["documents"] == splits["train"].tolist().count(256) == 1
     assert meta["tokens"] == {"train": 100, "val": 9} and encoding.decode(splits["val"][:-1].tolist()) == "held out"
 
 
@@ -285,6 +288,7 @@ def test_problem_lines_are_checked(tmp_path, capsys):
         ("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n", {}, "Git LFS pointer"),
         ("text", {"tokenizer": "gpt5"}, "unknown tokenizer 'gpt5'; there are gpt2, bytes, bpe"),
         ("text", {"tokenizer": "bpe", "vocab_size": 100}, "bpe needs at least 258"),
+        ("text", {"tokenizer": "bpe", "vocab_size": 0}, "bpe needs at least 258"),
         ("text", {"val_fraction": 1.5}, "val_fraction is 1.5"),
         ("text", {"name": "nonsense"}, "unknown data set 'nonsense'; there are arithmetic"),
         ("text", {"name": "arithmetic"}, "arithmetic is generated"),

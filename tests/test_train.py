@@ -20,7 +20,7 @@ from test_diffusion import Stub
 import train as train_module
 from configurator import describe, parse
 from model import MDM, MDMConfig, load_checkpoint, tokens_for_flops
-from train import TrainConfig, evaluate, get_lr, load_meta, seed_for, start_run, token_batches, train
+from train import TrainConfig, evaluate, get_lr, load_meta, seed_for, settle, start_model, token_batches, train
 
 TINY = {
     "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 8, "micro_batch_size": 4, "max_steps": 6,
@@ -35,11 +35,17 @@ def run(data_dir, out_dir, *flags, wrap=lambda get_batch: get_batch):
     return go(cfg, set_by, wrap)
 
 
+def start_run(cfg, set_by, meta):
+    cfg, checkpoint = settle(cfg, set_by)
+    return cfg, start_model(cfg, checkpoint, meta), checkpoint if cfg.init_from == "resume" else None
+
+
 def go(cfg, set_by, wrap=lambda get_batch: get_batch):
+    cfg, checkpoint = settle(cfg, set_by)
     folder = f"{cfg.data_dir}/{cfg.dataset}"
     meta = load_meta(folder)
-    cfg, model, checkpoint = start_run(cfg, set_by, meta)
-    return train(cfg, model, wrap(token_batches(folder, meta, cfg)), meta, checkpoint)
+    model = start_model(cfg, checkpoint, meta)
+    return train(cfg, model, wrap(token_batches(folder, meta, cfg)), meta, checkpoint if cfg.init_from == "resume" else None)
 
 
 def rows(out_dir, key):
@@ -63,15 +69,14 @@ def interrupt_at(n):
     return wrap
 
 
-@pytest.mark.parametrize("micro", [5, 7])  # in the third step, and in the fourth, at whose end a validation falls due
+@pytest.mark.parametrize("micro", [0, 5, 7])  # in the first step, the third, and the fourth, at whose end a validation is due
 def test_interrupted_and_resumed_equals_uninterrupted(data_dir, tmp_path, micro, capsys):
     whole = run(data_dir, tmp_path / "whole")
     run(data_dir, tmp_path / "cut", wrap=interrupt_at(micro))
     stopped = load_checkpoint(tmp_path / "cut")["step"]
     assert stopped == micro // 2 + 1
     assert f"stopped at step {stopped} of 6" in capsys.readouterr().out
-    cfg, set_by = parse(TrainConfig, ["--init_from=resume", f"--out_dir={tmp_path / 'cut'}", f"--data_dir={data_dir}"])
-    resumed = go(cfg, set_by)
+    resumed = go(*parse(TrainConfig, ["--init_from=resume", f"--out_dir={tmp_path / 'cut'}"]))  # the rest is in the checkpoint
     assert same(whole, resumed)
     a, b = load_checkpoint(tmp_path / "whole"), load_checkpoint(tmp_path / "cut")
     for i, state in a["optimizer"]["state"].items():
@@ -299,7 +304,7 @@ def test_start_from_the_weights_of_another_run(data_dir, tmp_path):
     assert (cfg.gated_attention, cfg.n_embd, cfg.block_size, model.config.block_size) == (True, 16, 32, 32)
     for flag, message in {
         "--n_layer=3": r"settings contradict .*ckpt.pt: n_layer=3 \(command line\), not 2; leave them out",
-        "--preset=6M": r"preset='6M' \(command line\), not None",
+        "--preset=6M": r"n_layer=6 \(preset 6M\), not 2",
         "--n_sink=0": r"n_sink=0 \(command line\), not 1",
     }.items():
         with pytest.raises(ValueError, match=message):
@@ -333,11 +338,15 @@ def test_resume_refuses_what_contradicts(data_dir, tmp_path):
 def test_length_by_flops_or_by_steps(data_dir, tmp_path):
     meta = load_meta(data_dir / "arithmetic")
     flags = [*TINY_FLAGS, f"--data_dir={data_dir}", f"--out_dir={tmp_path}", "--train_flops=1e8"]
-    with pytest.raises(ValueError, match=r"one of max_steps \(6\) and train_flops \(100000000.0\) must be None"):
-        parse(TrainConfig, flags)
-    with pytest.raises(ValueError, match="must be None, not both"):
+    with pytest.raises(ValueError, match=r"max_steps \(command line\) and train_flops \(command line\) both set the length"):
+        settle(*parse(TrainConfig, flags))
+    with pytest.raises(ValueError, match="both None"):
         parse(TrainConfig, ["--max_steps=None"])
-    go(*parse(TrainConfig, [*flags, "--max_steps=None"]))
+    go(*parse(TrainConfig, [flag for flag in flags if "max_steps" not in flag]))
+    resume = ["--init_from=resume", f"--out_dir={tmp_path}"]
+    assert settle(*parse(TrainConfig, resume))[0].train_flops == 1e8
+    cfg, _ = settle(*parse(TrainConfig, [*resume, "--max_steps=99"]))
+    assert (cfg.max_steps, cfg.train_flops) == (99, None)
     n = MDMConfig(16, meta["vocab_size"], 2, 2, 16).table_params()
     assert load_checkpoint(tmp_path)["step"] == int(1e8 / (6 * n * 8 * 16)) > 3
 
@@ -363,6 +372,9 @@ def test_preset(data_dir, tmp_path):
     cfg, model, _ = start_run(*parse(TrainConfig, ["--preset=6M", "--block_size=32", f"--out_dir={tmp_path}"]), meta)
     assert (cfg.n_layer, cfg.n_embd, cfg.mlp_hidden) == (6, 256, 1024)  # what the checkpoint will say
     assert model.num_params() == 6_294_784 and model.config.block_size == 32 and model.config.vocab_size == meta["vocab_size"]
+    train(dataclasses.replace(cfg, max_steps=0, eval_seqs=2), model, batches_of_zeros(16, 32), meta)
+    flags = ["--preset=6M", f"--init_from={tmp_path}/ckpt.pt", f"--out_dir={tmp_path / 'b'}"]
+    assert same(model, start_run(*parse(TrainConfig, flags), meta)[1])  # the config that made a checkpoint can start from it
     with pytest.raises(ValueError, match=r"settings contradict preset 6M: n_layer=3 \(command line\), not 6"):
         start_run(*parse(TrainConfig, ["--preset=6M", "--n_layer=3", f"--out_dir={tmp_path}"]), meta)
 
@@ -412,6 +424,7 @@ def test_bad_settings(data_dir, tmp_path):
         "n_embd=17": "n_embd 17 is not divisible by n_head 2",
         "dtype=float8": "dtype is 'float8'",
         "micro_batch_size=0": "micro_batch_size is 0; it must be above 0",
+        "beta2=1": "beta2 is 1.0",
         "warmup=2": "warmup is 2.0; it must lie between 0 and 1",
         "seed=-1": "seed is -1; it must not be negative",
         "learning_rate=nan": "learning_rate is nan",
