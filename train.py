@@ -53,7 +53,7 @@ class TrainConfig:
     # batch and length
     batch_size: int = 16  # sequences per optimizer step, over all processes
     micro_batch_size: int = 16  # sequences per process and forward pass; the rest is gradient accumulation
-    max_steps: int | None = 3500  # optimizer steps
+    max_steps: int | None = 3000  # optimizer steps
     train_flops: float | None = None  # if set, instead of max_steps: train until C = 6 N D, as the authors' --flops
     align_documents: bool | None = None  # start sequences at documents; None: where they are short, one per line
     # loss

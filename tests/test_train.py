@@ -323,7 +323,7 @@ def test_resume_refuses_what_contradicts(data_dir, tmp_path):
     parsed, set_by = parse(TrainConfig, [*resume, "--max_steps=9", "--n_layer=2"])
     cfg, _, checkpoint = start_run(parsed, set_by, meta)
     text = describe(cfg, set_by)
-    assert "n_embd = 16  (default 128, set by" in text and "max_steps = 9  (default 3500, set by command line)" in text
+    assert "n_embd = 16  (default 128, set by" in text and "max_steps = 9  (default 3000, set by command line)" in text
     assert (cfg.max_steps, cfg.n_embd, cfg.learning_rate, checkpoint["step"]) == (9, 16, TrainConfig.learning_rate, 6)
     with pytest.raises(ValueError, match="has other tokens now"):
         start_run(*parse(TrainConfig, resume), {**meta, "sha256": {}})
