@@ -78,19 +78,13 @@ def convert(config_class, key, value, place):
             number = float(value)
             if float in kinds:
                 return number
-            if int in kinds:
-                # int() first: it keeps every digit of a long integer, where float() rounds
-                return int(value) if re.fullmatch(r"[+-]?\d+", str(value)) else exact_int(number)
+            if int in kinds and number.is_integer():
+                # from the text where it is one: that keeps every digit of a long integer, where float() rounds
+                return int(value) if re.fullmatch(r"[+-]?\d+", str(value)) else int(number)
         except (ValueError, TypeError, OverflowError):
             pass
     wanted = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
     raise ValueError(f"{key}={value!r} ({place}): wanted {wanted}")
-
-
-def exact_int(number):
-    if number != int(number):
-        raise ValueError(f"{number} is no integer")
-    return int(number)
 
 
 def help_text(config_class, positional=None):
