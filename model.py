@@ -378,7 +378,7 @@ def surest(confidence, k):
 
 
 @torch.no_grad()
-def generate(model, x, steps, temperature=0.0, remasking="confidence", cfg_scale=0.0, seeds=None, on_step=None):
+def generate(model, x, steps, temperature=0.0, remasking="confidence", cfg_scale=0.0, seeds=None, eot_id=None, on_step=None):
     """The reverse process: fills every mask_id in x. Prompt tokens may stand anywhere, so infilling is the same call.
 
     x             (B, T) token ids on the model's device, mask_id where text is wanted
@@ -390,6 +390,8 @@ def generate(model, x, steps, temperature=0.0, remasking="confidence", cfg_scale
     cfg_scale     w of unsupervised classifier-free guidance; 0 is off, and else each step costs two forward passes
     seeds         B integers, the rows' own random streams (default: from torch's generator); a row's text does not depend on
                   what else is in the batch
+    eot_id        if given, a row is complete as soon as it has written this token and nothing before it is hidden: the places
+                  behind are filled with it too, and the row is not computed any further
     on_step       called with x (B, T) after every step
 
     Returns the filled rows (B, T) and the number of forward passes. Raises ValueError for options out of range.
@@ -407,18 +409,24 @@ def generate(model, x, steps, temperature=0.0, remasking="confidence", cfg_scale
     streams = [torch.Generator(place).manual_seed(seed) for seed in seeds]
     x, n_forward = x.clone(), 0
     for step in range(steps):
-        if not (x == mask_id).any():
+        rows = (x == mask_id).any(dim=1).nonzero()[:, 0]  # those that are not complete
+        if len(rows) == 0:
             break
-        logits = guided_logits(model, x, given, cfg_scale)  # (B, T, V)
+        logits = guided_logits(model, x[rows], given[rows], cfg_scale)  # (rows, T, V)
         n_forward += 1 if cfg_scale == 0.0 else 2
-        for r, stream in enumerate(streams):  # row by row: independent of the others, and little memory for a large V
+        for r, row_logits in zip(rows.tolist(), logits):  # row by row: independent of the others, and little memory for a large V
+            stream = streams[r]
             hidden = (x[r] == mask_id).nonzero()[:, 0]  # (N,) places
-            tokens, confidence = sample_tokens(logits[r, hidden].to(place), temperature, stream)
+            tokens, confidence = sample_tokens(row_logits[hidden].to(place), temperature, stream)
             if remasking == "confidence":
                 reveal = surest(confidence, k=-(-len(hidden) // (steps - step)))  # ceil
             else:
                 reveal = torch.rand(len(hidden), generator=stream, device=place) < 1 / (steps - step)
             x[r, hidden[reveal.to(device)]] = tokens[reveal].to(device)
+        if eot_id is not None:
+            hidden = x == mask_id
+            ends = (x == eot_id) & ~given & (hidden.cumsum(dim=1) == 0)  # end-of-text with nothing hidden before it
+            x = x.masked_fill(hidden & ends.any(dim=1, keepdim=True), eot_id)
         if on_step is not None:
             on_step(x.clone())
     return x, n_forward

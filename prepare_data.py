@@ -7,7 +7,8 @@
 
 A .bin file is the tokens of all documents, one after another as uint16 (uint32 for a vocabulary over 65,536), each document
 closed by the end-of-text token. Files are read as streams and encoded on all cores, so a corpus may be larger than memory: what
-must fit is a document of a .jsonl or hub source, and some megabytes of text.
+must fit is a document of a .jsonl or hub source, and some megabytes of text. Word problems (arithmetic, gsm8k) become documents
+"Question: ... Answer: <<3+4=7>> #### 7"; train_cuts.npy and val_cuts.npy tell sft_gsm8k.py where their parts begin.
 """
 
 import base64
@@ -62,6 +63,7 @@ class Corpus:
     val_fraction: float = 0.01
     documents: str = "marked"  # 'marked' by <|endoftext|>, wikitext 'articles', or 'problems', one a line
     tokenizer: str = "gpt2"
+    test_source: str | None = None  # problems for eval.py; None: test.txt beside the prepared data
 
 
 GITHUB, HF = "https://raw.githubusercontent.com", "https://huggingface.co/datasets"
@@ -70,7 +72,13 @@ WIKITEXT2 = f"{GITHUB}/pytorch/examples/main/word_language_model/data/wikitext-2
 TINYSTORIES = f"{HF}/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4"
 CORPORA = {
     "arithmetic": Corpus(None, documents="problems", tokenizer="bpe"),
-    "gsm8k": Corpus(f"{ICOT}/train.txt", f"{GITHUB}/da03/implicit_chain_of_thought/main/data/gsm8k/valid.txt", 0.02, "problems"),
+    "gsm8k": Corpus(
+        f"{ICOT}/train.txt",
+        f"{GITHUB}/da03/implicit_chain_of_thought/main/data/gsm8k/valid.txt",  # 500 lines of GSM8K's training set
+        val_fraction=0.02,
+        documents="problems",
+        test_source=f"{GITHUB}/openai/grade-school-math/master/grade_school_math/data/test.jsonl",
+    ),
     "shakespeare": Corpus(f"{GITHUB}/karpathy/char-rnn/master/data/tinyshakespeare/input.txt", val_fraction=0.1, tokenizer="bytes"),
     "wikitext2": Corpus(f"{WIKITEXT2}/train.txt", f"{WIKITEXT2}/valid.txt", documents="articles"),
     "tinystories": Corpus(f"{TINYSTORIES}-train.txt", f"{TINYSTORIES}-valid.txt"),
@@ -176,7 +184,8 @@ class Source:
 
     def __init__(self, address: str, documents: str, download_dir: str):
         self.address, self.documents = address, documents
-        self.bytes_read, self.bytes_total, self.malformed = 0, None, 0
+        self.bytes_read, self.bytes_total = 0, None
+        self.malformed, self.first_malformed = 0, None
         self.paths = []
         if address.startswith("hub:"):
             return
@@ -212,18 +221,35 @@ class Source:
 
     def split(self, lines, path):
         """Lines of one file -> (text, is_end_of_document)."""
-        if file_kind(path) == ".jsonl":
+        is_json = file_kind(path) == ".jsonl"
+        if self.documents == "problems":
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    yield from self.split_problem(line, is_json, f"{path}, line {number}")
+        elif is_json:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     yield json_text(line, path, number), True
-        elif self.documents == "problems":
-            for line in map(str.strip, lines):
-                if is_problem(line):
-                    yield line, True
-                else:
-                    self.malformed += 1
         else:
             yield from self.split_text(iter(lambda: lines.readline(CHARS_AT_ONCE), ""))  # a longer line comes in parts
+
+    def split_problem(self, line, is_json, place):
+        """The three parts of a problem. A part begins with a space, where every tokenizer begins a new word: so its tokens are
+        the same alone, as an evaluation meets them, and in the middle of the text."""
+        problem = parse_problem(line, is_json)
+        if problem is None:
+            self.malformed += 1
+            self.first_malformed = self.first_malformed or place
+            return
+        for text, begins in zip(problem, ("Question: ", " Answer: ", " #### ")):
+            yield (begins + text).rstrip(), begins == " #### "
+
+    def report_malformed(self):
+        if self.malformed:
+            print(
+                f"{self.address}: left out {self.malformed:,} lines that are neither 'question||thoughts #### answer' nor JSON "
+                f"with 'question' and 'answer #### number'; the first is {self.first_malformed}"
+            )
 
     def split_text(self, lines):
         text, size = [], 0
@@ -263,11 +289,25 @@ def json_text(line, path, number):
     return row["text"]
 
 
-def is_problem(line):
-    """question||thoughts #### answer, the format of the GSM8K augmentation."""
-    question, bars, rest = line.partition("||")
-    thoughts, hashes, answer = rest.rpartition("####")
-    return bool(bars and hashes and question.strip() and answer.strip())
+def parse_problem(line, is_json):
+    """(question, thoughts, answer) of a line; None if it has no question or no answer. Two forms are known:
+
+    question||thoughts #### answer                     the augmented GSM8K; thoughts are equations, <<3+4=7>> <<7*2=14>>
+    {"question": ..., "answer": "... #### answer"}     OpenAI's files; the equations are picked out of the prose"""
+    if is_json:
+        try:
+            row = json.loads(line)
+            question, solution = str(row["question"]), str(row["answer"])
+        except (ValueError, KeyError, TypeError):
+            return None
+    else:
+        question, _, solution = line.partition("||")
+    thoughts, hashes, answer = solution.rpartition("####")
+    if is_json:
+        thoughts = " ".join(regex.findall(r"<<.*?>>", thoughts))
+    if not (hashes and question.strip() and answer.strip()):
+        return None
+    return question.strip(), thoughts.strip(), answer.strip()
 
 
 def read_hub(address):
@@ -302,14 +342,13 @@ def download(url, folder):
 
 
 def encode(pieces, tokenizer, dtype):
-    """(text, is_end_of_document) pairs -> their tokens, each document closed by end-of-text."""
+    """(text, is_end_of_document) pairs -> their tokens, each document closed by end-of-text; and how many tokens each pair gave."""
     arrays = []
     for text, is_end in pieces:
         text = text.encode("utf-8", "replace").decode()  # half a surrogate pair, which JSON may hold, becomes a question mark
-        arrays.append(tokenizer.encode_to_numpy(text, disallowed_special=()))
-        if is_end:
-            arrays.append([tokenizer.eot_token])
-    return np.concatenate(arrays).astype(dtype)
+        tokens = tokenizer.encode_to_numpy(text, disallowed_special=())
+        arrays.append(np.append(tokens, tokenizer.eot_token) if is_end else tokens)
+    return np.concatenate(arrays).astype(dtype), [len(tokens) for tokens in arrays]
 
 
 def group(source):
@@ -329,8 +368,10 @@ def group(source):
 
 
 def write_tokens(path, source, tokenizer, dtype, max_tokens):
-    """Writes a source's tokens to path. Returns the number of tokens and of documents."""
+    """Writes a source's tokens to path. Returns the number of tokens and of documents; and of problems, for each one, where its
+    question, thoughts and answer begin and where it ends: (documents, 4)."""
     n_tokens, n_documents, start, last_line = 0, 0, time.time(), time.time()
+    sizes = []  # of the parts of problems
     workers = os.cpu_count() or 1
     waiting = collections.deque()  # work under way, in order; its length bounds the memory
     groups = group(source)
@@ -341,7 +382,9 @@ def write_tokens(path, source, tokenizer, dtype, max_tokens):
                 waiting.append(pool.submit(encode, pieces, tokenizer, dtype))
             if not waiting:
                 break
-            tokens = waiting.popleft().result()
+            tokens, new_sizes = waiting.popleft().result()
+            if source.documents == "problems":
+                sizes += new_sizes
             if max_tokens is not None:
                 tokens = tokens[: max_tokens - n_tokens]
             tokens.tofile(file)
@@ -354,7 +397,9 @@ def write_tokens(path, source, tokenizer, dtype, max_tokens):
                 print(f"{n_tokens:,} tokens, {n_tokens / (last_line - start):,.0f} tokens/s", flush=True)
         file.flush()
         os.fsync(file.fileno())
-    return n_tokens, n_documents
+    bounds = np.cumsum([0, *sizes])
+    cuts = bounds[np.arange(0, len(sizes) - 2, 3)[:, None] + np.arange(4)]
+    return n_tokens, n_documents, cuts[cuts[:, 3] <= n_tokens]
 
 
 def split_tail(train_path, val_path, dtype, fraction, eot_id):
@@ -400,43 +445,48 @@ def prepare(cfg: PrepareConfig) -> dict:
     fraction = corpus.val_fraction if cfg.val_fraction is None else cfg.val_fraction
     if not 0 < fraction < 1:
         raise ValueError(f"val_fraction is {fraction}; it must lie between 0 and 1")
+    has_problems = corpus.documents == "problems"
     download_dir = os.path.join(folder, "download")
     source = Source(address, corpus.documents, download_dir)
     val_source = Source(val_address, corpus.documents, download_dir) if val_address else None
 
-    split_digits = corpus.documents == "problems" if cfg.split_digits is None else cfg.split_digits
+    split_digits = has_problems if cfg.split_digits is None else cfg.split_digits
     vocab_size = (512 if cfg.name == "arithmetic" else 4096) if cfg.vocab_size is None else cfg.vocab_size
     spec = make_tokenizer(cfg.tokenizer or corpus.tokenizer, split_digits, vocab_size, (text for text, _ in source))
     tokenizer = load_tokenizer(spec)
     dtype = np.dtype("uint16" if spec["vocab_size"] <= 1 << 16 else "uint32")
 
     os.makedirs(folder, exist_ok=True)
-    final = {split: os.path.join(folder, f"{split}.bin") for split in ("train", "val")}
-    partial = {split: path + ".tmp" for split, path in final.items()}
+    names = ["train.bin", "val.bin"] + (["train_cuts.npy", "val_cuts.npy"] if has_problems else [])
+    partial = {name: os.path.join(folder, f"{name}.tmp") for name in names}
     try:
-        n_tokens, n_documents = write_tokens(partial["train"], source, tokenizer, dtype, cfg.max_tokens)
+        n_tokens, n_documents, cuts = write_tokens(partial["train.bin"], source, tokenizer, dtype, cfg.max_tokens)
         if n_tokens < 2:
             raise ValueError(f"{address} is empty: it gives {n_tokens} tokens")
         if val_source:
-            n_val, _ = write_tokens(partial["val"], val_source, tokenizer, dtype, None)
+            n_val, _, val_cuts = write_tokens(partial["val.bin"], val_source, tokenizer, dtype, None)
             if n_val == 0:
                 raise ValueError(f"{val_address} is empty: it gives no tokens")
         else:
-            n_tokens, n_val = split_tail(partial["train"], partial["val"], dtype, fraction, tokenizer.eot_token)
+            n_tokens, n_val = split_tail(partial["train.bin"], partial["val.bin"], dtype, fraction, tokenizer.eot_token)
+            cuts, val_cuts = cuts[cuts[:, 3] <= n_tokens], cuts[cuts[:, 0] >= n_tokens] - n_tokens
+        if has_problems:
+            for name, array in {"train_cuts.npy": cuts, "val_cuts.npy": val_cuts}.items():
+                with open(partial[name], "wb") as file:
+                    np.save(file, array)
         for one in filter(None, (source, val_source)):
-            if one.malformed:
-                print(f"{one.address}: left out {one.malformed:,} lines that are not 'question||thoughts #### answer'")
+            one.report_malformed()
         meta = {
             "name": cfg.name,
             "source": stated[0],
             "val_source": stated[1] or f"last {fraction} of the tokens",
             "documents": n_documents,
-            "one_per_line": corpus.documents == "problems",
+            "one_per_line": has_problems,
             "vocab_size": spec["vocab_size"],
             "eot_id": tokenizer.eot_token,
             "dtype": dtype.name,
             "tokens": {"train": n_tokens, "val": n_val},
-            "sha256": {split: sha256(path) for split, path in partial.items()},
+            "sha256": {split: sha256(partial[f"{split}.bin"]) for split in ("train", "val")},
             "tokenizer": spec,
         }
         meta_path = os.path.join(folder, "meta.json")
@@ -444,8 +494,8 @@ def prepare(cfg: PrepareConfig) -> dict:
             json.dump(meta, file, indent=1)
         if os.path.exists(meta_path):
             os.remove(meta_path)  # from here until the last rename the folder counts as not prepared
-        for split in final:
-            os.replace(partial[split], final[split])
+        for path in partial.values():
+            os.replace(path, path.removesuffix(".tmp"))
         os.replace(meta_path + ".tmp", meta_path)
     finally:
         for path in partial.values():

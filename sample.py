@@ -4,6 +4,7 @@
     python sample.py --prompt="Tom has 3 apples and" --num_samples=5
     python sample.py --prompt="Tom has [MASK:4] apples and [MASK:12]."   # infilling: gaps of 4 and of 12 tokens
     python sample.py --show=True                                         # watch it being denoised
+    python sample.py --out_dir=out/sft-arithmetic --question="Tom has 3 apples and buys 4 more. How many now?"
 
 The model, its tokenizer and its sizes come from the checkpoint. Samples go to stdout, one after another with a line of dashes
 between them; what it took goes to stderr.
@@ -20,7 +21,8 @@ import torch
 import configurator
 from model import MDM, generate, load_checkpoint
 from prepare_data import load_tokenizer
-from train import autocast, setup_distributed
+from sft_gsm8k import solve
+from train import autocast, seed_for, setup_distributed
 
 
 @dataclass
@@ -28,16 +30,34 @@ class SampleConfig:
     out_dir: str = "out/arithmetic"  # folder of the checkpoint
     checkpoint: str = "ckpt.pt"  # ckpt.pt (the latest) or best.pt (lowest validation loss)
     prompt: str = ""  # text to go on from; [MASK] or [MASK:12] in it is a gap of 1 or 12 tokens to fill
-    num_samples: int = 3  # texts, all in one batch
-    length: int | None = None  # tokens of a text without gaps, prompt included; None: as many as the model takes
+    question: str | None = None  # to a model fine-tuned by sft_gsm8k.py, which writes its thoughts and then the answer
+    num_samples: int | None = None  # texts, all in one batch; None: 3, or 1 for a question
+    length: int | None = None  # tokens of a text without gaps, prompt or question included; None: as many as the model takes
     steps: int = 64  # denoising steps; more are slower and better, up to one per token
-    temperature: float = 0.7  # 0: always the likeliest token; 1: the model's own distribution
+    temperature: float | None = None  # 0: the likeliest token; 1: the model's own distribution; None: 0.7, 0.1 for a question
     remasking: str = "confidence"  # confidence: keep the surest tokens first; random: the exact reverse process
     cfg_scale: float = 0.0  # classifier-free guidance towards the prompt; 0 = off, else twice the work
     show: bool = False  # redraw the first text at every step: hidden places dim, new tokens bright
     seed: int = 0  # of the random draws
     device: str = "auto"  # auto: cuda, else mps, else cpu
     dtype: str = "auto"  # float32, bfloat16 or float16
+
+    def __post_init__(self):
+        asks = self.question is not None
+        if asks and self.prompt:
+            raise ValueError("a prompt and a question are both set; leave out one of them")
+        self.num_samples = (1 if asks else 3) if self.num_samples is None else self.num_samples
+        self.temperature = (0.1 if asks else 0.7) if self.temperature is None else self.temperature
+        if self.num_samples < 1:
+            raise ValueError(f"num_samples is {self.num_samples}; it must be at least 1")
+
+
+def load_trained(out_dir, name, device):
+    """(model on device, its tokenizer, checkpoint) of the checkpoint out_dir/name. Raises ValueError if it has no tokenizer."""
+    checkpoint = load_checkpoint(os.path.join(out_dir, name))
+    if checkpoint["meta"] is None:
+        raise ValueError("the checkpoint carries no tokenizer: it was trained without a prepared data set")
+    return MDM.from_checkpoint(checkpoint).to(device), load_tokenizer(checkpoint["meta"]["tokenizer"]), checkpoint
 
 
 def encode_prompt(prompt, tokenizer, mask_id):
@@ -80,7 +100,7 @@ class Show:
             hidden = token == self.mask_id
             part = "_" if hidden else self.tokenizer.decode([token])
             part = "".join(c if c.isprintable() or c == "\n" else "�" for c in part)  # no control characters of the model's own
-            style = "\033[2m" if hidden else "\033[1;32m" if old == self.mask_id else ""  # dim, bright green, plain
+            style = "\033[2m" if hidden else "\033[1;32m" if token != old else ""  # dim, bright green where new, plain
             text += f"{style}{part}\033[0m" if is_terminal and style else part
         self.before = x[0]
         if is_terminal:
@@ -92,20 +112,27 @@ class Show:
 
 def main():
     cfg, _ = configurator.parse(SampleConfig)
-    if cfg.num_samples < 1:
-        raise ValueError(f"num_samples is {cfg.num_samples}; it must be at least 1")
     _, _, device = setup_distributed(cfg.device)
-    checkpoint = load_checkpoint(os.path.join(cfg.out_dir, cfg.checkpoint))
-    model, meta = MDM.from_checkpoint(checkpoint).to(device), checkpoint["meta"]
-    if meta is None:
-        raise ValueError("the checkpoint carries no tokenizer: it was trained without a prepared data set")
-    tokenizer = load_tokenizer(meta["tokenizer"])
-    start, opening, end = start_of_text(cfg, meta, tokenizer, model.config)
-    x = start.expand(cfg.num_samples, -1).to(device)
-    show = Show(start, tokenizer, model.config.mask_id, opening) if cfg.show else None
-
+    model, tokenizer, checkpoint = load_trained(cfg.out_dir, cfg.checkpoint, device)
+    meta, mask_id = checkpoint["meta"], model.config.mask_id
     torch.manual_seed(cfg.seed)
     start_time = time.time()
+    if cfg.question is not None:
+        show = Show(torch.full((1, model.config.block_size), mask_id), tokenizer, mask_id, 0) if cfg.show else None
+        options = {"steps": cfg.steps, "length": cfg.length, "temperature": cfg.temperature, "remasking": cfg.remasking}
+        options["cfg_scale"] = cfg.cfg_scale
+        seeds = [seed_for(cfg.seed, i) for i in range(cfg.num_samples)]
+        with autocast(device, cfg.dtype):
+            solved = solve(model, tokenizer, [cfg.question] * cfg.num_samples, seeds, options, options, show)
+        no_room = "(no room left; raise --length)"
+        print("\n---\n".join(f"{thoughts or no_room}\n{answer or no_room}" for thoughts, answer, _ in solved))
+        passes = sum(n for _, _, n in solved)
+        print(f"{passes} forward passes of a row, {time.time() - start_time:.2f} s", file=sys.stderr)
+        return
+
+    start, opening, end = start_of_text(cfg, meta, tokenizer, model.config)
+    x = start.expand(cfg.num_samples, -1).to(device)
+    show = Show(start, tokenizer, mask_id, opening) if cfg.show else None
     with autocast(device, cfg.dtype):
         x, n_forward = generate(model, x, cfg.steps, cfg.temperature, cfg.remasking, cfg.cfg_scale, on_step=show)
     seconds = time.time() - start_time
@@ -114,7 +141,7 @@ def main():
         if end is not None and meta["eot_id"] in row[end:]:  # the document ends here; behind it the model began another one
             row = row[: row.index(meta["eot_id"], end)]
         print(("---\n" if i else "") + tokenizer.decode(row[opening:]))
-    n_tokens = int((start == model.config.mask_id).sum()) * cfg.num_samples
+    n_tokens = int((start == mask_id).sum()) * cfg.num_samples
     rate = f"{n_tokens / seconds:,.0f} tokens/s{' (slowed down to be watched)' if cfg.show else ''}"
     print(f"{n_tokens} tokens in {seconds:.2f} s, {rate}, {n_forward} forward passes of {cfg.num_samples} rows", file=sys.stderr)
 

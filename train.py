@@ -89,15 +89,18 @@ class TrainConfig:
         for name in "warmup random_length beta1 beta2".split():
             if not 0 <= getattr(self, name) <= 1 or (name.startswith("beta") and getattr(self, name) == 1):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
-        if self.max_steps is None and self.train_flops is None:
-            raise ValueError("max_steps and train_flops are both None; one of them must set the length")
+        lengths = [key for key in LENGTH_KEYS if hasattr(self, key)]
+        if all(getattr(self, key) is None for key in lengths):
+            raise ValueError(f"{' and '.join(lengths)} are all None; one of them must set the length")
         if self.eval_seqs < 2:
             raise ValueError("eval_seqs is 1; a standard error needs at least 2")
 
 
 MODEL_KEYS = [f.name for f in dataclasses.fields(MDMConfig) if f.name != "vocab_size"]
 # What may be set anew when a run is resumed; any other key must keep its value.
-RESUME_KEYS = "out_dir init_from data_dir max_steps train_flops eval_interval log_interval wandb device compile".split()
+RESUME_KEYS = "out_dir init_from data_dir max_steps train_flops epochs eval_interval log_interval wandb device compile".split()
+# Each sets the length of a run; of those that a config has (epochs is fine-tuning's), whichever is set counts.
+LENGTH_KEYS = ["max_steps", "train_flops", "epochs"]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -494,10 +497,12 @@ def settle(cfg: TrainConfig, set_by: dict):
         refuse(cfg, set_by, sizes, f"preset {cfg.preset}")
         cfg = dataclasses.replace(cfg, **sizes)
         set_by.update({key: f"preset {cfg.preset}" for key in sizes})
-    lengths = [key for key in ("max_steps", "train_flops") if key in set_by and getattr(cfg, key) is not None]
-    if len(lengths) == 2:
-        places = f"max_steps ({set_by['max_steps']}) and train_flops ({set_by['train_flops']})"
-        raise ValueError(f"{places} both set the length; add --train_flops=None or --max_steps=None")
+    lengths = [key for key in LENGTH_KEYS if key in set_by and getattr(cfg, key) is not None]
+    if len(lengths) > 1:
+        places = " and ".join(f"{key} ({set_by[key]})" for key in lengths)
+        raise ValueError(f"{places} both set the length; add --{lengths[0]}=None or --{lengths[1]}=None")
+    if lengths:  # the others, by default or from a checkpoint, no longer count
+        cfg = dataclasses.replace(cfg, **{key: None for key in LENGTH_KEYS if key != lengths[0] and hasattr(cfg, key)})
     own = os.path.join(cfg.out_dir, "ckpt.pt")
     if cfg.init_from != "resume" and os.path.exists(own):
         raise ValueError(f"{own} exists; go on with --init_from=resume, or choose another --out_dir")
@@ -506,17 +511,17 @@ def settle(cfg: TrainConfig, set_by: dict):
         path = own if cfg.init_from == "resume" else cfg.init_from
         checkpoint = load_checkpoint(path)
         if cfg.init_from == "resume":
-            saved = {key: value for key, value in checkpoint["run_config"].items() if key not in RESUME_KEYS or key not in set_by}
+            saved = checkpoint["run_config"]
+            if saved.keys() != asdict(cfg).keys():
+                raise ValueError(f"{path} has other settings than this script: resume it with the script and version that made it")
+            settable = [*set_by, *(LENGTH_KEYS if lengths else [])]
+            saved = {key: value for key, value in saved.items() if key not in RESUME_KEYS or key not in settable}
             saved.update(out_dir=cfg.out_dir, init_from="resume")
         else:  # weights only: the architecture is the checkpoint's; the length of a sequence has no weights
             saved = {key: checkpoint["model_config"][key] for key in MODEL_KEYS if key != "block_size" or key not in set_by}
         refuse(cfg, set_by, saved, path)
-        if lengths:  # the other of the two, where it was saved, no longer counts
-            saved["train_flops" if lengths == ["max_steps"] else "max_steps"] = None
         cfg = dataclasses.replace(cfg, **saved)
         set_by.update({key: path for key in saved if key not in set_by})
-    elif lengths == ["train_flops"]:
-        cfg = dataclasses.replace(cfg, max_steps=None)
     return cfg, checkpoint
 
 

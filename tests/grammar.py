@@ -1,4 +1,4 @@
-"""Which lines are problems of the built-in grammar? Counts them among samples, and is the oracle of the generator's tests.
+"""Which texts are problems of the built-in grammar? Counts them among samples, and is the oracle of the generator's tests.
 
     python sample.py --num_samples=200 | python tests/grammar.py
 
@@ -14,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from prepare_data import NAMES, TEMPLATES, THINGS
 
-LINE = re.compile(r"(?P<question>[^|]+)\|\|(?P<thoughts><<[^<>]+>>(?: <<[^<>]+>>)*) #### (?P<answer>\d+)")
+TEXT = re.compile(r"Question: (?P<question>.+) Answer: (?P<thoughts><<[^<>]+>>(?: <<[^<>]+>>)*) #### (?P<answer>\d+)")
 EQUATION = re.compile(r"<<(\d+)([-+*/])(\d+)=(\d+)>>")
 
 
@@ -34,9 +34,9 @@ def question_pattern(template):
 PATTERNS = [(question_pattern(question), equations) for question, *equations in TEMPLATES]
 
 
-def check(line):
+def check(text):
     """'right', 'parses' or 'no'."""
-    match = LINE.fullmatch(line)
+    match = TEXT.fullmatch(text)
     if match is None:
         return "no"
     equations = EQUATION.findall(match["thoughts"])

@@ -14,6 +14,7 @@ import grammar
 import numpy as np
 import pytest
 import tiktoken
+from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,6 +33,10 @@ def read(folder):
 def prepared(tmp_path, name="text", **kwargs):
     prepare(PrepareConfig(name=name, data_dir=str(tmp_path / "data"), **{"tokenizer": "bytes", **kwargs}))
     return read(tmp_path / "data" / name)
+
+
+def as_document(line):
+    return "Question: " + line.replace("||", " Answer: ")
 
 
 def documents(tokens, tokenizer):
@@ -73,7 +78,8 @@ def test_long_document_is_cut_where_no_token_is(tmp_path, monkeypatch):
     pieces = list(Source(str(tmp_path / "a.txt"), "marked", ""))
     assert len(pieces) > 100 and "".join(p for p, _ in pieces) == text and [end for _, end in pieces].count(True) == 1
     spec = whole[0]["tokenizer"]
-    tokens = prepare_data.encode(pieces, load_tokenizer(spec), np.uint16)
+    tokens, sizes = prepare_data.encode(pieces, load_tokenizer(spec), np.uint16)
+    assert len(sizes) == len(pieces) and sum(sizes) == len(tokens)
     assert (tokens == spec["vocab_size"] - 1).sum() == 1 and tokens.tolist() == np.concatenate(
         [whole[1]["train"], whole[1]["val"]]
     ).tolist()
@@ -245,39 +251,99 @@ def test_arithmetic_is_right_disjoint_and_reproducible(tmp_path):
     for folder in ("one", "two"):
         prepare(PrepareConfig(data_dir=str(tmp_path / folder), num_problems=3000))
     one, two = (tmp_path / f / "arithmetic" for f in ("one", "two"))
-    assert {p.name for p in one.iterdir()} == {"train.txt", "valid.txt", "test.txt", "train.bin", "val.bin", "meta.json"}
+    texts, arrays = {"train.txt", "valid.txt", "test.txt"}, {"train.bin", "val.bin", "train_cuts.npy", "val_cuts.npy"}
+    assert {p.name for p in one.iterdir()} == {*texts, *arrays, "meta.json"}
     assert all((one / p.name).read_bytes() == p.read_bytes() for p in two.iterdir())
     lines = {split: (one / f"{split}.txt").read_text().splitlines() for split in ("train", "valid", "test")}
     assert {k: len(v) for k, v in lines.items()} == {"train": 3000, "valid": 1000, "test": 1000}
     every = [line for part in lines.values() for line in part]
     assert len({line.split("||")[0] for line in every}) == len(every)
-    assert all(grammar.check(line) == "right" for line in every)
+    assert all(grammar.check(as_document(line)) == "right" for line in every)
     used = {i for line in every for i, (pattern, _) in enumerate(grammar.PATTERNS) if pattern.fullmatch(line.split("||")[0])}
     assert used == set(range(len(prepare_data.TEMPLATES))) and len(used) >= 10
     operators = {line.count("<<") for line in every}
     assert operators == {1, 2} and all(any(o in line.split("||")[1] for line in every) for o in "+-*/")
     meta, splits, encoding = read(one)
-    assert documents(splits["train"], encoding)[:-1] == lines["train"]
-    assert documents(splits["val"], encoding)[:-1] == lines["valid"]
+    assert documents(splits["train"], encoding)[:-1] == [as_document(line) for line in lines["train"]]
+    assert documents(splits["val"], encoding)[:-1] == [as_document(line) for line in lines["valid"]]
     prepare(PrepareConfig(data_dir=str(tmp_path / "two"), num_problems=3000, seed=1))
     assert lines["test"] != (two / "test.txt").read_text().splitlines()
 
 
 def test_the_grammar_oracle_sees_mistakes():
-    good = "Tom has 3 apples and buys 4 more. How many now?||<<3+4=7>> #### 7"
+    good = "Question: Tom has 3 apples and buys 4 more. How many now? Answer: <<3+4=7>> #### 7"
     assert grammar.check(good) == "right"
     for bad in (good.replace("=7", "=8"), good.replace("#### 7", "#### 8"), good.replace("<<3", "<<5")):
         assert grammar.check(bad) == "parses"
-    for bad in (good.replace("||", "|"), good.replace("buys", "eats"), good.replace("3+4", "3-4"), good + " x", ""):
+    for bad in (good.replace("Answer:", "Answer"), good.replace("buys", "eats"), good.replace("3+4", "3-4"), good + " x", ""):
         assert grammar.check(bad) == "no"
 
 
-def test_problem_lines_are_checked(tmp_path, capsys):
+def parts(folder, split):
+    """The problems of a split, cut apart as sft_gsm8k.py does it."""
+    meta, splits, encoding = read(folder)
+    cuts = np.load(folder / f"{split}_cuts.npy")
+    pieces = [[splits[split][a:b].tolist() for a, b in zip(cut, cut[1:])] for cut in cuts]
+    assert all(answer.pop() == meta["eot_id"] for _, _, answer in pieces)
+    return [tuple(encoding.decode(ids) for ids in problem) for problem in pieces]
+
+
+def test_cuts_find_the_parts_of_every_problem(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_data, "CHARS_AT_ONCE", 100)  # pieces of work that end anywhere in a problem
+    lines = [f"How many are {i}+{i}? #### Answer: ||<<{i}+{i}={2 * i}>> #### {2 * i}" for i in range(200)]
+    wanted = [
+        (f"Question: How many are {i}+{i}? #### Answer:", f" Answer: <<{i}+{i}={2 * i}>>", f" #### {2 * i}") for i in range(200)
+    ]
+    (tmp_path / "p.txt").write_text("\n".join(lines))
+    source = {"name": "gsm8k", "source": str(tmp_path / "p.txt")}
+    folder = tmp_path / "data" / "gsm8k"
+    prepared(tmp_path, **source, val_fraction=0.1)
+    train, val = parts(folder, "train"), parts(folder, "val")
+    assert train + val == wanted and 15 <= len(val) <= 25
+    prepared(tmp_path, **source, val_source=str(tmp_path / "p.txt"))
+    assert parts(folder, "train") == parts(folder, "val") == wanted
+    prepared(tmp_path, **source, val_source=str(tmp_path / "p.txt"), max_tokens=1000)  # the last one is cut off
+    meta, splits, _ = read(folder)
+    assert parts(folder, "train") == wanted[: meta["documents"]] and splits["train"].tolist().count(256) == meta["documents"]
+
+
+@settings(max_examples=200, deadline=None)
+@given(texts=st.tuples(*[st.text(max_size=20)] * 3))
+@pytest.mark.parametrize("name", ["bytes", "bpe"])
+def test_the_parts_of_a_problem_have_the_tokens_of_the_whole(name, texts):
+    """What makes it right to encode a question alone, and to go on with token ids, at evaluation."""
+    tokenizer = load_tokenizer(make_tokenizer(name, split_digits=True, vocab_size=400, texts=STORIES))
+    line = json.dumps({"question": texts[0], "answer": f"<<{texts[1]}>>#### {texts[2]}"})
+    pieces = [text for text, _ in Source.split_problem(Source("hub:", "problems", ""), line, True, "")]
+    assert sum((tokenizer.encode_ordinary(piece) for piece in pieces), []) == tokenizer.encode_ordinary("".join(pieces))
+
+
+def test_openai_files_become_the_same_documents(tmp_path):
+    """An example of each form, as published; and where the real test files lie at hand, every problem of them."""
+    rows = [{"question": "Two  more than 3? ", "answer": "He has 3+2=<<3+2=5>>5.\nThen\n5*2=$<<5*2=10>>10\n#### 10"}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) * 30)
+    (tmp_path / "a.txt").write_text("Two  more than 3?||<<3+2=5>> <<5*2=10>> #### 10\n" * 30)
+    pairs = [(tmp_path / "a.jsonl", tmp_path / "a.txt", 30)]
+    real = ROOT.parent / "shared" / "data" / "gsm8k"
+    if real.exists():
+        pairs.append((real / "test.jsonl", real / "test.txt", 1319))
+    for json_file, text_file, n in pairs:
+        ours, theirs = ([text for text, _ in Source(str(path), "problems", "")] for path in (json_file, text_file))
+        assert ours == theirs and len(ours) == 3 * n
+
+
+def test_malformed_lines_are_reported(tmp_path, capsys):
     lines = ["How many?||<<1+1=2>> #### 2"] * 30
-    (tmp_path / "p.txt").write_text("\n".join([*lines, "no bars #### 3", "q||no answer", "||x #### 1", "", *lines]) + "\n")
+    (tmp_path / "p.txt").write_text("\n".join([*lines, "no bars #### 3", "q||no answer", "||x #### 1", "", "q||#### ", *lines]))
     meta, splits, encoding = prepared(tmp_path, name="gsm8k", source=str(tmp_path / "p.txt"))
-    assert meta["documents"] == 60 and "left out 4 lines" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert meta["documents"] == 60 and "left out 4 lines that are neither 'question||" in out and "p.txt, line 31" in out
     assert DIGIT_PATTERN == meta["tokenizer"]["pattern"]
+    rows = [{"question": "q", "answer": "1 #### 1"}] * 30 + [{"question": "q"}, {"question": "q", "answer": "no hashes"}, [1]]
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{broken\n")
+    assert prepared(tmp_path, name="gsm8k", source=str(tmp_path / "p.jsonl"))[0]["documents"] == 30
+    out = capsys.readouterr().out
+    assert "left out 4 lines" in out and "p.jsonl, line 31" in out
 
 
 @pytest.mark.parametrize(

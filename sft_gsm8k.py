@@ -1,0 +1,181 @@
+"""Fine-tunes a masked diffusion model on GSM8K, or on the built-in word problems, in the paper's two-stage form.
+
+    python sft_gsm8k.py config/sft_arithmetic.py                                # the built-in problems, on a CPU in minutes
+    torchrun --standalone --nproc_per_node=8 sft_gsm8k.py config/sft_gsm8k.py   # the paper's recipe
+    python eval.py --task=gsm8k --out_dir=out/sft-arithmetic                    # the accuracy it reaches
+
+A problem makes two examples. Each has a prompt, left of the bar, and a response, which the model learns to write:
+
+    Question: Tom has 3 apples ... | Answer: <<3+4=7>> <<7*2=14>> <eot> <eot> ...           question -> thoughts
+    Question: Tom has 3 apples ... Answer: <<3+4=7>> <<7*2=14>> | #### 14 <eot> <eot> ...   question, thoughts -> answer
+
+The prompt is never hidden and is no part of the loss. All of the response may be, end-of-text up to block_size included: from
+that filling the model learns where to stop. `solve` asks a trained model in the same two stages, token id for token id.
+"""
+
+import dataclasses
+import functools
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import configurator
+from model import generate
+from train import TrainConfig, load_meta, seed_for, settle, setup_distributed, start_model, train
+
+
+@dataclass
+class SFTConfig(TrainConfig):
+    dataset: str = "gsm8k"  # problems: gsm8k or arithmetic, made by prepare_data.py
+    out_dir: str | None = None  # checkpoints and log.jsonl go here; None: out/sft-dataset
+    epochs: float | None = 10.0  # passes over the training examples; instead of it: max_steps or train_flops
+    max_steps: int | None = None  # optimizer steps
+    block_size: int = 256  # tokens of an example, filling included; longer examples are left out
+    batch_size: int = 256  # examples per optimizer step, over all processes
+    learning_rate: float = 2e-4  # peak, after warm-up
+    min_lr: float = 2e-5  # at the end of the cosine
+
+    def __post_init__(self):
+        self.out_dir = self.out_dir or f"out/sft-{self.dataset}"
+        if self.epochs is not None and not self.epochs > 0:
+            raise ValueError(f"epochs is {self.epochs}; it must be above 0")
+        super().__post_init__()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Examples
+
+
+def load_examples(folder, meta, split, block_size):
+    """Tokens of a split, and its examples (n, 3): where in them the prompt begins, the response begins, and the response ends.
+    The third result counts the examples that are left out because they do not fit into block_size with an end-of-text.
+
+    Raises ValueError if the data set holds no problems, or if its files do not agree."""
+    path = os.path.join(folder, f"{split}_cuts.npy")
+    if not os.path.exists(path):
+        raise ValueError(f"{path} not found: fine-tuning takes problems; prepare them with prepare_data.py gsm8k or arithmetic")
+    tokens = np.memmap(os.path.join(folder, f"{split}.bin"), meta["dtype"], mode="r")
+    cuts = np.load(path)  # (problems, 4)
+    if len(cuts) == 0:
+        raise ValueError(f"{path} holds no whole problem; prepare more of them, for validation with a larger --val_fraction")
+    if cuts[-1, 3] > len(tokens) or (tokens[cuts[:, 3] - 1] != meta["eot_id"]).any() or tokens.max() >= meta["vocab_size"]:
+        raise ValueError(f"{path} and {split}.bin do not belong together; prepare the data set again")
+    question, thoughts, answer, eot = cuts[:, 0], cuts[:, 1], cuts[:, 2], cuts[:, 3] - 1
+    to_thoughts, to_answer = np.stack((question, thoughts, answer), axis=1), np.stack((question, answer, eot), axis=1)
+    examples = np.concatenate((to_thoughts, to_answer))
+    fits = examples[:, 2] - examples[:, 0] < block_size
+    if not fits.any():
+        raise ValueError(f"none of the {len(examples):,} examples of {path} fits into block_size {block_size}; raise it")
+    return tokens, examples[fits], int((~fits).sum())
+
+
+def example_batches(folder, meta, cfg):
+    """get_batch for fine-tuning, and what load_examples gives for 'train' and 'val'.
+
+    Training goes through shuffled epochs: place p of the run's stream of examples is number p mod n of epoch p // n, in an order
+    drawn from (seed, epoch). So each example comes once an epoch, whatever the number of processes. Validation takes eval_seqs
+    examples, evenly spread, half of either stage."""
+    B, T = cfg.micro_batch_size, cfg.block_size
+    data = {split: load_examples(folder, meta, split, T) for split in ("train", "val")}
+
+    @functools.lru_cache(maxsize=2)  # a batch may reach over the end of an epoch
+    def order(epoch):
+        return np.random.default_rng([cfg.seed, epoch]).permutation(len(data["train"][1]))
+
+    def get_batch(split, index):
+        tokens, examples, _ = data[split]
+        places = np.arange(index * B, (index + 1) * B)
+        if split == "train":
+            chosen = [order(place // len(examples))[place % len(examples)] for place in places.tolist()]
+        else:
+            chosen = places * len(examples) // cfg.eval_seqs % len(examples)
+        x0 = torch.full((B, T), meta["eot_id"])
+        maskable = torch.ones(B, T, dtype=torch.bool)
+        for row, (start, response, end) in enumerate(examples[chosen]):
+            x0[row, : end - start] = torch.from_numpy(tokens[start:end].astype(np.int64))
+            maskable[row, : response - start] = False
+        return x0, maskable
+
+    return get_batch, data
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Asking a trained model
+
+
+def respond(
+    model, prompts, eot_id, seeds, steps=256, length=None, temperature=0.0, remasking="confidence", cfg_scale=0.0, on_step=None
+):
+    """Writes a response behind each prompt (a list of token ids, or None), all in one batch of rows of `length` tokens, prompt
+    included (default: the model's block_size). Prompts of different length need no padding: what is left of a row is response.
+
+    Returns for each prompt the response's ids up to its end-of-text, None where there is no prompt or no room behind it; and the
+    number of forward passes that its row took."""
+    length, mask_id = length or model.config.block_size, model.config.mask_id
+    fitting = [i for i, prompt in enumerate(prompts) if prompt is not None and len(prompt) < length]
+    responses, passes = [None] * len(prompts), [0] * len(prompts)
+    if not fitting:
+        return responses, passes
+    x = torch.full((len(fitting), length), mask_id)
+    for row, i in enumerate(fitting):
+        x[row, : len(prompts[i])] = torch.tensor(prompts[i])
+    is_open = [torch.ones(len(fitting), dtype=torch.bool)]  # at each step: is anything still hidden in the row?
+
+    def watch(x):
+        is_open.append((x == mask_id).any(dim=1).cpu())
+        if on_step:
+            on_step(x)
+
+    filled, _ = generate(
+        model, x.to(model.lm_head.weight.device), steps, temperature, remasking, cfg_scale,
+        seeds=[seeds[i] for i in fitting], eot_id=eot_id, on_step=watch,
+    )  # fmt: skip
+    counts = torch.stack(is_open).sum(dim=0) * (1 if cfg_scale == 0.0 else 2)
+    for i, ids, count in zip(fitting, filled.tolist(), counts.tolist()):
+        ids = ids[len(prompts[i]) :]
+        responses[i] = ids[: ids.index(eot_id)] if eot_id in ids else ids
+        passes[i] = count
+    return responses, passes
+
+
+def solve(model, tokenizer, questions, seeds, for_thoughts=None, for_answer=None, on_step=None):
+    """Answers questions in two stages: thoughts from the question, then the answer from question and thoughts. The second prompt
+    is the first one with the token ids that the model wrote, as in training; nothing is decoded and encoded anew.
+
+    for_thoughts, for_answer    options of respond for either stage
+    Returns for each question (thoughts, answer, number of forward passes); a text is None where there was no room for it."""
+    prompts = [tokenizer.encode_ordinary(f"Question: {question}") for question in questions]
+    texts, passes = [], np.zeros(len(questions), dtype=int)
+    for stage, options in enumerate((for_thoughts or {}, for_answer or {})):
+        stage_seeds = [seed_for(seed, stage) for seed in seeds]
+        responses, stage_passes = respond(model, prompts, tokenizer.eot_token, stage_seeds, on_step=on_step, **options)
+        texts.append([None if ids is None else tokenizer.decode(ids).strip() for ids in responses])
+        prompts = [None if ids is None else prompt + ids for prompt, ids in zip(prompts, responses)]
+        passes += stage_passes
+    return list(zip(*texts, passes.tolist()))
+
+
+def main():
+    cfg, set_by = configurator.parse(SFTConfig)
+    cfg, checkpoint = settle(cfg, set_by)
+    rank, _, _ = setup_distributed(cfg.device)
+    folder = os.path.join(cfg.data_dir, cfg.dataset)
+    meta = load_meta(folder)
+    get_batch, data = example_batches(folder, meta, cfg)
+    if cfg.epochs is not None:
+        cfg = dataclasses.replace(cfg, max_steps=int(cfg.epochs * len(data["train"][1]) / cfg.batch_size))
+    if rank == 0:
+        print(configurator.describe(cfg, set_by))
+        for split, (_, examples, too_long) in data.items():
+            print(f"{split}: {len(examples):,} examples, and {too_long:,} left out: longer than {cfg.block_size} tokens")
+    model = start_model(cfg, checkpoint, meta)
+    train(cfg, model, get_batch, meta, checkpoint if cfg.init_from == "resume" else None)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    configurator.run(main)
