@@ -160,8 +160,8 @@ def gsm8k(cfg, model, tokenizer, checkpoint, rank, world_size):
     accuracy, seconds = right / n, time.time() - start
     error = math.sqrt(accuracy * (1 - accuracy) / n)
     print(
-        f"accuracy {accuracy:.1%} ± {error:.1%} (standard error): {right:,} of {n:,} right; {passes / n:.1f} forward passes a problem; "
-        f"{seconds:.1f} s for {n - done:,} problems"
+        f"accuracy {accuracy:.1%} ± {error:.1%} (standard error): {right:,} of {n:,} right; "
+        f"{passes / n:.1f} forward passes a problem; {seconds:.1f} s for {n - done:,} problems"
     )
     return name, {
         "accuracy": accuracy,
@@ -235,7 +235,7 @@ def main():
     try:
         name, result = TASKS[cfg.task](cfg, model, tokenizer, checkpoint, rank, world_size)
     except KeyboardInterrupt:
-        raise SystemExit(f"interrupted; the same command goes on where it stopped") from None
+        raise SystemExit("interrupted; the same command goes on where it stopped") from None
     if rank == 0:
         made_by = {"step": checkpoint["step"], "checkpoint": cfg.checkpoint, "commit": commit(), "torch": torch.__version__}
         add_result(cfg.out_dir, name, result | made_by | {"processes": world_size, "batch_size": cfg.batch_size})

@@ -124,10 +124,10 @@ def main():
         seeds = [seed_for(cfg.seed, i) for i in range(cfg.num_samples)]
         with autocast(device, cfg.dtype):
             solved = solve(model, tokenizer, [cfg.question] * cfg.num_samples, seeds, options, options, show)
-        no_room = "(no room left; raise --length)"
-        print("\n---\n".join(f"{thoughts or no_room}\n{answer or no_room}" for thoughts, answer, _ in solved))
-        passes = sum(n for _, _, n in solved)
-        print(f"{passes} forward passes of a row, {time.time() - start_time:.2f} s", file=sys.stderr)
+        lines = ["\n".join("(no room left)" if text is None else text for text in texts) for *texts, _ in solved]
+        print("\n---\n".join(lines))
+        passes = sum(n for _, _, n in solved) / len(solved)
+        print(f"{passes:.0f} forward passes an answer, {time.time() - start_time:.2f} s", file=sys.stderr)
         return
 
     start, opening, end = start_of_text(cfg, meta, tokenizer, model.config)
