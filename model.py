@@ -390,8 +390,8 @@ def generate(model, x, steps, temperature=0.0, remasking="confidence", cfg_scale
     cfg_scale     w of unsupervised classifier-free guidance; 0 is off, and else each step costs two forward passes
     seeds         B integers, the rows' own random streams (default: from torch's generator); a row's text does not depend on
                   what else is in the batch
-    eot_id        if given, a row is complete as soon as it has written this token and nothing before it is hidden: the places
-                  behind are filled with it too, and the row is not computed any further
+    eot_id        if given, a row is complete as soon as it has written this token and nothing before it is hidden: what is
+                  hidden behind it is filled with it too, and the row is not computed any further
     on_step       called with x (B, T) after every step
 
     Returns the filled rows (B, T) and the number of forward passes. Raises ValueError for options out of range.
