@@ -38,7 +38,7 @@ class EvalConfig:
     checkpoint: str = "ckpt.pt"  # ckpt.pt (the latest) or best.pt (lowest validation loss)
     data: str | None = None  # problems: file, folder or URL; None: the test set that belongs to the training data
     limit: int | None = None  # only the first so many problems
-    batch_size: int = 64  # problems at once, in each process; changes no result
+    batch_size: int = 64  # problems at once, in each process; changes no result, but for rounding
     steps: int = 256  # denoising steps of the thoughts; a row needs no more than it has tokens
     length: int | None = None  # tokens of question and thoughts, filling included; None: the model's block_size
     temperature: float = 0.1  # of the thoughts; 0: always the likeliest token
@@ -94,7 +94,7 @@ def read_problems(address, download_dir):
 
 def answer_problems(cfg, model, tokenizer, problems, done, rank, world_size):
     """Answers the problems that come after the first `done`, and yields their records in order, a list at a time, on rank 0 (empty
-    lists elsewhere). A record depends on the problem and its number alone: not on batch_size, nor on the number of processes."""
+    lists elsewhere). A record follows from the problem and its number: not from batch_size, nor from the number of processes."""
     keys = ("steps", "length", "temperature", "cfg_scale")
     first = {key: getattr(cfg, key) for key in keys} | {"remasking": cfg.remasking}
     second = first | {key: getattr(cfg, f"answer_{key}") for key in keys if getattr(cfg, f"answer_{key}") is not None}
@@ -145,7 +145,7 @@ def gsm8k(cfg, model, tokenizer, checkpoint, rank, world_size):
         for new in answer_problems(cfg, model, tokenizer, problems, done, rank, world_size):
             if rank > 0:
                 continue
-            with open(path, "a") as file:
+            with open(path, "a", encoding="utf-8", errors="replace") as file:
                 file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in new)
             records += new
             bar.update(len(new))

@@ -507,8 +507,8 @@ def prepare(cfg: PrepareConfig) -> dict:
 # ---------------------------------------------------------------------------------------------------------------------
 # Arithmetic: grade-school word problems. One line each: question||<<3+4=7>> <<7*2=14>> #### 14
 
-NAMES = ["Tom", "Anna", "Ben", "Mia", "Sam", "Lily", "Max", "Zoe"]
-THINGS = ["apples", "books", "coins", "shells", "pens", "cards", "eggs", "stamps"]
+NAMES = ["Tom", "Anna", "Ben", "Mia", "Sam", "Lily", "Max", "Zoe", "Leo", "Eva", "Jim", "Ada"]
+THINGS = ["apples", "books", "coins", "shells", "pens", "cards", "eggs", "stamps", "nuts", "keys", "cups", "hats"]
 # A question, and its one or two equations: a, b, c are the numbers of the question, x is the first result.
 TEMPLATES = [
     ("{name} has {a} {things} and buys {b} more. How many now?", "a+b"),
@@ -528,17 +528,17 @@ OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": oper
 
 
 def make_problem(rng: random.Random) -> str:
-    """One random problem whose results are whole numbers from 1 to 99."""
+    """One random problem. Its results are whole numbers from 1 to 20: a small model learns such sums in minutes."""
     question, *equations = rng.choice(TEMPLATES)
     name, friend = rng.sample(NAMES, 2)
     things = rng.choice(THINGS)
     while True:  # draw numbers until every result is whole and small
-        numbers = {"a": rng.randint(2, 20), "b": rng.randint(2, 9), "c": rng.randint(2, 9)}
+        numbers = {"a": rng.randint(2, 9), "b": rng.randint(2, 5), "c": rng.randint(2, 5)}
         thoughts = []
         for left, sign, right in equations:
             p, q = numbers[left], numbers[right]
             result = OPERATIONS[sign](p, q)
-            if result != int(result) or not 1 <= result <= 99:
+            if result != int(result) or not 1 <= result <= 20:
                 break
             numbers["x"] = int(result)
             thoughts.append(f"<<{p}{sign}{q}={numbers['x']}>>")
@@ -550,13 +550,14 @@ def make_problem(rng: random.Random) -> str:
 
 def write_arithmetic(folder, num_problems, seed):
     """Writes train.txt, valid.txt (1,000 problems) and test.txt (1,000); no question stands twice. Returns the first two."""
-    if not 1 <= num_problems <= 500_000:
-        raise ValueError(f"num_problems is {num_problems}; the grammar is good for 1 to 500,000")
+    if not 1 <= num_problems <= 100_000:
+        raise ValueError(f"num_problems is {num_problems}; the grammar is good for 1 to 100,000")
     rng = random.Random(seed)
     problems = {}  # a dict keeps the order, and a question only once
     while len(problems) < num_problems + 2000:
         problems[make_problem(rng)] = None
     lines = list(problems)
+    rng.shuffle(lines)  # short templates run out of new questions, so the last ones drawn would be of another kind
     os.makedirs(folder, exist_ok=True)
     for split, part in {"train": lines[:-2000], "valid": lines[-2000:-1000], "test": lines[-1000:]}.items():
         path = os.path.join(folder, f"{split}.txt")

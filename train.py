@@ -40,9 +40,9 @@ class TrainConfig:
     seed: int = 0  # of weights, batches and masks
     # model
     preset: str | None = None  # a size of model.py's table, such as 34M, instead of the four keys that follow
-    n_layer: int = 4  # transformer blocks
+    n_layer: int = 3  # transformer blocks
     n_head: int = 4  # attention heads
-    n_embd: int = 128  # width of the residual stream
+    n_embd: int = 96  # width of the residual stream
     mlp_hidden: int | None = None  # hidden width of the MLP; None: 4 * n_embd
     block_size: int = 64  # tokens of a sequence, sinks not counted
     n_sink: int = 1  # sink tokens: 0 = vanilla MDM, 1 = the paper's, 2 and 4 its ablation
@@ -53,15 +53,15 @@ class TrainConfig:
     # batch and length
     batch_size: int = 16  # sequences per optimizer step, over all processes
     micro_batch_size: int = 16  # sequences per process and forward pass; the rest is gradient accumulation
-    max_steps: int | None = 3000  # optimizer steps
+    max_steps: int | None = 4000  # optimizer steps
     train_flops: float | None = None  # if set, instead of max_steps: train until C = 6 N D, as the authors' --flops
     align_documents: bool | None = None  # start sequences at documents; None: where they are short, one per line
     # loss
     stratified_t: bool = False  # spread the noise levels of a micro-batch evenly (the authors draw them independently)
     random_length: float = 0.0  # share of micro-batches cut to a random length (SMDM: 0.01)
     # optimizer
-    learning_rate: float = 7e-4  # peak, after warm-up
-    min_lr: float = 7e-5  # at the end of the cosine
+    learning_rate: float = 1e-3  # peak, after warm-up
+    min_lr: float = 1e-4  # at the end of the cosine
     warmup: float = 0.01  # share of the steps with a linearly rising rate
     weight_decay: float = 0.1  # on every tensor, norms and embeddings included, as the authors do
     beta1: float = 0.9  # AdamW

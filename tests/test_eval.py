@@ -122,7 +122,9 @@ def test_accuracy_of_an_oracle(asked, monkeypatch, capsys):
     assert sum(oracle.n_rows) == result["forward_passes"] == sum(r["forward_passes"] for r in records)
     assert records[3]["forward_passes"] == (64 - 25) + (64 - 25 - 20)
     out = capsys.readouterr().out
-    assert re.search(r"accuracy 85.0% ± 8.0% \(standard error\): 17 of 20 right; 58.0 forward passes a problem; [\d.]+ s for 20", out)
+    assert re.search(
+        r"accuracy 85.0% ± 8.0% \(standard error\): 17 of 20 right; 58.0 forward passes a problem; [\d.]+ s for 20", out
+    )
     assert result["settings"]["steps"] == 256 and result["step"] == 7 and result["batch_size"] == 8
     assert len(result["weights_sha256"]) == len(result["data_sha256"]) == 64 and result["torch"] == torch.__version__
     assert result["commit"] is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", result["commit"])
@@ -194,7 +196,9 @@ def test_every_option_changes_the_answers(asked, monkeypatch, flag):
     (_, plain), (_, other) = call(monkeypatch, out_dir, *flags), call(monkeypatch, out_dir, *flags, f"--{flag}")
     assert plain != other
     if flag.startswith("answer_"):  # the thoughts are what they were
-        assert [json.loads(line)["thoughts"] for line in plain.splitlines()] == [json.loads(line)["thoughts"] for line in other.splitlines()]
+        assert [json.loads(line)["thoughts"] for line in plain.splitlines()] == [
+            json.loads(line)["thoughts"] for line in other.splitlines()
+        ]
     assert len(json.loads((out_dir / "results.json").read_text())) == 2  # neither has taken the other's place
 
 

@@ -358,7 +358,7 @@ def test_malformed_lines_are_reported(tmp_path, capsys):
         ("text", {"val_fraction": 1.5}, "val_fraction is 1.5"),
         ("text", {"name": "nonsense"}, "unknown data set 'nonsense'; there are arithmetic"),
         ("text", {"name": "arithmetic"}, "arithmetic is generated"),
-        ("text", {"name": "arithmetic", "source": None, "num_problems": 10**6}, "the grammar is good for 1 to 500,000"),
+        ("text", {"name": "arithmetic", "source": None, "num_problems": 10**6}, "the grammar is good for 1 to 100,000"),
     ],
 )
 def test_bad_sources(tmp_path, content, options, message):

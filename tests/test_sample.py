@@ -136,3 +136,35 @@ def test_the_tokenizer_comes_from_the_checkpoint(monkeypatch, capsys, out_dir):
     assert other[:3] == "bcd" and other != plain
     readable = [(p, o) for p, o in zip(plain[:-1], other[:-1]) if p.isascii() and o.isascii() and p != "\x7f"]
     assert len(readable) > 3 and all(ord(o) == ord(p) + 1 for p, o in readable)
+
+
+# ---- questions
+
+
+def test_a_question_is_answered_in_two_stages(monkeypatch, capsys, out_dir):
+    calls = []
+
+    def fake(model, tokenizer, questions, seeds, for_thoughts, for_answer, on_step):
+        calls.append((questions, seeds, for_thoughts, for_answer))
+        return [("Answer: <<1+1=2>>", "#### 2", 9), (None, None, 3)][: len(questions)]
+
+    monkeypatch.setattr(sample, "solve", fake)
+    printed = call(monkeypatch, capsys, out_dir, "--question=How many?")
+    assert printed.out == "Answer: <<1+1=2>>\n#### 2\n" and printed.err.startswith("9 forward passes an answer")
+    flags = ["--num_samples=2", "--steps=5", "--temperature=0.4", "--remasking=random", "--cfg_scale=2", "--length=30"]
+    printed = call(monkeypatch, capsys, out_dir, "--question=How many?", *flags)
+    assert printed.out.endswith("#### 2\n---\n(no room left)\n(no room left)\n")
+    (one, _, default, _), (two, seeds, first, second) = calls
+    assert one == ["How many?"] and two == one * 2 and len(set(seeds)) == 2 and default["temperature"] == 0.1
+    assert first == second == {"steps": 5, "length": 30, "temperature": 0.4, "remasking": "random", "cfg_scale": 2.0}
+
+
+def test_a_question_to_a_model_that_knows_nothing(monkeypatch, capsys, out_dir):
+    """Through the real thing: whatever it writes, it ends, the same each time, and can be watched."""
+    plain = call(monkeypatch, capsys, out_dir, "--question=How many?").out
+    shown = call(monkeypatch, capsys, out_dir, "--question=How many?", "--show=True").out
+    assert plain == call(monkeypatch, capsys, out_dir, "--question=How many?").out and shown.endswith(plain)
+    assert shown.startswith("step   1  Question: How many?")
+    assert plain != call(monkeypatch, capsys, out_dir, "--question=How many?", "--temperature=1", "--seed=3").out
+    with pytest.raises(ValueError, match="a prompt and a question are both set; leave out one of them"):
+        call(monkeypatch, capsys, out_dir, "--question=q", "--prompt=p")

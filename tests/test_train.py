@@ -323,7 +323,7 @@ def test_resume_refuses_what_contradicts(data_dir, tmp_path):
     parsed, set_by = parse(TrainConfig, [*resume, "--max_steps=9", "--n_layer=2"])
     cfg, _, checkpoint = start_run(parsed, set_by, meta)
     text = describe(cfg, set_by)
-    assert "n_embd = 16  (default 128, set by" in text and "max_steps = 9  (default 3000, set by command line)" in text
+    assert "n_embd = 16  (default 96, set by" in text and "max_steps = 9  (default 4000, set by command line)" in text
     assert (cfg.max_steps, cfg.n_embd, cfg.learning_rate, checkpoint["step"]) == (9, 16, TrainConfig.learning_rate, 6)
     with pytest.raises(ValueError, match="has other tokens now"):
         start_run(*parse(TrainConfig, resume), {**meta, "sha256": {}})
@@ -340,7 +340,7 @@ def test_length_by_flops_or_by_steps(data_dir, tmp_path):
     flags = [*TINY_FLAGS, f"--data_dir={data_dir}", f"--out_dir={tmp_path}", "--train_flops=1e8"]
     with pytest.raises(ValueError, match=r"max_steps \(command line\) and train_flops \(command line\) both set the length"):
         settle(*parse(TrainConfig, flags))
-    with pytest.raises(ValueError, match="both None"):
+    with pytest.raises(ValueError, match="max_steps and train_flops are all None"):
         parse(TrainConfig, ["--max_steps=None"])
     go(*parse(TrainConfig, [flag for flag in flags if "max_steps" not in flag]))
     resume = ["--init_from=resume", f"--out_dir={tmp_path}"]
