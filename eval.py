@@ -58,9 +58,11 @@ class EvalConfig:
         for name in ("limit", "batch_size", "steps", "length", "answer_steps", "answer_length"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; it must not be negative")
 
 
-# What changes no result, and so does not tell one measurement from another
+# What does not tell one measurement from another: it changes no result, or stands in its identity by itself
 NEUTRAL_KEYS = "out_dir data batch_size device".split()
 
 
@@ -100,6 +102,7 @@ def answer_problems(cfg, model, tokenizer, problems, done, rank, world_size):
     second = first | {key: getattr(cfg, f"answer_{key}") for key in keys if getattr(cfg, f"answer_{key}") is not None}
     per_round = cfg.batch_size * world_size
     for start in range(done, len(problems), per_round):
+        start_time = time.time()
         numbers = range(start, min(start + per_round, len(problems)))[rank::world_size]
         questions, seeds = [problems[i][0] for i in numbers], [seed_for(cfg.seed, i) for i in numbers]
         with autocast(model.lm_head.weight.device, cfg.dtype):
@@ -113,7 +116,8 @@ def answer_problems(cfg, model, tokenizer, problems, done, rank, world_size):
             parts = [None] * world_size if rank == 0 else None
             dist.gather_object(records, parts)
             records = sorted(sum(parts, []), key=lambda record: record["index"]) if rank == 0 else []
-        yield records
+        seconds = (time.time() - start_time) / max(1, len(records))  # a problem's share
+        yield [record | {"seconds": round(seconds, 4)} for record in records]
 
 
 def gsm8k(cfg, model, tokenizer, checkpoint, rank, world_size):
@@ -123,12 +127,15 @@ def gsm8k(cfg, model, tokenizer, checkpoint, rank, world_size):
         corpus = checkpoint["meta"]["name"]
         folder = os.path.join(checkpoint["run_config"]["data_dir"], corpus)
         address = cfg.data or CORPORA[corpus].test_source or os.path.join(folder, "test.txt")
+        if cfg.data is None and "://" not in address and not os.path.exists(address):
+            raise ValueError(f"data set {corpus} has no test problems at {address}; name some with --data=file")
         problems = read_problems(address, os.path.join(folder, "download"))[: cfg.limit]
         identity = {
             "settings": {key: value for key, value in asdict(cfg).items() if key not in NEUTRAL_KEYS},
             "device": model.lm_head.weight.device.type,
             "data_sha256": sha256([(question, str(gold)) for question, gold in problems]),
             "weights_sha256": sha256(*checkpoint["model"].values()),
+            "commit": commit(),
         }
         name = f"gsm8k-{sha256(identity)[:8]}"  # another measurement has another name, so that two never share a file
         path = os.path.join(cfg.out_dir, f"{name}.jsonl")
@@ -156,12 +163,12 @@ def gsm8k(cfg, model, tokenizer, checkpoint, rank, world_size):
                 print(f"{progress}  {tqdm.format_interval(seconds_left)} left", flush=True)
     if rank > 0:
         return None, None
-    n, right, passes = len(records), sum(r["correct"] for r in records), sum(r["forward_passes"] for r in records)
-    accuracy, seconds = right / n, time.time() - start
+    n, right, passes, seconds = len(records), *(sum(r[key] for r in records) for key in ("correct", "forward_passes", "seconds"))
+    accuracy = right / n
     error = math.sqrt(accuracy * (1 - accuracy) / n)
     print(
         f"accuracy {accuracy:.1%} ± {error:.1%} (standard error): {right:,} of {n:,} right; "
-        f"{passes / n:.1f} forward passes a problem; {seconds:.1f} s for {n - done:,} problems"
+        f"{passes / n:.1f} forward passes a problem; {seconds:.1f} s"
     )
     return name, {
         "accuracy": accuracy,
@@ -171,8 +178,7 @@ def gsm8k(cfg, model, tokenizer, checkpoint, rank, world_size):
         "without_number": sum(final_number(r["answer"] or "") is None for r in records),
         "without_room": sum(r["answer"] is None for r in records),  # question or thoughts fill the whole length
         "forward_passes": passes,
-        "seconds": seconds,
-        "resumed_at": done,
+        "seconds": seconds,  # of all runs that it took
         "data": address,
         "problems": path,
         **identity,
@@ -193,7 +199,10 @@ def read_records(path):
         text = file.read()
         whole = text.rfind(b"\n") + 1
         file.truncate(whole)
-    return [json.loads(line) for line in text[:whole].splitlines()]
+    try:
+        return [json.loads(line) for line in text[:whole].splitlines()]
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); move it away to answer all problems anew") from error
 
 
 def sha256(*parts):
@@ -214,16 +223,22 @@ def commit():
         return None
 
 
-def add_result(out_dir, name, result):
-    """Sets results.json[name], and keeps the other results that are there."""
-    path, results = os.path.join(out_dir, "results.json"), {}
-    if os.path.exists(path):
+def read_results(path):
+    if not os.path.exists(path):
+        return {}
+    try:
         with open(path) as file:
-            results = json.load(file)
+            return json.load(file)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); move it away") from error
+
+
+def write_results(path, results):
     with open(path + ".tmp", "w") as file:
-        json.dump(results | {name: result}, file, indent=1)
+        json.dump(results, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(path + ".tmp", path)
-    print(f"{path}: {name}")
 
 
 def main():
@@ -232,13 +247,16 @@ def main():
     if rank == 0:
         print(configurator.describe(cfg, set_by))
     model, tokenizer, checkpoint = load_trained(cfg.out_dir, cfg.checkpoint, device)
+    path = os.path.join(cfg.out_dir, "results.json")
+    read_results(path)  # a damaged file is told before the work, not behind it
     try:
         name, result = TASKS[cfg.task](cfg, model, tokenizer, checkpoint, rank, world_size)
     except KeyboardInterrupt:
         raise SystemExit("interrupted; the same command goes on where it stopped") from None
     if rank == 0:
-        made_by = {"step": checkpoint["step"], "checkpoint": cfg.checkpoint, "commit": commit(), "torch": torch.__version__}
-        add_result(cfg.out_dir, name, result | made_by | {"processes": world_size, "batch_size": cfg.batch_size})
+        made_by = {"step": checkpoint["step"], "torch": torch.__version__, "processes": world_size, "batch_size": cfg.batch_size}
+        write_results(path, read_results(path) | {name: result | made_by})
+        print(f"{path}: {name}")
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -188,6 +188,8 @@ class Source:
         self.malformed, self.first_malformed = 0, None
         self.paths = []
         if address.startswith("hub:"):
+            if documents == "problems":
+                raise ValueError(f"{address}: problems are read from files; give a .txt, a .jsonl, a folder or a URL of one")
             return
         path = download(address, download_dir) if "://" in address else address
         if not os.path.exists(path):
@@ -297,7 +299,7 @@ def parse_problem(line, is_json):
     if is_json:
         try:
             row = json.loads(line)
-            question, solution = str(row["question"]), str(row["answer"])
+            question, solution = row["question"] + "", row["answer"] + ""  # texts, or a TypeError
         except (ValueError, KeyError, TypeError):
             return None
     else:
@@ -332,7 +334,7 @@ def download(url, folder):
             with tqdm(unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
                 urllib.request.urlretrieve(url, path + ".tmp", lambda blocks, size, total: bar.update(blocks * size - bar.n))
         except OSError as error:
-            raise ValueError(f"cannot download {url} ({error}); give a local copy with --source=path") from error
+            raise ValueError(f"cannot download {url} ({error}); give the path of a local copy instead") from error
         os.replace(path + ".tmp", path)
     return path
 
@@ -402,14 +404,18 @@ def write_tokens(path, source, tokenizer, dtype, max_tokens):
     return n_tokens, n_documents, cuts[cuts[:, 3] <= n_tokens]
 
 
-def split_tail(train_path, val_path, dtype, fraction, eot_id):
-    """Moves about the last fraction of train_path's tokens to val_path, from the start of a document where there is one."""
+def split_tail(train_path, val_path, dtype, fraction, eot_id, problem_starts):
+    """Moves about the last fraction of train_path's tokens to val_path, from the start of a document where there is one; or the
+    last fraction of the problems, if that is what the file holds."""
     tokens = np.memmap(train_path, dtype, mode="r")
-    size = max(1, round(len(tokens) * fraction))
-    cut = len(tokens) - size
-    ends = np.flatnonzero(tokens[cut:-1] == eot_id)
-    if len(ends) and ends[0] < size / 2:  # else the rest would be too small; then cut within a document
-        cut += int(ends[0]) + 1
+    if len(problem_starts):
+        cut = int(problem_starts[-max(1, round(len(problem_starts) * fraction))])
+    else:
+        size = max(1, round(len(tokens) * fraction))
+        cut = len(tokens) - size
+        ends = np.flatnonzero(tokens[cut:-1] == eot_id)
+        if len(ends) and ends[0] < size / 2:  # else the rest would be too small; then cut within a document
+            cut += int(ends[0]) + 1
     with open(val_path, "wb") as file:
         for start in range(cut, len(tokens), 1 << 24):
             tokens[start : start + (1 << 24)].tofile(file)
@@ -468,9 +474,12 @@ def prepare(cfg: PrepareConfig) -> dict:
             if n_val == 0:
                 raise ValueError(f"{val_address} is empty: it gives no tokens")
         else:
-            n_tokens, n_val = split_tail(partial["train.bin"], partial["val.bin"], dtype, fraction, tokenizer.eot_token)
+            paths = partial["train.bin"], partial["val.bin"]
+            n_tokens, n_val = split_tail(*paths, dtype, fraction, tokenizer.eot_token, cuts[:, 0])
             cuts, val_cuts = cuts[cuts[:, 3] <= n_tokens], cuts[cuts[:, 0] >= n_tokens] - n_tokens
         if has_problems:
+            if not (len(cuts) and len(val_cuts)):
+                raise ValueError(f"{address} has too few problems to train on some and hold out others; wanted at least two")
             for name, array in {"train_cuts.npy": cuts, "val_cuts.npy": val_cuts}.items():
                 with open(partial[name], "wb") as file:
                     np.save(file, array)

@@ -48,8 +48,8 @@ class SampleConfig:
             raise ValueError("a prompt and a question are both set; leave out one of them")
         self.num_samples = (1 if asks else 3) if self.num_samples is None else self.num_samples
         self.temperature = (0.1 if asks else 0.7) if self.temperature is None else self.temperature
-        if self.num_samples < 1:
-            raise ValueError(f"num_samples is {self.num_samples}; it must be at least 1")
+        if self.num_samples < 1 or self.seed < 0:
+            raise ValueError(f"wanted num_samples >= 1 and seed >= 0; got {self.num_samples} and {self.seed}")
 
 
 def load_trained(out_dir, name, device):
@@ -124,6 +124,8 @@ def main():
         seeds = [seed_for(cfg.seed, i) for i in range(cfg.num_samples)]
         with autocast(device, cfg.dtype):
             solved = solve(model, tokenizer, [cfg.question] * cfg.num_samples, seeds, options, options, show)
+        if solved[0][0] is None:
+            raise ValueError("the question leaves no room for thoughts; shorten it, or raise --length if it is set")
         lines = ["\n".join("(no room left)" if text is None else text for text in texts) for *texts, _ in solved]
         print("\n---\n".join(lines))
         passes = sum(n for _, _, n in solved) / len(solved)

@@ -15,6 +15,7 @@ that filling the model learns where to stop. `solve` asks a trained model in the
 
 import dataclasses
 import functools
+import math
 import os
 from dataclasses import dataclass
 
@@ -40,8 +41,10 @@ class SFTConfig(TrainConfig):
 
     def __post_init__(self):
         self.out_dir = self.out_dir or f"out/sft-{self.dataset}"
-        if self.epochs is not None and not self.epochs > 0:
-            raise ValueError(f"epochs is {self.epochs}; it must be above 0")
+        if self.epochs is not None and not 0 < self.epochs < math.inf:
+            raise ValueError(f"epochs is {self.epochs}; it must be a number above 0")
+        if self.align_documents is not None:
+            raise ValueError("align_documents is for pretraining; an example always starts with its question")
         super().__post_init__()
 
 
@@ -58,10 +61,12 @@ def load_examples(folder, meta, split, block_size):
     if not os.path.exists(path):
         raise ValueError(f"{path} not found: fine-tuning takes problems; prepare them with prepare_data.py gsm8k or arithmetic")
     tokens = np.memmap(os.path.join(folder, f"{split}.bin"), meta["dtype"], mode="r")
-    cuts = np.load(path)  # (problems, 4)
-    if len(cuts) == 0:
-        raise ValueError(f"{path} holds no whole problem; prepare more of them, for validation with a larger --val_fraction")
-    if cuts[-1, 3] > len(tokens) or (tokens[cuts[:, 3] - 1] != meta["eot_id"]).any() or tokens.max() >= meta["vocab_size"]:
+    try:
+        cuts = np.load(path)  # (problems, 4)
+        agree = (tokens[cuts[:, 3] - 1] == meta["eot_id"]).all() and tokens.max() < meta["vocab_size"]
+    except (ValueError, EOFError, IndexError):  # cut off, another kind of file, or places that the tokens do not have
+        agree = False
+    if not agree:
         raise ValueError(f"{path} and {split}.bin do not belong together; prepare the data set again")
     question, thoughts, answer, eot = cuts[:, 0], cuts[:, 1], cuts[:, 2], cuts[:, 3] - 1
     to_thoughts, to_answer = np.stack((question, thoughts, answer), axis=1), np.stack((question, answer, eot), axis=1)
@@ -77,7 +82,7 @@ def example_batches(folder, meta, cfg):
 
     Training goes through shuffled epochs: place p of the run's stream of examples is number p mod n of epoch p // n, in an order
     drawn from (seed, epoch). So each example comes once an epoch, whatever the number of processes. Validation takes eval_seqs
-    examples, evenly spread, half of either stage."""
+    examples, evenly spread over those of the first stage and then those of the second."""
     B, T = cfg.micro_batch_size, cfg.block_size
     data = {split: load_examples(folder, meta, split, T) for split in ("train", "val")}
 
@@ -147,14 +152,14 @@ def solve(model, tokenizer, questions, seeds, for_thoughts=None, for_answer=None
 
     for_thoughts, for_answer    options of respond for either stage
     Returns for each question (thoughts, answer, number of forward passes); a text is None where there was no room for it."""
-    prompts = [tokenizer.encode_ordinary(f"Question: {question}") for question in questions]
+    prompts = [tokenizer.encode_ordinary(f"Question: {question.strip()}") for question in questions]
     texts, passes = [], np.zeros(len(questions), dtype=int)
     for stage, options in enumerate((for_thoughts or {}, for_answer or {})):
         stage_seeds = [seed_for(seed, stage) for seed in seeds]
         responses, stage_passes = respond(model, prompts, tokenizer.eot_token, stage_seeds, on_step=on_step, **options)
         texts.append([None if ids is None else tokenizer.decode(ids).strip() for ids in responses])
         prompts = [None if ids is None else prompt + ids for prompt, ids in zip(prompts, responses)]
-        passes += stage_passes
+        passes += np.array(stage_passes, dtype=int)
     return list(zip(*texts, passes.tolist()))
 
 
@@ -166,7 +171,10 @@ def main():
     meta = load_meta(folder)
     get_batch, data = example_batches(folder, meta, cfg)
     if cfg.epochs is not None:
-        cfg = dataclasses.replace(cfg, max_steps=int(cfg.epochs * len(data["train"][1]) / cfg.batch_size))
+        n = len(data["train"][1])
+        cfg = dataclasses.replace(cfg, max_steps=int(cfg.epochs * n / cfg.batch_size))
+        if cfg.max_steps == 0:
+            raise ValueError(f"{cfg.epochs} epochs of {n:,} examples are less than one batch of {cfg.batch_size}; raise epochs")
     if rank == 0:
         print(configurator.describe(cfg, set_by))
         for split, (_, examples, too_long) in data.items():

@@ -489,7 +489,7 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
 
 
 def settle(cfg: TrainConfig, set_by: dict):
-    """(cfg, checkpoint or None) with what init_from, preset and train_flops imply; set_by learns where it comes from.
+    """(cfg, checkpoint or None) with what init_from, preset and a set length imply; set_by learns where it comes from.
     Raises ValueError where settings contradict each other or what is there."""
     if cfg.preset is not None:
         shape = MDMConfig.preset(cfg.preset)
@@ -500,7 +500,7 @@ def settle(cfg: TrainConfig, set_by: dict):
     lengths = [key for key in LENGTH_KEYS if key in set_by and getattr(cfg, key) is not None]
     if len(lengths) > 1:
         places = " and ".join(f"{key} ({set_by[key]})" for key in lengths)
-        raise ValueError(f"{places} both set the length; add --{lengths[0]}=None or --{lengths[1]}=None")
+        raise ValueError(f"{places} all set the length; keep one, and set the others to None")
     if lengths:  # the others, by default or from a checkpoint, no longer count
         cfg = dataclasses.replace(cfg, **{key: None for key in LENGTH_KEYS if key != lengths[0] and hasattr(cfg, key)})
     own = os.path.join(cfg.out_dir, "ckpt.pt")

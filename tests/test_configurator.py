@@ -11,8 +11,10 @@ import pytest
 from conftest import ROOT
 
 import configurator
+from eval import EvalConfig
 from prepare_data import PrepareConfig
 from sample import SampleConfig
+from sft_gsm8k import SFTConfig
 from train import TrainConfig
 
 
@@ -135,7 +137,7 @@ def test_help_comes_from_the_comments(capsys):
     assert "--steps=20" in out and "how many, here" in out
 
 
-@pytest.mark.parametrize("config_class", [TrainConfig, SampleConfig, PrepareConfig])
+@pytest.mark.parametrize("config_class", [TrainConfig, SFTConfig, SampleConfig, EvalConfig, PrepareConfig])
 def test_every_key_of_every_script_is_explained(config_class):
     for line in configurator.help_text(config_class).split("Keys, with their defaults:\n")[1].splitlines():
         assert len(line.split(None, 1)) == 2 and len(line.split(None, 1)[1]) > 3, line
@@ -143,7 +145,7 @@ def test_every_key_of_every_script_is_explained(config_class):
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("config/*.py")), ids=lambda p: p.name)
 def test_shipped_configs_parse(path):
-    cfg, set_by = configurator.parse(TrainConfig, [str(path)])
+    cfg, set_by = configurator.parse(SFTConfig if path.name.startswith("sft") else TrainConfig, [str(path)])
     assert set_by and path.read_text().startswith(('"""', "#"))
 
 

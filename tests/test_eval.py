@@ -109,6 +109,11 @@ def call(monkeypatch, out_dir, *flags):
     return results[name], (out_dir / f"{name}.jsonl").read_text()
 
 
+def records_of(lines):
+    """Without the time they took."""
+    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines.splitlines()]
+
+
 def test_accuracy_of_an_oracle(asked, monkeypatch, capsys):
     out_dir, oracle = asked
     result, lines = call(monkeypatch, out_dir, "--batch_size=8")
@@ -117,14 +122,13 @@ def test_accuracy_of_an_oracle(asked, monkeypatch, capsys):
     records = [json.loads(line) for line in lines.splitlines()]
     assert [r["index"] for r in records if not r["correct"]] == [3, 8, 13]
     wanted = {"question": "What is 13 + 7?", "thoughts": "Answer: <<13+7=21>>", "answer": "#### 21", "gold": "20"}
-    assert records[3] == {"index": 3, **wanted, "correct": False, "forward_passes": records[3]["forward_passes"]}
+    rest = {key: records[3][key] for key in ("forward_passes", "seconds")}
+    assert records[3] == {"index": 3, **wanted, "correct": False, **rest} and rest["seconds"] > 0
     # one token a forward pass: 64 - 25 of the prompt; then those that thoughts (20) and answer (8) leave
     assert sum(oracle.n_rows) == result["forward_passes"] == sum(r["forward_passes"] for r in records)
     assert records[3]["forward_passes"] == (64 - 25) + (64 - 25 - 20)
     out = capsys.readouterr().out
-    assert re.search(
-        r"accuracy 85.0% ± 8.0% \(standard error\): 17 of 20 right; 58.0 forward passes a problem; [\d.]+ s for 20", out
-    )
+    assert re.search(r"accuracy 85.0% ± 8.0% \(standard error\): 17 of 20 right; 58.0 forward passes a problem; [\d.]+ s\n", out)
     assert result["settings"]["steps"] == 256 and result["step"] == 7 and result["batch_size"] == 8
     assert len(result["weights_sha256"]) == len(result["data_sha256"]) == 64 and result["torch"] == torch.__version__
     assert result["commit"] is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", result["commit"])
@@ -148,21 +152,23 @@ def test_interrupted_equals_uninterrupted(asked, monkeypatch, capsys):
     with pytest.raises(SystemExit, match="interrupted; the same command goes on where it stopped"):
         call(monkeypatch, out_dir, "--batch_size=3")
     (path,) = out_dir.glob("gsm8k-*")
-    assert path.read_text() == "".join(lines.splitlines(keepends=True)[:6])
+    assert records_of(path.read_text()) == records_of(lines)[:6]
     with open(path, "a") as file:
         file.write('{"index": 6, "ques')
     monkeypatch.setattr(eval_module, "solve", solve)
     oracle.n_rows.clear()
     resumed, again = call(monkeypatch, out_dir, "--batch_size=4")
     assert "holds 6 of 20 problems; going on behind them" in capsys.readouterr().out
-    assert again == lines and sum(oracle.n_rows) == sum(json.loads(line)["forward_passes"] for line in lines.splitlines()[6:])
-    for key in ("accuracy", "n", "right", "forward_passes", "weights_sha256", "data_sha256", "settings"):
-        assert resumed[key] == whole[key]
-    assert (whole["resumed_at"], resumed["resumed_at"]) == (0, 6)
+    assert records_of(again) == records_of(lines) and sum(oracle.n_rows) == sum(r["forward_passes"] for r in records_of(lines)[6:])
+    for key in whole.keys() - {"seconds", "batch_size"}:
+        assert resumed[key] == whole[key], key
+    assert resumed["seconds"] == sum(json.loads(line)["seconds"] for line in again.splitlines())
+    assert call(monkeypatch, out_dir, "--batch_size=4") == (resumed, again)  # complete: nothing is done, or lost
 
 
 def test_two_processes_and_any_batch_find_the_same(asked, monkeypatch, tmp_path):
-    """With a model whose draws are random: 20 problems in one batch, in batches of 3, and on two processes."""
+    """With a model whose draws are random: 20 problems in one batch, in batches of 3, and 19 on two processes, one of which has
+    none in the end."""
     out_dir, _ = asked
     monkeypatch.undo()
     flags = ["--temperature=0.7", "--steps=12", "--remasking=random"]
@@ -173,12 +179,12 @@ def test_two_processes_and_any_batch_find_the_same(asked, monkeypatch, tmp_path)
     for path in out_dir.glob("gsm8k-*"):
         path.unlink()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "eval.py")]
-    rest = [f"--out_dir={out_dir}", "--device=cpu", f"--data={out_dir.parent / 'test.txt'}", "--batch_size=3", *flags]
-    done = subprocess.run([*command, *rest], capture_output=True, text=True)
+    rest = [f"--out_dir={out_dir}", "--device=cpu", f"--data={out_dir.parent / 'test.txt'}", "--batch_size=3", "--limit=19"]
+    done = subprocess.run([*command, *rest, *flags], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (path,) = out_dir.glob("gsm8k-*")
-    assert path.read_text() == three == one and len(one.splitlines()) == 20
-    assert len({json.loads(line)["thoughts"] for line in one.splitlines()}) == 20
+    assert records_of(path.read_text()) == records_of(three)[:19] and records_of(three) == records_of(one)
+    assert len({record["thoughts"] for record in records_of(one)}) == 20
 
 
 @pytest.mark.parametrize(
@@ -194,11 +200,9 @@ def test_every_option_changes_the_answers(asked, monkeypatch, flag):
     save_checkpoint(out_dir / "best.pt", checkpoint)
     flags = ["--steps=12", "--temperature=0.5"]
     (_, plain), (_, other) = call(monkeypatch, out_dir, *flags), call(monkeypatch, out_dir, *flags, f"--{flag}")
-    assert plain != other
+    assert records_of(plain) != records_of(other)
     if flag.startswith("answer_"):  # the thoughts are what they were
-        assert [json.loads(line)["thoughts"] for line in plain.splitlines()] == [
-            json.loads(line)["thoughts"] for line in other.splitlines()
-        ]
+        assert [record["thoughts"] for record in records_of(plain)] == [record["thoughts"] for record in records_of(other)]
     assert len(json.loads((out_dir / "results.json").read_text())) == 2  # neither has taken the other's place
 
 
@@ -230,3 +234,24 @@ def test_bad_options():
         EvalConfig(task="gsm9k")
     with pytest.raises(ValueError, match="limit is 0; it must be at least 1"):
         EvalConfig(limit=0)
+    with pytest.raises(ValueError, match="seed is -1; it must not be negative"):
+        EvalConfig(seed=-1)
+
+
+def test_damaged_files_are_told_before_the_work(asked, monkeypatch):
+    out_dir, oracle = asked
+    call(monkeypatch, out_dir)
+    oracle.n_rows.clear()
+    (path,) = out_dir.glob("gsm8k-*")
+    path.write_text(path.read_text().replace('"index": 4', '"index" 4'))
+    with pytest.raises(ValueError, match="jsonl is damaged .*; move it away to answer all problems anew"):
+        call(monkeypatch, out_dir)
+    (out_dir / "results.json").write_text('{"a":')
+    with pytest.raises(ValueError, match="results.json is damaged .*; move it away"):
+        call(monkeypatch, out_dir)
+    (out_dir / "results.json").unlink()
+    monkeypatch.setattr(sys, "argv", ["eval.py", f"--out_dir={out_dir}", "--device=cpu"])
+    monkeypatch.setattr(eval_module, "CORPORA", {"gsm8k": SimpleNamespace(test_source=None)})
+    with pytest.raises(ValueError, match="data set gsm8k has no test problems at .*test.txt; name some with --data=file"):
+        eval_module.main()
+    assert oracle.n_rows == []

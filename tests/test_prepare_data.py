@@ -8,7 +8,7 @@ import json
 import lzma
 import random
 import sys
-import types
+from types import SimpleNamespace
 
 import grammar
 import numpy as np
@@ -147,7 +147,7 @@ def test_download_of_a_url(tmp_path):
     assert meta["documents"] == 40
     (tmp_path / "a.txt").unlink()
     prepared(tmp_path, source=(tmp_path / "a.txt").as_uri())  # fetched once
-    with pytest.raises(ValueError, match="cannot download file:.*give a local copy with --source"):
+    with pytest.raises(ValueError, match="cannot download file:.*give the path of a local copy"):
         prepared(tmp_path, source=(tmp_path / "b.txt").as_uri())
 
 
@@ -177,7 +177,7 @@ def test_hub_data_sets_stream(tmp_path, monkeypatch):
         calls.append((args, kwargs))
         return ({"text": story} for story in STORIES)
 
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     meta, _, _ = prepared(tmp_path, name="fineweb_edu", max_tokens=500)
     assert calls == [(("HuggingFaceFW/fineweb-edu", "sample-10BT"), {"split": "train", "streaming": True})]
     monkeypatch.setitem(sys.modules, "datasets", None)
@@ -297,9 +297,10 @@ def test_cuts_find_the_parts_of_every_problem(tmp_path, monkeypatch):
     (tmp_path / "p.txt").write_text("\n".join(lines))
     source = {"name": "gsm8k", "source": str(tmp_path / "p.txt")}
     folder = tmp_path / "data" / "gsm8k"
-    prepared(tmp_path, **source, val_fraction=0.1)
-    train, val = parts(folder, "train"), parts(folder, "val")
-    assert train + val == wanted and 15 <= len(val) <= 25
+    for fraction, n in {0.1: 20, 1e-6: 1}.items():
+        prepared(tmp_path, **source, val_fraction=fraction)
+        train, val = parts(folder, "train"), parts(folder, "val")
+        assert train + val == wanted and len(val) == n
     prepared(tmp_path, **source, val_source=str(tmp_path / "p.txt"))
     assert parts(folder, "train") == parts(folder, "val") == wanted
     prepared(tmp_path, **source, val_source=str(tmp_path / "p.txt"), max_tokens=1000)  # the last one is cut off
@@ -314,7 +315,7 @@ def test_the_parts_of_a_problem_have_the_tokens_of_the_whole(name, texts):
     """What makes it right to encode a question alone, and to go on with token ids, at evaluation."""
     tokenizer = load_tokenizer(make_tokenizer(name, split_digits=True, vocab_size=400, texts=STORIES))
     line = json.dumps({"question": texts[0], "answer": f"<<{texts[1]}>>#### {texts[2]}"})
-    pieces = [text for text, _ in Source.split_problem(Source("hub:", "problems", ""), line, True, "")]
+    pieces = [text for text, _ in Source.split_problem(SimpleNamespace(malformed=0, first_malformed=None), line, True, "")]
     assert sum((tokenizer.encode_ordinary(piece) for piece in pieces), []) == tokenizer.encode_ordinary("".join(pieces))
 
 
@@ -339,11 +340,18 @@ def test_malformed_lines_are_reported(tmp_path, capsys):
     out = capsys.readouterr().out
     assert meta["documents"] == 60 and "left out 4 lines that are neither 'question||" in out and "p.txt, line 31" in out
     assert DIGIT_PATTERN == meta["tokenizer"]["pattern"]
-    rows = [{"question": "q", "answer": "1 #### 1"}] * 30 + [{"question": "q"}, {"question": "q", "answer": "no hashes"}, [1]]
+    bad = [{"question": "q"}, {"question": "q", "answer": "no hashes"}, {"question": None, "answer": "#### 1"}, [1]]
+    rows = [{"question": "q", "answer": "1 #### 1"}] * 30 + bad
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{broken\n")
     assert prepared(tmp_path, name="gsm8k", source=str(tmp_path / "p.jsonl"))[0]["documents"] == 30
     out = capsys.readouterr().out
-    assert "left out 4 lines" in out and "p.jsonl, line 31" in out
+    assert "left out 5 lines" in out and "p.jsonl, line 31" in out
+    for text, message in {"q||t #### 1": "has too few problems to train on some", "no problem": "is empty"}.items():
+        (tmp_path / "p.txt").write_text(text)
+        with pytest.raises(ValueError, match=message):
+            prepared(tmp_path, name="gsm8k", source=str(tmp_path / "p.txt"))
+    with pytest.raises(ValueError, match="hub:a/b: problems are read from files"):
+        prepared(tmp_path, name="gsm8k", source="hub:a/b")
 
 
 @pytest.mark.parametrize(

@@ -146,14 +146,14 @@ def test_a_question_is_answered_in_two_stages(monkeypatch, capsys, out_dir):
 
     def fake(model, tokenizer, questions, seeds, for_thoughts, for_answer, on_step):
         calls.append((questions, seeds, for_thoughts, for_answer))
-        return [("Answer: <<1+1=2>>", "#### 2", 9), (None, None, 3)][: len(questions)]
+        return [("Answer: <<1+1=2>>", "#### 2", 9), ("Answer: <<", None, 3)][: len(questions)]
 
     monkeypatch.setattr(sample, "solve", fake)
     printed = call(monkeypatch, capsys, out_dir, "--question=How many?")
     assert printed.out == "Answer: <<1+1=2>>\n#### 2\n" and printed.err.startswith("9 forward passes an answer")
     flags = ["--num_samples=2", "--steps=5", "--temperature=0.4", "--remasking=random", "--cfg_scale=2", "--length=30"]
     printed = call(monkeypatch, capsys, out_dir, "--question=How many?", *flags)
-    assert printed.out.endswith("#### 2\n---\n(no room left)\n(no room left)\n")
+    assert printed.out.endswith("#### 2\n---\nAnswer: <<\n(no room left)\n")
     (one, _, default, _), (two, seeds, first, second) = calls
     assert one == ["How many?"] and two == one * 2 and len(set(seeds)) == 2 and default["temperature"] == 0.1
     assert first == second == {"steps": 5, "length": 30, "temperature": 0.4, "remasking": "random", "cfg_scale": 2.0}
@@ -168,3 +168,8 @@ def test_a_question_to_a_model_that_knows_nothing(monkeypatch, capsys, out_dir):
     assert plain != call(monkeypatch, capsys, out_dir, "--question=How many?", "--temperature=1", "--seed=3").out
     with pytest.raises(ValueError, match="a prompt and a question are both set; leave out one of them"):
         call(monkeypatch, capsys, out_dir, "--question=q", "--prompt=p")
+    with pytest.raises(ValueError, match="the question leaves no room for thoughts; shorten it"):
+        call(monkeypatch, capsys, out_dir, "--question=" + "long " * 10)
+    for flag in ("num_samples=0", "seed=-1"):
+        with pytest.raises(ValueError, match="wanted num_samples >= 1 and seed >= 0"):
+            call(monkeypatch, capsys, out_dir, f"--{flag}")

@@ -163,12 +163,11 @@ def test_a_pretrained_checkpoint_keeps_its_variant_and_may_change_its_length(few
 
 @pytest.mark.parametrize("flag", ["epochs=1", "block_size=63", "dataset=arithmetic"])
 def test_every_option_changes_the_result(few, tmp_path, monkeypatch, flag):
-    """The others are TrainConfig's, and tested there."""
+    """The others are TrainConfig's, and tested there; but align_documents, which is refused."""
     prepare(PrepareConfig(data_dir=str(few.parent), num_problems=50, tokenizer="bytes"))
-    plain = ["--dataset=gsm8k", "--epochs=2"]
+    plain = ["--dataset=gsm8k", "--epochs=2", "--block_size=120"]
     main(monkeypatch, few.parent, tmp_path / "a", *plain)
-    longer = ["--block_size=120"] if flag == "dataset=arithmetic" else []
-    main(monkeypatch, few.parent, tmp_path / "b", *plain, f"--{flag}", *longer)
+    main(monkeypatch, few.parent, tmp_path / "b", *plain, f"--{flag}")
     a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
     assert any(not torch.equal(a[name], b[name]) for name in a)
 
@@ -177,13 +176,18 @@ def test_lengths_exclude_each_other():
     assert SFTConfig().out_dir == "out/sft-gsm8k"
     with pytest.raises(ValueError, match="max_steps and train_flops and epochs are all None"):
         parse(SFTConfig, ["--epochs=None"])
-    with pytest.raises(ValueError, match="epochs is -1.0; it must be above 0"):
-        parse(SFTConfig, ["--epochs=-1"])
-    with pytest.raises(ValueError, match=r"max_steps \(command line\) and epochs \(command line\) both set the length"):
+    for flag, message in {
+        "epochs=-1": "epochs is -1.0; it must be a number above 0",
+        "epochs=inf": "epochs is inf; it must be a number above 0",
+        "align_documents=True": "align_documents is for pretraining",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            parse(SFTConfig, [f"--{flag}"])
+    with pytest.raises(ValueError, match=r"max_steps \(command line\) and epochs \(command line\) all set the length"):
         settle(*parse(SFTConfig, ["--epochs=3", "--max_steps=5"]))
     cfg, _ = settle(*parse(SFTConfig, ["--max_steps=5"]))
     assert (cfg.max_steps, cfg.epochs, cfg.train_flops) == (5, None, None)
-    cfg, _ = settle(*parse(SFTConfig, ["config/sft_gsm8k.py", "--init_from=scratch"]))
+    cfg, _ = settle(*parse(SFTConfig, [str(ROOT / "config" / "sft_gsm8k.py"), "--init_from=scratch"]))
     assert (cfg.max_steps, cfg.epochs, cfg.batch_size, cfg.block_size) == (None, 10, 256, 256)
     assert (cfg.learning_rate, cfg.min_lr, cfg.warmup) == (2e-4, 2e-5, 0.01)  # the paper's
 
@@ -195,9 +199,14 @@ def test_what_does_not_fit_is_refused(few, tmp_path, monkeypatch, data_dir):
     meta = load_meta(few)
     with pytest.raises(ValueError, match="none of the 22 examples of .*train_cuts.npy fits into block_size 9; raise it"):
         load_examples(few, meta, "train", 9)
-    (few / "train.bin").write_bytes(bytes((few / "train.bin").stat().st_size))
-    with pytest.raises(ValueError, match="train_cuts.npy and train.bin do not belong together; prepare the data set again"):
-        load_examples(few, meta, "train", 64)
+    with pytest.raises(ValueError, match="0.1 epochs of 21 examples are less than one batch of 8; raise epochs"):
+        main(monkeypatch, few.parent, tmp_path / "b", "--dataset=gsm8k", "--epochs=0.1")
+    tokens, cuts = (few / "train.bin").read_bytes(), (few / "train_cuts.npy").read_bytes()
+    for bad_tokens, bad_cuts in (bytes(len(tokens)), cuts), (tokens[:-20], cuts), (tokens, cuts[:200]), (tokens, b""):
+        (few / "train.bin").write_bytes(bad_tokens)
+        (few / "train_cuts.npy").write_bytes(bad_cuts)
+        with pytest.raises(ValueError, match="train_cuts.npy and train.bin do not belong together; prepare the data set again"):
+            load_examples(few, meta, "train", 64)
     (few / "train_cuts.npy").unlink()
     with pytest.raises(ValueError, match="train_cuts.npy not found: fine-tuning takes problems; prepare them with"):
         load_examples(few, meta, "train", 64)
@@ -262,7 +271,7 @@ def test_solve_goes_on_with_the_ids_it_wrote(monkeypatch):
         return ([[32, 65], None], [3, 4]) if len(calls) == 1 else ([[32, 66], None], [5, 0])
 
     monkeypatch.setattr(sft_gsm8k, "respond", fake)
-    solved = solve(None, tokenizer, ["q", "r"], [8, 9], {"steps": 2}, {"steps": 7})
+    solved = solve(None, tokenizer, ["q", " r "], [8, 9], {"steps": 2}, {"steps": 7})
     assert solved == [("A", "B", 8), (None, None, 4)]
     (first, seeds_1, options_1), (second, seeds_2, options_2) = calls
     assert first == [list(b"Question: q"), list(b"Question: r")] and second == [list(b"Question: q A"), None]

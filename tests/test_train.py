@@ -338,7 +338,7 @@ def test_resume_refuses_what_contradicts(data_dir, tmp_path):
 def test_length_by_flops_or_by_steps(data_dir, tmp_path):
     meta = load_meta(data_dir / "arithmetic")
     flags = [*TINY_FLAGS, f"--data_dir={data_dir}", f"--out_dir={tmp_path}", "--train_flops=1e8"]
-    with pytest.raises(ValueError, match=r"max_steps \(command line\) and train_flops \(command line\) both set the length"):
+    with pytest.raises(ValueError, match=r"max_steps \(command line\) and train_flops \(command line\) all set the length"):
         settle(*parse(TrainConfig, flags))
     with pytest.raises(ValueError, match="max_steps and train_flops are all None"):
         parse(TrainConfig, ["--max_steps=None"])
