@@ -498,6 +498,7 @@ def settle(cfg: TrainConfig, set_by: dict):
         cfg = dataclasses.replace(cfg, **sizes)
         set_by.update({key: f"preset {cfg.preset}" for key in sizes})
     lengths = [key for key in LENGTH_KEYS if key in set_by and getattr(cfg, key) is not None]
+    lengths = [key for key in lengths if set_by[key] == "command line"] or lengths  # --max_steps=9 beats epochs of a file
     if len(lengths) > 1:
         places = " and ".join(f"{key} ({set_by[key]})" for key in lengths)
         raise ValueError(f"{places} all set the length; keep one, and set the others to None")

@@ -185,9 +185,11 @@ def test_lengths_exclude_each_other():
             parse(SFTConfig, [f"--{flag}"])
     with pytest.raises(ValueError, match=r"max_steps \(command line\) and epochs \(command line\) all set the length"):
         settle(*parse(SFTConfig, ["--epochs=3", "--max_steps=5"]))
-    cfg, _ = settle(*parse(SFTConfig, ["--max_steps=5"]))
-    assert (cfg.max_steps, cfg.epochs, cfg.train_flops) == (5, None, None)
-    cfg, _ = settle(*parse(SFTConfig, [str(ROOT / "config" / "sft_gsm8k.py"), "--init_from=scratch"]))
+    papers = [str(ROOT / "config" / "sft_gsm8k.py"), "--init_from=scratch"]
+    for flags in ([], papers):
+        cfg, _ = settle(*parse(SFTConfig, [*flags, "--max_steps=5"]))
+        assert (cfg.max_steps, cfg.epochs, cfg.train_flops) == (5, None, None)
+    cfg, _ = settle(*parse(SFTConfig, papers))
     assert (cfg.max_steps, cfg.epochs, cfg.batch_size, cfg.block_size) == (None, 10, 256, 256)
     assert (cfg.learning_rate, cfg.min_lr, cfg.warmup) == (2e-4, 2e-5, 0.01)  # the paper's
 
