@@ -282,15 +282,9 @@ def test_solve_goes_on_with_the_ids_it_wrote(monkeypatch):
 
 def test_what_is_learned_is_answered(few, tmp_path, monkeypatch):
     """A model that has learned a few problems by heart answers them through both stages, and stops by itself."""
-    flags = [
-        "--dataset=gsm8k",
-        "--n_embd=64",
-        "--max_steps=500",
-        "--batch_size=24",
-        "--micro_batch_size=24",
-        "--learning_rate=3e-3",
-    ]
-    main(monkeypatch, few.parent, tmp_path / "a", *flags, "--stratified_t=True", "--eval_interval=500")
+    flags = ["--dataset=gsm8k", "--n_embd=64", "--max_steps=500", "--batch_size=12", "--micro_batch_size=12"]
+    flags += ["--learning_rate=3e-3", "--stratified_t=True", "--eval_interval=500"]
+    main(monkeypatch, few.parent, tmp_path / "a", *flags)
     model, meta = MDM.from_checkpoint(tmp_path / "a"), load_meta(few)
     solved = solve(model, load_tokenizer(meta["tokenizer"]), [f"What is {i} + {i + 1}?" for i in (10, 15, 20)], [0, 1, 2])
     assert [(thoughts, answer) for thoughts, answer, _ in solved] == [
