@@ -303,9 +303,11 @@ def test_cuts_find_the_parts_of_every_problem(tmp_path, monkeypatch):
         assert train + val == wanted and len(val) == n
     prepared(tmp_path, **source, val_source=str(tmp_path / "p.txt"))
     assert parts(folder, "train") == parts(folder, "val") == wanted
-    prepared(tmp_path, **source, val_source=str(tmp_path / "p.txt"), max_tokens=1000)  # the last one is cut off
-    meta, splits, _ = read(folder)
-    assert parts(folder, "train") == wanted[: meta["documents"]] and splits["train"].tolist().count(256) == meta["documents"]
+    for max_tokens in range(1000, 1080, 13):  # the last problem is cut off somewhere
+        prepared(tmp_path, **source, val_source=str(tmp_path / "p.txt"), max_tokens=max_tokens)
+        meta, splits, _ = read(folder)
+        n = splits["train"].tolist().count(meta["eot_id"])
+        assert parts(folder, "train") == wanted[:n] and n == meta["documents"] and len(splits["train"]) == max_tokens
 
 
 @settings(max_examples=200, deadline=None)

@@ -3,6 +3,7 @@
 python -m pytest tests/test_sft.py
 """
 
+import base64
 import subprocess
 import sys
 
@@ -265,18 +266,21 @@ def test_a_row_ends_with_its_first_end_of_text():
 
 def test_solve_goes_on_with_the_ids_it_wrote(monkeypatch):
     """The second prompt is the first one and the response, id for id, though other ids spell the same text."""
-    tokenizer = load_tokenizer({"name": "bytes", "pattern": r"[\s\S]", "vocab_size": 257})
+    ranks = [bytes([byte]) for byte in range(256)] + [b"AB"]
+    spec = {"name": "bpe", "pattern": r"\s|\S+", "vocab_size": 258, "ranks": [base64.b64encode(token).decode() for token in ranks]}
+    tokenizer = load_tokenizer(spec)
+    assert tokenizer.encode_ordinary(" AB") == [32, 256]
     calls = []
 
     def fake(model, prompts, eot_id, seeds, on_step=None, **options):
         calls.append((prompts, seeds, options))
-        return ([[32, 65], None], [3, 4]) if len(calls) == 1 else ([[32, 66], None], [5, 0])
+        return ([[32, 65, 66], None], [3, 4]) if len(calls) == 1 else ([[32, 67], None], [5, 0])
 
     monkeypatch.setattr(sft_gsm8k, "respond", fake)
     solved = solve(None, tokenizer, ["q", " r "], [8, 9], {"steps": 2}, {"steps": 7})
-    assert solved == [("A", "B", 8), (None, None, 4)]
+    assert solved == [("AB", "C", 8), (None, None, 4)]
     (first, seeds_1, options_1), (second, seeds_2, options_2) = calls
-    assert first == [list(b"Question: q"), list(b"Question: r")] and second == [list(b"Question: q A"), None]
+    assert first == [list(b"Question: q"), list(b"Question: r")] and second == [list(b"Question: q AB"), None]
     assert (options_1, options_2) == ({"steps": 2}, {"steps": 7}) and len({*seeds_1, *seeds_2}) == 4
 
 
