@@ -87,7 +87,7 @@ def start_of_text(cfg, meta, tokenizer, config):
 
 
 class Show:
-    """on_step for generate: redraws the first row in a terminal, and prints it as plain lines elsewhere."""
+    """on_step for generate: redraws the first row in a terminal, and prints it as plain lines elsewhere. ∎ is end-of-text."""
 
     def __init__(self, x, tokenizer, mask_id, opening):
         self.before, self.tokenizer, self.mask_id, self.opening, self.step = x[0], tokenizer, mask_id, opening, 0
@@ -98,7 +98,7 @@ class Show:
         text = ""
         for token, old in list(zip(x[0].tolist(), self.before.tolist()))[self.opening :]:
             hidden = token == self.mask_id
-            part = "_" if hidden else self.tokenizer.decode([token])
+            part = "_" if hidden else "∎" if token == self.tokenizer.eot_token else self.tokenizer.decode([token])
             part = "".join(c if c.isprintable() or c == "\n" else "�" for c in part)  # no control characters of the model's own
             style = "\033[2m" if hidden else "\033[1;32m" if token != old else ""  # dim, bright green where new, plain
             text += f"{style}{part}\033[0m" if is_terminal and style else part

@@ -105,6 +105,9 @@ def test_show_where_the_output_is_no_terminal(monkeypatch, capsys, out_dir):
     out = call(monkeypatch, capsys, out_dir, "--prompt=ab", "--length=8", "--steps=5", "--num_samples=1", "--show=True").out
     lines = out.splitlines()
     assert lines[0].startswith("step   1  ab") and not any("\033" in line for line in lines[:5])
+    show = Show(torch.tensor([[97, MASK]]), load_tokenizer({"name": "bytes", "pattern": r"[\s\S]", "vocab_size": 257}), MASK, 0)
+    show(torch.tensor([[97, 256]]))
+    assert capsys.readouterr().out == "step   1  a∎\n"
     hidden = [line.count("_") for line in lines[:5]]
     assert hidden == sorted(hidden, reverse=True) and hidden[-1] == 0
 
