@@ -68,7 +68,7 @@ class Oracle(torch.nn.Module):
             for i, length in enumerate(self.prompts):
                 visible = tokens[:length] != 257
                 if torch.equal(tokens[:length][visible], self.thoughts[i][:length][visible]):
-                    text = self.answers[i] if visible.all() else self.thoughts[i]
+                    text = (self.answers[i] if visible.all() else self.thoughts[i])[: len(tokens)]
                     logits[row, torch.arange(len(text)), text] = torch.arange(len(text)) / 10.0 + 9
                     break
         return logits
