@@ -258,6 +258,7 @@ def main():
         write_results(path, read_results(path) | {name: result | made_by})
         print(f"{path}: {name}")
     if dist.is_initialized():
+        dist.barrier()  # rank 0 has been writing; a process that leaves long before another may hang in gloo's clean-up
         dist.destroy_process_group()
 
 
