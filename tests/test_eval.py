@@ -180,7 +180,7 @@ def test_two_processes_and_any_batch_find_the_same(asked, monkeypatch, tmp_path)
         path.unlink()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "eval.py")]
     rest = [f"--out_dir={out_dir}", "--device=cpu", f"--data={out_dir.parent / 'test.txt'}", "--batch_size=3", "--limit=19"]
-    done = subprocess.run([*command, *rest, *flags], capture_output=True, text=True)
+    done = subprocess.run([*command, *rest, *flags], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     (path,) = out_dir.glob("gsm8k-*")
     assert records_of(path.read_text()) == records_of(three)[:19] and records_of(three) == records_of(one)

@@ -145,7 +145,7 @@ def test_two_processes_do_the_work_of_one(few, tmp_path, monkeypatch):
     main(monkeypatch, few.parent, tmp_path / "one", *flags)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "sft_gsm8k.py")]
     place = [f"--data_dir={few.parent}", f"--out_dir={tmp_path / 'two'}"]
-    done = subprocess.run([*command, *TINY_FLAGS, *place, *flags], capture_output=True, text=True)
+    done = subprocess.run([*command, *TINY_FLAGS, *place, *flags], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     for (name, a), b in zip(weights(tmp_path / "one").items(), weights(tmp_path / "two").values()):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-3, msg=name)

@@ -108,7 +108,7 @@ def test_two_processes_do_the_work_of_one(data_dir, tmp_path):
     flags = [*TINY_FLAGS, "--micro_batch_size=2", f"--data_dir={data_dir}"]
     one = run(data_dir, tmp_path / "one", "--micro_batch_size=2")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py")]
-    done = subprocess.run([*command, *flags, f"--out_dir={tmp_path / 'two'}"], capture_output=True, text=True)
+    done = subprocess.run([*command, *flags, f"--out_dir={tmp_path / 'two'}"], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert "on 2 x cpu; a step is 2 x 2 x 2 sequences" in done.stdout
     two = MDM.from_checkpoint(tmp_path / "two")
@@ -117,7 +117,9 @@ def test_two_processes_do_the_work_of_one(data_dir, tmp_path):
     for key in ("loss", "val_loss", "val_se", "grad_norm"):
         (steps, a), (other, b) = zip(*rows(tmp_path / "one", key)), zip(*rows(tmp_path / "two", key))
         assert steps == other and a == pytest.approx(b, rel=1e-4), key
-    done = subprocess.run([*command, *flags, "--batch_size=6", f"--out_dir={tmp_path / 'three'}"], capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, *flags, "--batch_size=6", f"--out_dir={tmp_path / 'three'}"], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode != 0 and "batch_size 6 is not a multiple of micro_batch_size 2 x 2 processes = 4" in done.stderr
 
 
