@@ -28,7 +28,7 @@ import configurator
 from prepare_data import CORPORA, Source
 from sample import load_trained
 from sft_gsm8k import solve
-from train import autocast, seed_for, setup_distributed
+from train import autocast, close_distributed, seed_for, setup_distributed
 
 
 @dataclass
@@ -257,9 +257,7 @@ def main():
         made_by = {"step": checkpoint["step"], "torch": torch.__version__, "processes": world_size, "batch_size": cfg.batch_size}
         write_results(path, read_results(path) | {name: result | made_by})
         print(f"{path}: {name}")
-    if dist.is_initialized():
-        dist.barrier()  # rank 0 has been writing; a process that leaves long before another may hang in gloo's clean-up
-        dist.destroy_process_group()
+    close_distributed()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Writes text with a trained model.
 
     python sample.py                                                     # free text
-    python sample.py --prompt="Tom has 3 apples and" --num_samples=5
-    python sample.py --prompt="Tom has [MASK:4] apples and [MASK:12]."   # infilling: gaps of 4 and of 12 tokens
+    python sample.py --prompt="Question: Tom has 3 apples and" --num_samples=5
+    python sample.py --prompt="Question: Tom has [MASK:2] apples and [MASK:4]."   # infilling: gaps of 2 and of 4 tokens
     python sample.py --show=True                                         # watch it being denoised
     python sample.py --out_dir=out/sft-arithmetic --question="Tom has 3 apples and buys 4 more. How many now?"
 

@@ -21,11 +21,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
 import configurator
 from model import generate
-from train import TrainConfig, load_meta, seed_for, settle, setup_distributed, start_model, train
+from train import TrainConfig, close_distributed, load_meta, seed_for, settle, setup_distributed, start_model, train
 
 
 @dataclass
@@ -181,8 +180,7 @@ def main():
             print(f"{split}: {len(examples):,} examples, and {too_long:,} left out: longer than {cfg.block_size} tokens")
     model = start_model(cfg, checkpoint, meta)
     train(cfg, model, get_batch, meta, checkpoint if cfg.init_from == "resume" else None)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    close_distributed()
 
 
 if __name__ == "__main__":

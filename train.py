@@ -188,6 +188,14 @@ def setup_distributed(device: str = "auto"):
     return dist.get_rank(), dist.get_world_size(), torch.device(device)
 
 
+def close_distributed():
+    """Leaves the group, if there is one. All meet first: while rank 0 still writes, a process that left would hang in gloo's
+    clean-up (seen with torch 2.6)."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def autocast(device, dtype: str):
     """The context in which a forward pass runs in dtype."""
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
@@ -566,8 +574,7 @@ def main():
     meta = load_meta(folder)
     model = start_model(cfg, checkpoint, meta)
     train(cfg, model, token_batches(folder, meta, cfg), meta, checkpoint if cfg.init_from == "resume" else None)
-    if dist.is_initialized():
-        dist.destroy_process_group()
+    close_distributed()
 
 
 if __name__ == "__main__":
