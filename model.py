@@ -204,8 +204,12 @@ class MDM(nn.Module):
             else:
                 p.normal_(std=math.sqrt(2 / (5 * C)), generator=generator)
 
-    def forward(self, xt):
-        """xt (B, T) token ids, mask_id where hidden -> logits (B, T, vocab_size) for the content positions."""
+    def forward(self, xt, only=None, lengths=None):
+        """xt (B, T) token ids, mask_id where hidden -> logits (B, T, vocab_size) for the content positions.
+
+        only      (B, T) bool: the output head at these places alone -> (N, vocab_size), row after row
+        lengths   (B,) tokens of each row; what stands behind them is padding, which changes nothing before it
+        """
         B, T = xt.shape
         n_sink, in_front = self.config.n_sink, self.config.sink_position == "front"
         if T > self.config.block_size:
@@ -221,9 +225,18 @@ class MDM(nn.Module):
             # Row i may attend to column j: a content row sees everything, a sink's row sees only itself (Eq. 5-6).
             may_attend = ~is_sink[:, None] | torch.eye(T + n_sink, dtype=torch.bool, device=xt.device)
         rope = self.rope_cos[: T + n_sink], self.rope_sin[: T + n_sink]
+        if lengths is not None:
+            visible = torch.arange(T, device=xt.device) < lengths[:, None]  # (B, T), and to (B, 1, 1, S): these columns
+            visible = F.pad(visible, (n_sink, 0) if in_front else (0, n_sink), value=True)[:, None, None]
+            may_attend = visible if may_attend is None else may_attend & visible
+            if n_sink and not in_front:  # sinks keep the positions right behind their own row's last token
+                place = torch.arange(T + n_sink, device=xt.device).repeat(B, 1)
+                place[:, T:] -= T - lengths[:, None]
+                rope = self.rope_cos[place][:, None], self.rope_sin[place][:, None]  # (B, 1, S, d/2)
         for block in self.blocks:
             x = block(x, rope, is_sink, may_attend)
-        return self.lm_head(self.ln_f(x[:, content]))
+        x = x[:, content]
+        return self.lm_head(self.ln_f(x if only is None else x[only]))
 
     def num_params(self, non_embedding: bool = True) -> int:
         """Number of parameters; by default, as in the table of sizes, without token and sink embeddings and output head."""
@@ -350,12 +363,13 @@ def diffusion_loss(model, x0, maskable, stratified=False, random_length=0.0):
     return weighted_nll(model, x0, xt, masked, p_mask).sum() / maskable.sum().clamp(min=1)
 
 
-def guided_logits(model, x, given, cfg_scale):
-    """Unsupervised classifier-free guidance: un + (1 + w)(cond - un), where un sees [MASK] in place of the given tokens."""
-    logits = model(x).float()
+def guided_logits(model, x, given, cfg_scale, **where):
+    """Unsupervised classifier-free guidance: un + (1 + w)(cond - un), where un sees [MASK] in place of the given tokens.
+    Rows may differ in length, and the head may be left out at some places: where is only and lengths of MDM.forward."""
+    logits = model(x, **where).float()
     if cfg_scale == 0.0:
         return logits
-    unconditional = model(torch.where(given, model.config.mask_id, x)).float()
+    unconditional = model(torch.where(given, model.config.mask_id, x), **where).float()
     return unconditional + (1 + cfg_scale) * (logits - unconditional)
 
 

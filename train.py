@@ -235,33 +235,51 @@ def seed_for(seed, index) -> int:
 
 
 @torch.no_grad()
-def evaluate(cfg, net, get_batch, device, rank=0, world_size=1):
-    """The bound on -log p(x0) over eval_seqs validation sequences, nats per maskable token: its mean and standard error.
+def validation_nll(net, x0, maskable, rows, n_rows, mc_num=1, dtype="auto"):
+    """Draws of the bound on -log p of the validation sequences x0 (B, T), numbers `rows` out of n_rows: (mc_num, B) nats, and
+    their noise levels t (mc_num, B).
 
-    The levels are (i + 1/2) / eval_seqs; a sequence always has the same level and the same noise, whatever the model, the
-    machine, the batch size or the number of processes. The error is estimated from the differences between neighbours in t,
-    which leaves out the spread over t that even spacing removes. It takes the texts for different ones: with fewer places in
-    the data than eval_seqs it is too small."""
+    The mc_num * n_rows levels of the whole set are (i + 1/2) / (mc_num * n_rows), and a sequence's mc_num of them are evenly
+    spaced. A sequence always has the same levels and the same noise, whatever the model, the machine or the batch."""
+    shuffled = np.random.default_rng(1234).permutation(n_rows)  # in file order, t would be tied to the place in the corpus
+    t = (np.arange(mc_num)[:, None] + (shuffled[rows] + 0.5) / n_rows) / mc_num
+    noise = np.stack([np.random.default_rng([1234, row]).random((mc_num, x0.size(1)), np.float32) for row in rows], axis=1)
+    draws = []
+    for level, uniform in zip(t, noise):
+        p_mask = noise_levels(torch.tensor(level[:, None], dtype=torch.float32, device=x0.device))
+        xt, masked = mask_tokens(x0, p_mask, maskable, net.config.mask_id, torch.from_numpy(uniform).to(x0.device))
+        with autocast(x0.device, dtype):
+            draws.append(weighted_nll(net, x0, xt, masked, p_mask))
+    return torch.stack(draws).cpu(), t
+
+
+def mean_and_error(nll, count):
+    """Nats per token and the standard error, from the nats (N,) and maskable tokens (N,) of sequences in the order of t.
+
+    The error is estimated from the differences between neighbours in t, which leaves out the spread over t that even spacing
+    removes. It takes the texts for different ones: with fewer places in the data than sequences it is too small."""
+    mean = nll.sum() / count.sum()
+    residual = (nll - mean * count) / count.mean()
+    error = ((residual - residual.roll(1)).square().mean() / 2 / len(nll)).sqrt()  # each counts twice, also the wildest, at t near 0
+    return mean.item(), error.item()
+
+
+def evaluate(cfg, net, get_batch, device, rank=0, world_size=1):
+    """The bound on -log p(x0) over eval_seqs validation sequences, nats per maskable token: its mean and standard error. One draw
+    for each sequence, the same for any number of processes."""
     B, N = cfg.micro_batch_size, cfg.eval_seqs
-    level = np.random.default_rng(1234).permutation(N)  # in file order, t would be tied to the place in the corpus
-    sums = torch.zeros(2, N, dtype=torch.float64)
+    sums = torch.zeros(3, N, dtype=torch.float64)
     for index in range(rank, math.ceil(N / B), world_size):
         rows = np.arange(index * B, min(N, (index + 1) * B))
         x0, maskable = (tensor[: len(rows)].to(device) for tensor in get_batch("val", index))
-        p_mask = noise_levels(torch.tensor((level[rows, None] + 0.5) / N, dtype=torch.float32, device=device))
-        noise = np.stack([np.random.default_rng([1234, row]).random(x0.size(1), np.float32) for row in rows])
-        xt, masked = mask_tokens(x0, p_mask, maskable, net.config.mask_id, torch.from_numpy(noise).to(device))
-        with autocast(device, cfg.dtype):
-            nll = weighted_nll(net, x0, xt, masked, p_mask)
-        sums[:, level[rows]] = torch.stack((nll, maskable.sum(dim=1))).cpu().to(sums)
+        nll, t = validation_nll(net, x0, maskable, rows, N, dtype=cfg.dtype)
+        sums[:, rows] = torch.stack((nll[0].double(), maskable.sum(dim=1).cpu(), torch.from_numpy(t[0])))
     if world_size > 1:
         sums = sums.to(device)
         dist.all_reduce(sums)
-    nll, count = sums.cpu()  # in the order of t
-    mean = nll.sum() / count.sum()
-    residual = (nll - mean * count) / count.mean()
-    error = ((residual - residual.roll(1)).square().mean() / 2 / N).sqrt()  # each counts twice, also the wildest, at t near 0
-    return mean.item(), error.item()
+    nll, count, t = sums.cpu()
+    order = t.argsort()
+    return mean_and_error(nll[order], count[order])
 
 
 def save_checkpoint(path, checkpoint):
