@@ -1,14 +1,21 @@
 """Measures a trained model, with everything about it taken from its checkpoint.
 
-    python eval.py --task=gsm8k --out_dir=out/sft-arithmetic                     # answers the data set's test problems
-    python eval.py --task=gsm8k --out_dir=out/x --data=test.jsonl --limit=50     # other problems, the first 50
-    torchrun --standalone --nproc_per_node=8 eval.py --task=gsm8k --out_dir=out/sft-gsm8k
+    python eval.py --task=loss --out_dir=out/arithmetic                           # bound on -log p of the validation set
+    python eval.py --task=gsm8k --out_dir=out/sft-arithmetic                      # answers the data set's test problems
+    python eval.py --task=piqa.jsonl --out_dir=out/x --nll_type=chain_rule        # a file of questions with choices or targets
+    python eval.py --task=hellaswag,arc_easy:cfg_scale=0.6 --out_dir=out/x        # lm-evaluation-harness (pip install lm-eval)
+    torchrun --standalone --nproc_per_node=8 eval.py config/eval_paper.py --out_dir=out/472m-sink
 
-GSM8K: the thoughts are written from the question, then the answer from question and thoughts, and an answer is right if its
-number is the right one. Every problem goes to a .jsonl file at once, so that the same command goes on where it was interrupted.
-What was measured, and how, is added to out_dir/results.json.
+Tasks are separated by commas, and each may have settings of its own behind colons. A .jsonl file has one item a line, either
+{"context": "...", "choices": ["...", "..."], "gold": 0} or {"context": "...", "target": "..."}; a space joins the two texts.
+Every item's result goes to a file at once, so that the same command goes on where it was interrupted. Numbers and settings are
+added to out_dir/results.json. With several processes rank 0 runs the task, and all compute their share of each round.
 """
 
+import dataclasses
+import difflib
+import functools
+import glob
 import hashlib
 import json
 import math
@@ -17,57 +24,578 @@ import re
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass
+import zlib
+from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 
+import numpy as np
+import tiktoken
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import configurator
+from model import MDM, generate, guided_logits, sample_tokens, surest
 from prepare_data import CORPORA, Source
 from sample import load_trained
-from sft_gsm8k import solve
-from train import autocast, close_distributed, seed_for, setup_distributed
+from sft_gsm8k import SFTConfig, example_batches, solve
+from train import (
+    TrainConfig,
+    autocast,
+    close_distributed,
+    load_meta,
+    mean_and_error,
+    seed_for,
+    setup_distributed,
+    token_batches,
+    validation_nll,
+    vocabulary,
+)  # fmt: skip
 
 
 @dataclass
 class EvalConfig:
-    task: str = "gsm8k"  # what to measure; gsm8k: exact match of the answers to word problems
-    out_dir: str = "out/sft-arithmetic"  # folder of the checkpoint
+    task: str = "loss"  # loss, gsm8k, files.jsonl or tasks of lm-evaluation-harness: name:key=value:key=value,name,...
+    out_dir: str = "out/arithmetic"  # folder of the checkpoint
     checkpoint: str = "ckpt.pt"  # ckpt.pt (the latest) or best.pt (lowest validation loss)
-    data: str | None = None  # problems: file, folder or URL; None: the test set that belongs to the training data
-    limit: int | None = None  # only the first so many problems
-    batch_size: int = 64  # problems at once, in each process; changes no result, but for rounding
-    steps: int = 256  # denoising steps of the thoughts; a row needs no more than it has tokens
-    length: int | None = None  # tokens of question and thoughts, filling included; None: the model's block_size
-    temperature: float = 0.1  # of the thoughts; 0: always the likeliest token
-    cfg_scale: float = 0.0  # of the thoughts: classifier-free guidance towards the question; else than 0, twice the work
-    answer_steps: int | None = None  # the same four for the answer; None: as for the thoughts
+    data: str | None = None  # loss: a prepared folder; gsm8k: file, folder or URL of problems; None: those of the training data
+    include_path: str | None = None  # harness: folder with task definitions (YAML) of your own
+    limit: int | None = None  # only the first so many items (loss: so many sequences, evenly spread)
+    # likelihood
+    nll_type: str = "mc"  # mc: Monte-Carlo bound, mc_num draws; chain_rule: left to right, a pass for each token
+    mc_num: int = 32  # draws of the noise for each request, or sequence of loss (the paper: 1024)
+    mc_masking: str = "exact"  # exact: a draw hides an exact number of tokens; coins: each by chance t, as the authors do
+    cfg_scale: float = 0.0  # w of classifier-free guidance towards context, question or prompt; else than 0, twice the work
+    batch_tokens: int = 4096  # tokens of a forward pass, padding included; changes no result, but for rounding
+    plot: bool = False  # loss: draw it over t into out_dir (pip install matplotlib)
+    # generation
+    batch_size: int = 64  # items of a process in a round; changes no result, but for rounding
+    steps: int = 256  # denoising steps of thoughts, or of the harness's texts; a row needs no more than it has tokens
+    length: int | None = None  # gsm8k: tokens of question and thoughts, filling included; None: the model's block_size
+    temperature: float = 0.1  # of the thoughts; of harness texts where the task sets none; 0: always the likeliest token
+    answer_steps: int | None = None  # gsm8k: of the answer, as the next three; None: as for the thoughts
     answer_length: int | None = None  # tokens of question, thoughts and answer, filling included
-    answer_temperature: float | None = None  # of the answer
-    answer_cfg_scale: float | None = None  # of the answer, towards question and thoughts
+    answer_temperature: float | None = None
+    answer_cfg_scale: float | None = None  # towards question and thoughts
     remasking: str = "confidence"  # confidence: keep the surest tokens first; random: the exact reverse process
-    seed: int = 0  # of the random draws, which each problem has its own of
+    seed: int = 0  # of the random draws, which each item has its own of
     device: str = "auto"  # auto: cuda, else mps, else cpu
     dtype: str = "auto"  # float32, bfloat16 or float16
 
     def __post_init__(self):
-        if self.task not in TASKS:
-            raise ValueError(f"unknown task {self.task!r}; there are {', '.join(TASKS)}")
-        for name in ("limit", "batch_size", "steps", "length", "answer_steps", "answer_length"):
+        for name in "limit batch_size batch_tokens mc_num steps length answer_steps answer_length".split():
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}; it must not be negative")
+        for name in "seed cfg_scale temperature".split():
+            if not getattr(self, name) >= 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+        for name, wanted in {"nll_type": ("mc", "chain_rule"), "mc_masking": ("exact", "coins")}.items():
+            if getattr(self, name) not in wanted:
+                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {wanted[0]!r} or {wanted[1]!r}")
 
 
-# What does not tell one measurement from another: it changes no result, or stands in its identity by itself
-NEUTRAL_KEYS = "out_dir data batch_size device".split()
+# Settings that make a difference to each kind of task, and those that change no result
+LIKELIHOOD = "nll_type mc_num mc_masking cfg_scale seed"
+RELEVANT = {
+    "loss": "mc_num",
+    "gsm8k": "steps length temperature cfg_scale remasking seed answer_steps answer_length answer_temperature answer_cfg_scale",
+    "file": LIKELIHOOD,
+    "harness": f"{LIKELIHOOD} steps temperature remasking",
+}
+RELEVANT = {kind: ["checkpoint", "limit", "dtype", *keys.split()] for kind, keys in RELEVANT.items()}
+NEUTRAL = {"loss": "data batch_tokens plot", "gsm8k": "data batch_size", "file": "batch_size batch_tokens"}
+NEUTRAL["harness"] = "include_path batch_size batch_tokens"
+
+
+def kind_of(task):
+    return task if task in ("loss", "gsm8k") else "file" if task.endswith(".jsonl") else "harness"
+
+
+def plan(cfg, set_by):
+    """The settings of each task in cfg.task. Raises ValueError for a setting that would make no difference."""
+    tasks, used = [], {"task", "out_dir", "device"}
+    for entry in cfg.task.split(","):
+        name, *own = entry.strip().split(":")
+        keys = RELEVANT[kind_of(name)] + NEUTRAL[kind_of(name)].split()
+        values = {}
+        for setting in own:
+            key, _, text = setting.partition("=")
+            configurator.check_key(EvalConfig, key, f"task {name}")
+            if key not in keys:
+                raise ValueError(f"{key} makes no difference to task {name}; leave it out")
+            values[key] = configurator.convert(EvalConfig, key, text, f"task {name}")
+        tasks.append(dataclasses.replace(cfg, task=name, **values))
+        used.update(keys)
+    idle = [f"{key} ({set_by[key]})" for key in set_by if key not in used]
+    if idle:
+        raise ValueError(f"{', '.join(idle)} makes no difference to --task={cfg.task}; leave it out")
+    return tasks
+
+
+def settings_of(cfg):
+    """What the result of a task depends on, besides weights and data."""
+    keys = RELEVANT[kind_of(cfg.task)]
+    if cfg.nll_type == "chain_rule":
+        keys = [key for key in keys if not key.startswith("mc_")]
+    return {"task": cfg.task, **{key: getattr(cfg, key) for key in keys}}
+
+
+@dataclass(eq=False)
+class Trained:
+    """A model with all that belongs to it, and this process's place among those that evaluate it."""
+
+    model: MDM
+    tokenizer: tiktoken.Encoding
+    checkpoint: dict
+    rank: int
+    world_size: int
+
+    @property
+    def device(self):
+        return self.model.lm_head.weight.device
+
+    @functools.cached_property
+    def identity(self):
+        """What a result depends on, besides settings and data."""
+        folder = os.path.dirname(os.path.abspath(__file__))
+        code = [open(path, encoding="utf-8").read() for path in sorted(glob.glob(f"{folder}/*.py"))]
+        weights = sha256(*self.checkpoint["model"].values())
+        return {"device": self.device.type, "weights_sha256": weights, "code_sha256": sha256(code), "commit": commit()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# GSM8K
+# Likelihood of a continuation given a context
+
+
+def encode_pair(tokenizer, context, continuation):
+    """Token ids of a context and of its continuation, as they stand in the text of both: the first token that reaches beyond the
+    context is the continuation's. An empty context becomes end-of-text, which comes before a text in training, too."""
+    ids = tokenizer.encode_ordinary(context + continuation)
+    ends = np.cumsum([len(piece) for piece in tokenizer.decode_tokens_bytes(ids)])
+    n_context = int((ends <= len(context.encode())).sum())
+    return ids[:n_context] or [tokenizer.eot_token], ids[n_context:]
+
+
+def fit(context, target, block_size):
+    """The pair without what is too much at the left of the context. Raises ValueError for a target longer than block_size."""
+    if len(target) > block_size:
+        raise ValueError(f"a continuation of {len(target)} tokens exceeds the model's block_size {block_size}; leave it out")
+    return context[max(0, len(context) + len(target) - block_size) :], target
+
+
+def hidden_tokens(context, target, nll_type, mc_num, mc_masking, seed):
+    """The forward passes of a request: which tokens of the target are hidden in each, (n, L) bool, and with what weight each
+    -log p counts, (n, L). The sum over all of weight * -log p estimates -log p(target | context).
+
+    chain_rule   pass j sees target[:j] and predicts token j: exact for the left-to-right order, L passes
+    mc           an estimate of the bound; t = (u + i) / mc_num is stratified over the draws i
+      coins      each token is hidden with probability t, and weighs 1 / t
+      exact      k = floor(t L) + 1 tokens are hidden, and weigh L / k: integrating the coins' t for a given k gives each k the
+                 same chance. Less variance, because 1 / t is unbounded and L / k is not. The tokens are dealt from one shuffled
+                 deck, so that each is hidden about as often as any other.
+
+    The draws follow from the seed and the request's own tokens. Equal passes are made once."""
+    L = len(target)
+    if nll_type == "chain_rule":
+        return np.triu(np.ones((L, L), bool)), np.eye(L)
+    rng = np.random.default_rng([seed, zlib.crc32(np.array([*context, -1, *target]).tobytes())])
+    t = (rng.random() + np.arange(mc_num)) / mc_num
+    if mc_masking == "coins":
+        hidden, weight = rng.random((mc_num, L)) < t[:, None], 1 / np.maximum(t, 1e-12)
+    else:
+        k = np.minimum(np.floor(t * L) + 1, L)
+        dealt = np.cumsum(k) - k  # cards before this draw; the next k are its
+        hidden, weight = (rng.permutation(L) - dealt[:, None]) % L < k[:, None], L / k
+    hidden, number = np.unique(hidden, axis=0, return_inverse=True)
+    weight = np.bincount(number.ravel(), weight / mc_num)[:, None] * hidden
+    return hidden[hidden.any(axis=1)], weight[hidden.any(axis=1)]
+
+
+@torch.no_grad()
+def predict(model, rows, cfg_scale, batch_tokens, dtype="auto"):
+    """Logits of rows of different lengths, longest first, as many at once as make batch_tokens with their padding.
+
+    rows: (context ids, target ids, hidden (L,) bool, wanted (L,) bool) for each. Yields numbers of rows, and the guided logits
+    (N, V) at their wanted places, one row after another."""
+    device, mask_id = model.lm_head.weight.device, model.config.mask_id
+    lengths = np.array([len(context) + len(target) for context, target, _, _ in rows])
+    order, start = np.argsort(-lengths, kind="stable"), 0
+    while start < len(order):
+        width = lengths[order[start]]
+        numbers = order[start : start + max(1, batch_tokens // width)]
+        x = np.zeros((len(numbers), width), np.int64)
+        given, wanted = np.zeros((2, *x.shape), bool)
+        for i, number in enumerate(numbers):
+            context, target, is_hidden, is_wanted = rows[number]
+            n = len(context)
+            x[i, :n], given[i, :n] = context, True
+            x[i, n : lengths[number]] = np.where(is_hidden, mask_id, target)
+            wanted[i, n : lengths[number]] = is_wanted
+        where = {"only": torch.from_numpy(wanted).to(device)}
+        if lengths[numbers[-1]] < width:
+            where["lengths"] = torch.from_numpy(lengths[numbers]).to(device)
+        with autocast(device, dtype):
+            logits = guided_logits(model, torch.from_numpy(x).to(device), torch.from_numpy(given).to(device), cfg_scale, **where)
+        yield numbers, logits
+        start += len(numbers)
+
+
+def score(model, pairs, nll_type="mc", mc_num=32, mc_masking="exact", cfg_scale=0.0, seed=0, batch_tokens=4096, dtype="auto"):
+    """-log p(target | context) in nats for each pair of token ids, (n,) float64: an exact sum or an estimate, see hidden_tokens.
+    With cfg_scale the distributions are guided ones, which belong to no joint p: then this ranks choices, and bounds nothing."""
+    rows, owner, weights = [], [], []
+    for number, (context, target) in enumerate(pairs):
+        for hidden, weight in zip(*hidden_tokens(context, target, nll_type, mc_num, mc_masking, seed)):
+            rows.append((context, target, hidden, weight > 0))
+            weights.append(weight[weight > 0])
+            owner.append(number)
+    return sum_rows(model, rows, weights, owner, len(pairs), cfg_scale, batch_tokens, dtype)
+
+
+def sum_rows(model, rows, weights, owner, n, cfg_scale, batch_tokens, dtype="auto"):
+    """Of rows as in predict, with the weights of their wanted places: the sums of weight * -log p by owner, (n,) float64."""
+    total = np.zeros(n)
+    for numbers, logits in predict(model, rows, cfg_scale, batch_tokens, dtype):
+        target = np.concatenate([np.asarray(rows[r][1])[rows[r][3]] for r in numbers])
+        nll = F.cross_entropy(logits, torch.from_numpy(target).to(logits.device), reduction="none").double().cpu().numpy()
+        nll *= np.concatenate([weights[r] for r in numbers])
+        np.add.at(total, np.concatenate([np.full(len(weights[r]), owner[r]) for r in numbers]), nll)
+    return total
+
+
+def greedy_matches(model, pairs, cfg_scale=0.0, batch_tokens=4096, dtype="auto"):
+    """Would greedy decoding write the target? It reveals one token a step, the surest one. (n,) bool.
+    A request is over at its first wrong token, so most cost a pass or two."""
+    hidden = [np.ones(len(target), bool) for _, target in pairs]
+    matches = np.ones(len(pairs), bool)
+    while active := [i for i in range(len(pairs)) if matches[i] and hidden[i].any()]:
+        rows = [(*pairs[i], hidden[i].copy(), hidden[i].copy()) for i in active]
+        for numbers, logits in predict(model, rows, cfg_scale, batch_tokens, dtype):
+            for r, row_logits in zip(numbers, logits.split([int(rows[r][3].sum()) for r in numbers])):
+                place = torch.device("cpu") if logits.device.type == "mps" else logits.device  # float64, which MPS lacks
+                tokens, confidence = sample_tokens(row_logits.to(place), temperature=0.0)
+                best = int(surest(confidence, 1).nonzero())
+                at = np.flatnonzero(hidden[active[r]])[best]
+                hidden[active[r]][at] = False
+                matches[active[r]] = tokens[best].item() == pairs[active[r]][1][at]
+    return matches
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Work that processes share, and the loop over a task's items
+
+
+def spread(job, cfg, trained, items):
+    """The job's result for each item, in order. Rank 0 calls it; every process takes its share, the others in `serve`."""
+    if trained.world_size > 1:
+        dist.broadcast_object_list([(job, cfg, items)], device=trained.device)
+    return do_share(job, cfg, trained, items)
+
+
+def serve(trained):
+    """What the processes beside rank 0 do: their shares of whatever comes, until there is no more."""
+    while True:
+        call = [None]
+        dist.broadcast_object_list(call, device=trained.device)
+        if call[0] is None:
+            return
+        job, cfg, items = call[0]
+        do_share(job, cfg, trained, items)
+
+
+def do_share(job, cfg, trained, items):
+    rank, world_size = trained.rank, trained.world_size
+    results = job(cfg, trained, items[rank::world_size])
+    if world_size == 1:
+        return results
+    parts = [None] * world_size if rank == 0 else None
+    dist.gather_object(results, parts)
+    if rank == 0:
+        in_order = [None] * len(items)
+        for number, part in enumerate(parts):
+            in_order[number::world_size] = part
+        return in_order
+
+
+def loglikelihoods(cfg, trained, texts, with_greedy=True):
+    """Job: for each (context, continuation) log_p in nats, whether greedy decoding writes the continuation (None: not asked), its
+    number of tokens, and how many tokens were cut off the context."""
+    pairs = [encode_pair(trained.tokenizer, *pair) for pair in texts]
+    kept = [fit(*pair, trained.model.config.block_size) for pair in pairs]
+    nll = score(trained.model, kept, **score_options(cfg)).tolist()
+    greedy = [None] * len(texts)
+    if with_greedy:
+        greedy = greedy_matches(trained.model, kept, cfg.cfg_scale, cfg.batch_tokens, cfg.dtype).tolist()
+    return [
+        {"log_p": -nll[i], "greedy": greedy[i], "tokens": len(pairs[i][1]), "cut": len(pairs[i][0]) - len(kept[i][0])}
+        for i in range(len(texts))
+    ]
+
+
+def score_options(cfg):
+    return {key: getattr(cfg, key) for key in f"{LIKELIHOOD} batch_tokens dtype".split()}
+
+
+def rolling_loglikelihoods(cfg, trained, texts):
+    """Job: log_p of whole texts in nats, in pieces that fill the model, each given the last token of the one before."""
+    eot, n = trained.tokenizer.eot_token, trained.model.config.block_size - 1
+    pairs, owner = [], []
+    for number, text in enumerate(texts):
+        ids = [eot, *trained.tokenizer.encode_ordinary(text)]
+        starts = range(1, len(ids), n)
+        pairs += [(ids[start - 1 : start], ids[start : start + n]) for start in starts]
+        owner += [number] * len(starts)
+    nll = score(trained.model, pairs, **score_options(cfg))
+    return [{"log_p": -total} for total in np.bincount(np.array(owner, int), nll, minlength=len(texts)).tolist()]
+
+
+def continuations(cfg, trained, requests):
+    """Job: the text that the model writes behind each context, up to its end-of-text. Requests are the harness's: (context, options), of which
+    until, max_gen_toks, temperature and do_sample count. A text depends neither on its batch nor on its place in it."""
+    model, tokenizer = trained.model, trained.tokenizer
+    eot, block_size = tokenizer.eot_token, model.config.block_size
+    prompts, lengths, temperatures, records = [], [], [], [None] * len(requests)
+    for context, options in requests:
+        n_new = min(options.get("max_gen_toks", 256), block_size)
+        prompts.append((tokenizer.encode_ordinary(context) or [eot])[-(block_size - n_new) or block_size :])
+        lengths.append(len(prompts[-1]) + n_new)
+        temperatures.append(options.get("temperature", cfg.temperature if options.get("do_sample", True) else 0.0))
+    left = sorted(range(len(requests)), key=lambda i: (temperatures[i], -lengths[i]))
+    while left:
+        first, width = left[0], lengths[left[0]]
+        batch = [i for i in left[: max(1, cfg.batch_tokens // width)] if temperatures[i] == temperatures[first]]
+        left = left[len(batch) :]
+        x = torch.full((len(batch), width), eot)
+        for row, i in enumerate(batch):
+            x[row, : lengths[i]] = model.config.mask_id
+            x[row, : len(prompts[i])] = torch.tensor(prompts[i])
+        with autocast(trained.device, cfg.dtype):
+            filled, _ = generate(
+                model, x.to(trained.device), cfg.steps, temperatures[first], cfg.remasking, cfg.cfg_scale, eot_id=eot,
+                seeds=[seed_for(cfg.seed, zlib.crc32(np.array(prompts[i]).tobytes())) for i in batch],
+                lengths=torch.tensor([lengths[i] for i in batch], device=trained.device),
+            )  # fmt: skip
+        for i, ids in zip(batch, filled.tolist()):
+            ids = ids[len(prompts[i]) : lengths[i]]
+            text = tokenizer.decode(ids[: ids.index(eot)] if eot in ids else ids)
+            until = requests[i][1].get("until") or []
+            for stop in [until] if isinstance(until, str) else until:
+                text = text.split(stop)[0] if stop else text
+            records[i] = {"text": text}
+    return records
+
+
+def measure(cfg, trained, job, items, data_sha256, progress=lambda records: "", label=None):
+    """The job's record (a dict) of each item, in rounds: name of the measurement, records, and what there is to know about it.
+    Records go to out_dir/name.jsonl at once, and those that an interrupted run has left there are not computed again."""
+    identity = {"settings": settings_of(cfg), "data_sha256": data_sha256, **trained.identity}
+    label = label or os.path.splitext(os.path.basename(cfg.task))[0]
+    name = f"{label}-{sha256(identity)[:8]}"  # another measurement has another name, so that two never share a file
+    path = os.path.join(cfg.out_dir, f"{name}.jsonl")
+    records = read_records(path)
+    done = len(records)
+    if done:
+        print(f"{path} holds {done:,} of {len(items):,} items; going on behind them")
+    start_time = time.time()
+    bar = tqdm(total=len(items), initial=done, desc=label, unit="item", disable=not sys.stderr.isatty())
+    with bar, open(path, "a", encoding="utf-8", errors="replace") as file:
+        per_round = cfg.batch_size * trained.world_size
+        for start in range(done, len(items), per_round):
+            round_time = time.time()
+            new = spread(job, cfg, trained, items[start : start + per_round])
+            seconds = round((time.time() - round_time) / len(new), 4)  # an item's share
+            new = [{"index": start + i, **record, "seconds": seconds} for i, record in enumerate(new)]
+            file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in new)
+            file.flush()
+            records += new
+            bar.update(len(new))
+            bar.set_postfix_str(progress(records))
+            if bar.disable:
+                rate = (len(records) - done) / (time.time() - start_time)
+                left = tqdm.format_interval((len(items) - len(records)) / rate)
+                print(
+                    f"{label} {len(records):,} of {len(items):,}  {rate:.1f} items/s  {left} left  {progress(records)}", flush=True
+                )
+    return name, records, {"n": len(records), "seconds": sum(r["seconds"] for r in records), "items": path, **identity}
+
+
+def means(values):
+    """{name: mean, name_se: its standard error} of values by name, each (n,)."""
+    result = {}
+    for name, numbers in values.items():
+        numbers = np.asarray(numbers, float)
+        result[name] = float(numbers.mean())
+        result[f"{name}_se"] = float(numbers.std(ddof=1) / math.sqrt(len(numbers))) if len(numbers) > 1 else None
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --task=loss: the bound on the validation set
+
+
+@functools.lru_cache(maxsize=1)
+def validation(trained, data, limit):
+    """(get_batch, number of sequences, sha256 of the tokens) of a prepared folder (None: the one trained on), read as in training:
+    as many sequences as the tokens fill, or all examples of fine-tuning; limit of them, evenly spread. A batch is a sequence."""
+    run = trained.checkpoint["run_config"] | {"micro_batch_size": 1}
+    folder = data or os.path.join(run["data_dir"], run["dataset"])
+    meta = load_meta(folder)
+    if vocabulary(meta) != vocabulary(trained.checkpoint["meta"]):
+        raise ValueError(f"{folder} has another vocabulary than the checkpoint; prepare it with the same tokenizer")
+    if "epochs" in run:  # sft_gsm8k.py's
+        cfg = SFTConfig(**run)
+        get_batch, parts = example_batches(folder, meta, cfg)
+        n = len(parts["val"][1])
+    else:
+        cfg = TrainConfig(**run)
+        get_batch, n = token_batches(folder, meta, cfg), meta["tokens"]["val"] // cfg.block_size
+    cfg.eval_seqs = max(2, min(n, limit or n))  # an error needs two
+    return get_batch, cfg.eval_seqs, meta["sha256"]
+
+
+def bounds(cfg, trained, rows):
+    """Job of loss: mc_num draws of the bound of each validation sequence."""
+    get_batch, n_rows, _ = validation(trained, cfg.data, cfg.limit)
+    text, eot = trained.tokenizer, trained.tokenizer.eot_token
+    n_bytes = torch.tensor([0 if i == eot else len(text.decode_single_token_bytes(i)) for i in range(text.n_vocab)])
+    at_once, records = max(1, cfg.batch_tokens // trained.model.config.block_size), []
+    for chunk in (rows[i : i + at_once] for i in range(0, len(rows), at_once)):
+        x0, maskable = (torch.cat(tensors) for tensors in zip(*(get_batch("val", row) for row in chunk)))
+        on_device = x0.to(trained.device), maskable.to(trained.device)
+        nll, t = validation_nll(trained.model, *on_device, np.array(chunk), n_rows, cfg.mc_num, cfg.dtype)
+        for row, (ids, counted) in enumerate(zip(x0, maskable)):
+            sizes = {"tokens": int(counted.sum()), "bytes": int(n_bytes[ids[counted]].sum())}
+            records.append({**sizes, "t": t[:, row].tolist(), "nll": nll[:, row].tolist()})
+    return records
+
+
+def loss(cfg, trained):
+    """Bound on -log p of the validation set, in total and over t. Returns the name of the measurement and its result."""
+    plt = import_pyplot() if cfg.plot else None  # what is missing is told before the work
+    _, n_rows, data_sha256 = validation(trained, cfg.data, cfg.limit)
+    name, records, facts = measure(cfg, trained, bounds, list(range(n_rows)), data_sha256)
+    tokens, n_bytes, t, nll = (np.array([r[key] for r in records], float) for key in ("tokens", "bytes", "t", "nll"))
+    order = torch.from_numpy(t[:, 0].argsort())  # t and nll are (sequences, mc_num)
+    nats, se = mean_and_error(torch.from_numpy(nll.mean(axis=1))[order], torch.from_numpy(tokens)[order])
+    bits = tokens.sum() / n_bytes.sum() / math.log(2)
+    over_t = []
+    for i in range(10):
+        here = np.clip(np.floor(t * 10), 0, 9) == i
+        seen = here.any(axis=1)
+        draws = (np.where(here, nll, 0).sum(axis=1) / np.maximum(1, here.sum(axis=1)) / tokens)[seen]  # a sequence's mean
+        if seen.any():  # of nll / p_mask over all tokens: the same as of nll over the hidden ones
+            over_t.append({"from": i / 10, "to": (i + 1) / 10, **means({"nats_per_hidden_token": draws})})
+    print(f"{'t':>9}  nats per hidden token")
+    for part in over_t:
+        print(f"{part['from']:.1f} - {part['to']:.1f}  {with_error(part, 'nats_per_hidden_token')}")
+    if plt:
+        plot_over_t(plt, over_t, os.path.join(cfg.out_dir, f"{name}.png"))
+    return name, {
+        "nats_per_token": nats,
+        "nats_per_token_se": se,
+        "perplexity_bound": math.exp(nats),
+        "perplexity_bound_se": math.exp(nats) * se,
+        "bits_per_byte": nats * bits,
+        "bits_per_byte_se": se * bits,
+        "over_t": over_t,
+        **facts,
+    }
+
+
+def import_pyplot():
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("plot=True needs matplotlib; pip install matplotlib") from None
+    matplotlib.use("agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def plot_over_t(plt, over_t, path):
+    t = [(part["from"] + part["to"]) / 2 for part in over_t]
+    nats, se = ([part[f"nats_per_hidden_token{end}"] or 0 for part in over_t] for end in ("", "_se"))
+    plt.figure(figsize=(6, 4))
+    plt.errorbar(t, nats, se, marker="o", capsize=3)
+    plt.xlabel("noise level t (share of hidden tokens)")
+    plt.ylabel("nats per hidden token")
+    plt.xlim(0, 1)
+    plt.grid(alpha=0.3)
+    plt.savefig(path, dpi=120, bbox_inches="tight")
+    plt.close()
+    print(f"{path}: the table above as a picture")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --task=file.jsonl: choices, or a target
+
+
+def read_items(path):
+    """Items of a .jsonl file, all with choices or all with a target. Raises ValueError with the line that is something else."""
+    if not os.path.exists(path):
+        raise ValueError(f"task file {path} not found")
+    items, wanted = [], '{"context": text, "choices": [text, ...], "gold": number} or {"context": text, "target": text}'
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, start=1):
+            try:
+                item = json.loads(line)
+                answers = item["choices"] if "choices" in item else [item["target"]]
+                texts = [item["context"], *answers]
+                fits = all(isinstance(text, str) and text.isascii() | len(text.encode()) for text in texts) and all(answers)
+                fits = fits and ("target" in item or type(item["gold"]) is int and 0 <= item["gold"] < len(answers))
+            except (ValueError, TypeError, KeyError):
+                fits = False
+            if not fits or items and item.keys() & {"choices", "target"} != items[0].keys() & {"choices", "target"}:
+                raise ValueError(f"{path}, line {number}: wanted {wanted}, the same kind in all lines; got {line.strip()[:80]!r}")
+            items.append(item)
+    if not items:
+        raise ValueError(f"{path} holds no items; wanted {wanted}")
+    return items
+
+
+def answer_choices(cfg, trained, items):
+    """Job of a file: log p of every choice of each item."""
+    texts = [(item["context"], " " + choice) for item in items for choice in item["choices"]]
+    scored = iter(loglikelihoods(cfg, trained, texts, with_greedy=False))
+    records = []
+    for item in items:
+        of_choices = [next(scored) for _ in item["choices"]]
+        log_p, tokens, cut = ([record[key] for record in of_choices] for key in ("log_p", "tokens", "cut"))
+        by_length = {
+            "acc": np.ones(len(log_p)),
+            "acc_norm": [len(choice) for choice in item["choices"]],
+            "acc_bytes": [len(choice.encode()) for choice in item["choices"]],
+        }
+        right = {key: int(np.argmax(np.array(log_p) / lengths)) == item["gold"] for key, lengths in by_length.items()}
+        records.append({**item, "log_p": log_p, "tokens": tokens, "cut": cut, **right})
+    return records
+
+
+def answer_targets(cfg, trained, items):
+    """Job of a file: log p of each item's target, and whether greedy decoding writes it."""
+    scored = loglikelihoods(cfg, trained, [(item["context"], " " + item["target"]) for item in items])
+    return [{**item, **record, "acc": record["greedy"]} for item, record in zip(items, scored)]
+
+
+def file(cfg, trained):
+    """acc, and by the kind of items acc_norm (log p over characters) and acc_bytes (over bytes), or the perplexity of a target: all
+    as lm-evaluation-harness defines them. Returns the name of the measurement and its result."""
+    items = read_items(cfg.task)[: cfg.limit]
+    job = answer_choices if "choices" in items[0] else answer_targets
+    name, records, facts = measure(cfg, trained, job, items, sha256(items), lambda rs: f"acc {np.mean([r['acc'] for r in rs]):.3f}")
+    if job is answer_choices:
+        result = means({key: [r[key] for r in records] for key in ("acc", "acc_norm", "acc_bytes")})
+    else:
+        result = means({"acc": [r["acc"] for r in records], "log_p": [r["log_p"] for r in records]})
+        result["perplexity"] = math.exp(min(700, -result["log_p"]))
+        result["perplexity_se"] = result["log_p_se"] and result["perplexity"] * result["log_p_se"]
+    return name, result | {"contexts_cut": sum(bool(np.max(r["cut"])) for r in records)} | facts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --task=gsm8k: exact match of the answers to word problems
 
 
 def final_number(text):
@@ -94,98 +622,116 @@ def read_problems(address, download_dir):
     return problems
 
 
-def answer_problems(cfg, model, tokenizer, problems, done, rank, world_size):
-    """Answers the problems that come after the first `done`, and yields their records in order, a list at a time, on rank 0 (empty
-    lists elsewhere). A record follows from the problem and its number: not from batch_size, nor from the number of processes."""
+def answer_problems(cfg, trained, problems):
+    """Job of gsm8k: thoughts and answer of each (number, question, gold). They follow from the problem and its number, not from
+    batch_size or the number of processes."""
     keys = ("steps", "length", "temperature", "cfg_scale")
     first = {key: getattr(cfg, key) for key in keys} | {"remasking": cfg.remasking}
     second = first | {key: getattr(cfg, f"answer_{key}") for key in keys if getattr(cfg, f"answer_{key}") is not None}
-    per_round = cfg.batch_size * world_size
-    for start in range(done, len(problems), per_round):
-        start_time = time.time()
-        numbers = range(start, min(start + per_round, len(problems)))[rank::world_size]
-        questions, seeds = [problems[i][0] for i in numbers], [seed_for(cfg.seed, i) for i in numbers]
-        with autocast(model.lm_head.weight.device, cfg.dtype):
-            solved = solve(model, tokenizer, questions, seeds, first, second)
-        records = []
-        for i, (thoughts, answer, passes) in zip(numbers, solved):
-            question, gold = problems[i]
-            record = {"index": i, "question": question, "thoughts": thoughts, "answer": answer, "gold": str(gold)}
-            records.append(record | {"correct": final_number(answer or "") == gold, "forward_passes": passes})
-        if world_size > 1:
-            parts = [None] * world_size if rank == 0 else None
-            dist.gather_object(records, parts)
-            records = sorted(sum(parts, []), key=lambda record: record["index"]) if rank == 0 else []
-        seconds = (time.time() - start_time) / max(1, len(records))  # a problem's share
-        yield [record | {"seconds": round(seconds, 4)} for record in records]
+    questions, seeds = [question for _, question, _ in problems], [seed_for(cfg.seed, number) for number, _, _ in problems]
+    with autocast(trained.device, cfg.dtype):
+        solved = solve(trained.model, trained.tokenizer, questions, seeds, first, second)
+    records = []
+    for (_, question, gold), (thoughts, answer, passes) in zip(problems, solved):
+        record = {"question": question, "thoughts": thoughts, "answer": answer, "gold": str(gold)}
+        records.append(record | {"correct": final_number(answer or "") == gold, "forward_passes": passes})
+    return records
 
 
-def gsm8k(cfg, model, tokenizer, checkpoint, rank, world_size):
-    """Accuracy on a set of problems. Returns on rank 0 the name of the measurement and its result; (None, None) elsewhere."""
-    shared = [None, None]  # what rank 0 reads for all: the problems, and how many of them an interrupted run has done
-    if rank == 0:
-        corpus = checkpoint["meta"]["name"]
-        folder = os.path.join(checkpoint["run_config"]["data_dir"], corpus)
-        address = cfg.data or CORPORA[corpus].test_source or os.path.join(folder, "test.txt")
-        if cfg.data is None and "://" not in address and not os.path.exists(address):
-            raise ValueError(f"data set {corpus} has no test problems at {address}; name some with --data=file")
-        problems = read_problems(address, os.path.join(folder, "download"))[: cfg.limit]
-        identity = {
-            "settings": {key: value for key, value in asdict(cfg).items() if key not in NEUTRAL_KEYS},
-            "device": model.lm_head.weight.device.type,
-            "data_sha256": sha256([(question, str(gold)) for question, gold in problems]),
-            "weights_sha256": sha256(*checkpoint["model"].values()),
-            "commit": commit(),
-        }
-        name = f"gsm8k-{sha256(identity)[:8]}"  # another measurement has another name, so that two never share a file
-        path = os.path.join(cfg.out_dir, f"{name}.jsonl")
-        records = read_records(path)
-        if records:
-            print(f"{path} holds {len(records):,} of {len(problems):,} problems; going on behind them")
-        shared = [problems, len(records)]
-    if world_size > 1:
-        dist.broadcast_object_list(shared)
-    problems, done = shared
-    start = time.time()
-    bar = tqdm(total=len(problems), initial=done, desc="gsm8k", unit="problem", disable=rank > 0 or not sys.stderr.isatty())
-    with bar:
-        for new in answer_problems(cfg, model, tokenizer, problems, done, rank, world_size):
-            if rank > 0:
-                continue
-            with open(path, "a", encoding="utf-8", errors="replace") as file:
-                file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in new)
-            records += new
-            bar.update(len(new))
-            progress = f"{sum(record['correct'] for record in records):,} of {len(records):,} right"
-            bar.set_postfix_str(progress)
-            if bar.disable:
-                seconds_left = (time.time() - start) / (len(records) - done) * (len(problems) - len(records))
-                print(f"{progress}  {tqdm.format_interval(seconds_left)} left", flush=True)
-    if rank > 0:
-        return None, None
-    n, right, passes, seconds = len(records), *(sum(r[key] for r in records) for key in ("correct", "forward_passes", "seconds"))
+def gsm8k(cfg, trained):
+    """Accuracy on a set of problems. Returns the name of the measurement and its result."""
+    corpus = trained.checkpoint["meta"]["name"]
+    folder = os.path.join(trained.checkpoint["run_config"]["data_dir"], corpus)
+    address = cfg.data or CORPORA[corpus].test_source or os.path.join(folder, "test.txt")
+    if cfg.data is None and "://" not in address and not os.path.exists(address):
+        raise ValueError(f"data set {corpus} has no test problems at {address}; name some with --data=file")
+    problems = [(i, *problem) for i, problem in enumerate(read_problems(address, os.path.join(folder, "download"))[: cfg.limit])]
+    data_sha256 = sha256([(question, str(gold)) for _, question, gold in problems])
+    progress = lambda rs: f"{sum(r['correct'] for r in rs):,} of {len(rs):,} right"  # noqa: E731
+    name, records, facts = measure(cfg, trained, answer_problems, problems, data_sha256, progress)
+    n, right, passes = len(records), *(sum(r[key] for r in records) for key in ("correct", "forward_passes"))
     accuracy = right / n
     error = math.sqrt(accuracy * (1 - accuracy) / n)
     print(
         f"accuracy {accuracy:.1%} ± {error:.1%} (standard error): {right:,} of {n:,} right; "
-        f"{passes / n:.1f} forward passes a problem; {seconds:.1f} s"
+        f"{passes / n:.1f} forward passes a problem; {facts['seconds']:.1f} s"
     )
     return name, {
         "accuracy": accuracy,
-        "se": error,
-        "n": n,
+        "accuracy_se": error,
         "right": right,
         "without_number": sum(final_number(r["answer"] or "") is None for r in records),
         "without_room": sum(r["answer"] is None for r in records),  # question or thoughts fill the whole length
         "forward_passes": passes,
-        "seconds": seconds,  # of all runs that it took
         "data": address,
-        "problems": path,
-        **identity,
+        **facts,
     }
 
 
-TASKS = {"gsm8k": gsm8k}
+# ---------------------------------------------------------------------------------------------------------------------
+# --task=<any other>: tasks of lm-evaluation-harness
+
+
+def harness(cfg, trained):
+    """A task of lm-evaluation-harness, which makes the requests and the metrics. Its own table is printed, its JSON saved. Returns
+    the name of the measurement and its result."""
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.api.model import LM
+        from lm_eval.tasks import TaskManager
+        from lm_eval.utils import handle_non_serializable, make_table
+    except ImportError as error:
+        what = f"task {cfg.task!r} is none of loss, gsm8k, file.jsonl, so it is taken for one of lm-evaluation-harness"
+        raise ValueError(f"{what}, which cannot be imported ({error}); pip install lm-eval") from None
+
+    class HarnessModel(LM):
+        """Our side of the harness: its three kinds of requests."""
+
+        records = []
+
+        def ask(self, kind, job, inputs):
+            _, records, _ = measure(cfg, trained, job, inputs, sha256(inputs), label=f"{cfg.task}-{kind}")
+            self.records += records
+            return records
+
+        def loglikelihood(self, requests):
+            records = self.ask("loglikelihood", loglikelihoods, [request.args for request in requests])
+            return [(record["log_p"], record["greedy"]) for record in records]
+
+        def loglikelihood_rolling(self, requests):
+            records = self.ask("rolling", rolling_loglikelihoods, [request.args[0] for request in requests])
+            return [record["log_p"] for record in records]
+
+        def generate_until(self, requests):
+            return [record["text"] for record in self.ask("generate", continuations, [request.args for request in requests])]
+
+    manager = TaskManager(include_path=cfg.include_path)
+    if cfg.task not in manager.all_tasks:
+        near = difflib.get_close_matches(cfg.task, manager.all_tasks, n=1)
+        hint = f"did you mean {near[0]!r}?" if near else "name a folder of your own with --include_path"
+        raise ValueError(f"lm-evaluation-harness has no task {cfg.task!r}; {hint}")
+    identity = {"settings": settings_of(cfg), **trained.identity}
+    name = f"{cfg.task}-{sha256(identity)[:8]}"
+    path = os.path.join(cfg.out_dir, name)
+    model = HarnessModel()
+    found = simple_evaluate(model, tasks=[cfg.task], limit=cfg.limit, task_manager=manager)
+    print(make_table(found))
+    with open(f"{path}.json", "w", encoding="utf-8") as file:
+        json.dump(found, file, indent=1, default=handle_non_serializable)
+    result = {}
+    for task, metrics in found["results"].items():
+        for key, value in metrics.items():
+            metric, _, by = key.partition(",")
+            if by and not metric.endswith("_stderr"):
+                error = metrics.get(f"{metric}_stderr,{by}")
+                label = metric if by == "none" else f"{metric},{by}"
+                label = label if task == cfg.task else f"{task} {label}"
+                result[label], result[f"{label}_se"] = value, error if isinstance(error, float) else None
+    n = sum(counts["effective"] for counts in found["n-samples"].values())
+    cut = sum(record.get("cut", 0) > 0 for record in model.records)
+    seconds = sum(record["seconds"] for record in model.records)
+    return name, {**result, "n": n, "contexts_cut": cut, "seconds": seconds, "items": f"{path}.json", **identity}
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
@@ -241,23 +787,52 @@ def write_results(path, results):
     os.replace(path + ".tmp", path)
 
 
+def with_error(result, key):
+    error = result.get(f"{key}_se")
+    return f"{result[key]:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+
+
 def main():
     cfg, set_by = configurator.parse(EvalConfig)
+    tasks = plan(cfg, set_by)
     rank, world_size, device = setup_distributed(cfg.device)
     if rank == 0:
         print(configurator.describe(cfg, set_by))
-    model, tokenizer, checkpoint = load_trained(cfg.out_dir, cfg.checkpoint, device)
-    path = os.path.join(cfg.out_dir, "results.json")
-    read_results(path)  # a damaged file is told before the work, not behind it
-    try:
-        name, result = TASKS[cfg.task](cfg, model, tokenizer, checkpoint, rank, world_size)
-    except KeyboardInterrupt:
-        raise SystemExit("interrupted; the same command goes on where it stopped") from None
-    if rank == 0:
-        made_by = {"step": checkpoint["step"], "torch": torch.__version__, "processes": world_size, "batch_size": cfg.batch_size}
-        write_results(path, read_results(path) | {name: result | made_by})
-        print(f"{path}: {name}")
+    trained = Trained(*load_trained(cfg.out_dir, cfg.checkpoint, device), rank, world_size)
+    if rank > 0:
+        serve(trained)
+    else:
+        evaluate_tasks(cfg, tasks, trained)
+        if world_size > 1:
+            dist.broadcast_object_list([None], device=device)
     close_distributed()
+
+
+def evaluate_tasks(cfg, tasks, trained):
+    """Measures one task after another, adds each result to results.json, and prints them all in the end, with their settings."""
+    path = os.path.join(cfg.out_dir, "results.json")
+    results = read_results(path)  # a damaged file is told before the work, not behind it
+    made_by = {"step": trained.checkpoint["step"], "torch": torch.__version__, "processes": trained.world_size}
+    names = []
+    for task in tasks:
+        try:
+            name, result = {"loss": loss, "gsm8k": gsm8k, "file": file, "harness": harness}[kind_of(task.task)](task, trained)
+        except KeyboardInterrupt:
+            raise SystemExit("interrupted; the same command goes on where it stopped") from None
+        results = read_results(path) | {name: result | made_by}
+        write_results(path, results)
+        names.append(name)
+    print(f"\n{cfg.out_dir}/{cfg.checkpoint}, step {made_by['step']:,}")
+    for name in names:
+        result = results[name]
+        settings = ", ".join(f"{key}={value}" for key, value in result["settings"].items() if key not in ("task", "checkpoint"))
+        print(f"{name}: {result['n']:,} items; {settings}")
+        for key in result:
+            if f"{key}_se" in result:
+                print(f"  {key:<20} {with_error(result, key)}")
+        if result.get("contexts_cut"):
+            print(f"  {result['contexts_cut']:,} contexts were cut from the left to fit")
+    print(f"added to {path}")
 
 
 if __name__ == "__main__":

@@ -392,7 +392,9 @@ def surest(confidence, k):
 
 
 @torch.no_grad()
-def generate(model, x, steps, temperature=0.0, remasking="confidence", cfg_scale=0.0, seeds=None, eot_id=None, on_step=None):
+def generate(
+    model, x, steps, temperature=0.0, remasking="confidence", cfg_scale=0.0, seeds=None, eot_id=None, on_step=None, lengths=None
+):
     """The reverse process: fills every mask_id in x. Prompt tokens may stand anywhere, so infilling is the same call.
 
     x             (B, T) token ids on the model's device, mask_id where text is wanted
@@ -407,6 +409,7 @@ def generate(model, x, steps, temperature=0.0, remasking="confidence", cfg_scale
     eot_id        if given, a row is complete as soon as it has written this token and nothing before it is hidden: what is
                   hidden behind it is filled with it too, and the row is not computed any further
     on_step       called with x (B, T) after every step
+    lengths       (B,) tokens of each row, where they differ; what stands behind them is padding
 
     Returns the filled rows (B, T) and the number of forward passes. Raises ValueError for options out of range.
     """
@@ -426,7 +429,8 @@ def generate(model, x, steps, temperature=0.0, remasking="confidence", cfg_scale
         rows = (x == mask_id).any(dim=1).nonzero()[:, 0]  # those that are not complete
         if len(rows) == 0:
             break
-        logits = guided_logits(model, x[rows], given[rows], cfg_scale)  # (rows, T, V)
+        where = {} if lengths is None else {"lengths": lengths[rows]}
+        logits = guided_logits(model, x[rows], given[rows], cfg_scale, **where)  # (rows, T, V)
         n_forward += 1 if cfg_scale == 0.0 else 2
         for r, row_logits in zip(rows.tolist(), logits):  # row by row: independent of the others, and little memory for a large V
             stream = streams[r]

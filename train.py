@@ -260,7 +260,8 @@ def mean_and_error(nll, count):
     removes. It takes the texts for different ones: with fewer places in the data than sequences it is too small."""
     mean = nll.sum() / count.sum()
     residual = (nll - mean * count) / count.mean()
-    error = ((residual - residual.roll(1)).square().mean() / 2 / len(nll)).sqrt()  # each counts twice, also the wildest, at t near 0
+    variance = (residual - residual.roll(1)).square().mean() / 2  # each counts twice, also the wildest, at t near 0
+    error = (variance / len(nll)).sqrt()
     return mean.item(), error.item()
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import ROOT
 
+from eval import greedy_matches, hidden_tokens, score, sum_rows
 from model import MDM, PRESETS, MDMConfig, generate, guided_logits, sample_tokens, surest, tokens_for_flops, weighted_nll
 from train import get_lr
 
@@ -150,3 +151,36 @@ def test_learning_rate_schedule(run):
     ours = [get_lr(it, lengths["max_iters"], peak, floor, lengths["warmup_iters"]) for it in its]
     np.testing.assert_allclose(ours, rates, rtol=1e-9)
     assert len(set(ours)) > 5
+
+
+@pytest.mark.parametrize("pair", [0, 1])
+@pytest.mark.parametrize("cfg_scale", [0.0, 0.6])
+def test_chain_rule_and_greedy_match(golden, pair, cfg_scale):
+    """The summed NLL, its terms, and whether greedy decoding writes the target."""
+    z, model = golden
+    context, target = z[f"pair{pair}_prefix"].tolist(), z[f"pair{pair}_target"].tolist()
+    key = f"cfg{cfg_scale:g}"
+    (nll,) = score(model, [(context, target)], "chain_rule", cfg_scale=cfg_scale)
+    np.testing.assert_allclose(nll, z[f"pair{pair}_nll_{key}"], atol=1e-4, rtol=0)
+    hidden, weight = hidden_tokens(context, target, "chain_rule", 1, "exact", 0)
+    rows = [(context, target, h, w > 0) for h, w in zip(hidden, weight)]
+    terms = sum_rows(model, rows, [w[w > 0] for w in weight], range(len(rows)), len(rows), cfg_scale, 4096)
+    np.testing.assert_allclose(terms, z[f"pair{pair}_toknll_{key}"], atol=1e-4, rtol=0)
+    (matches,) = greedy_matches(model, [(context, target)], cfg_scale)
+    assert matches == z[f"pair{pair}_is_greedy_{key}"]
+    filled = z[f"pair{pair}_greedy_fill_{key}"].tolist()[len(context) :]
+    assert greedy_matches(model, [(context, filled)], cfg_scale)[0]
+
+
+@pytest.mark.parametrize("cfg_scale", [0.0, 0.6])
+def test_monte_carlo_nll(golden, cfg_scale):
+    """On the stored draw of the noise: the sum over hidden tokens of NLL / p, averaged over the draws."""
+    z, model = golden
+    context, target = z["pair0_prefix"], z["pair0_target"]
+    n = len(context)
+    hidden = (z["mc_noisy_ids"] == model.config.mask_id)[:, n:]
+    assert (z["mc_noisy_ids"][:, n:][~hidden] == np.broadcast_to(target, hidden.shape)[~hidden]).all()
+    weights = [w[h] / len(hidden) for w, h in zip(1 / z["mc_p_mask"][:, n:], hidden)]
+    rows = [(context, target, h, h) for h in hidden]
+    (nll,) = sum_rows(model, rows, weights, [0] * len(rows), 1, cfg_scale, 4096)
+    np.testing.assert_allclose(nll, z[f"mc_nll_cfg{cfg_scale:g}"], atol=1e-4, rtol=0)
