@@ -104,8 +104,12 @@ RELEVANT = {
     "harness": f"{LIKELIHOOD} steps temperature remasking",
 }
 RELEVANT = {kind: ["checkpoint", "limit", "dtype", *keys.split()] for kind, keys in RELEVANT.items()}
-NEUTRAL = {"loss": "data batch_tokens plot", "gsm8k": "data batch_size", "file": "batch_size batch_tokens"}
-NEUTRAL["harness"] = "include_path batch_size batch_tokens"
+NEUTRAL = {
+    "loss": "data plot batch_size batch_tokens",
+    "gsm8k": "data batch_size",
+    "file": "batch_size batch_tokens",
+    "harness": "include_path batch_size batch_tokens",
+}
 
 
 def kind_of(task):
@@ -117,19 +121,22 @@ def plan(cfg, set_by):
     tasks, used = [], {"task", "out_dir", "device"}
     for entry in cfg.task.split(","):
         name, *own = entry.strip().split(":")
-        keys = RELEVANT[kind_of(name)] + NEUTRAL[kind_of(name)].split()
+        if not name:
+            raise ValueError(f"task {entry!r} has no name; wanted loss, gsm8k, file.jsonl or a task of lm-evaluation-harness")
         values = {}
         for setting in own:
             key, _, text = setting.partition("=")
             configurator.check_key(EvalConfig, key, f"task {name}")
-            if key not in keys:
-                raise ValueError(f"{key} makes no difference to task {name}; leave it out")
             values[key] = configurator.convert(EvalConfig, key, text, f"task {name}")
-        tasks.append(dataclasses.replace(cfg, task=name, **values))
+        task = dataclasses.replace(cfg, task=name, **values)
+        keys = {*settings_of(task), *NEUTRAL[kind_of(name)].split()}
+        if not values.keys() <= keys:
+            raise ValueError(f"task {entry.strip()} makes no use of {', '.join(values.keys() - keys)}; leave it out")
+        tasks.append(task)
         used.update(keys)
     idle = [f"{key} ({set_by[key]})" for key in set_by if key not in used]
     if idle:
-        raise ValueError(f"{', '.join(idle)} makes no difference to --task={cfg.task}; leave it out")
+        raise ValueError(f"--task={cfg.task} makes no use of {', '.join(idle)}; leave it out")
     return tasks
 
 
@@ -351,8 +358,8 @@ def rolling_loglikelihoods(cfg, trained, texts):
 
 
 def continuations(cfg, trained, requests):
-    """Job: the text that the model writes behind each context, up to its end-of-text. Requests are the harness's: (context, options), of which
-    until, max_gen_toks, temperature and do_sample count. A text depends neither on its batch nor on its place in it."""
+    """Job: the text that the model writes behind each context, up to its end-of-text. A request is the harness's: (context,
+    options), of which until, max_gen_toks, temperature and do_sample count. A text does not depend on its batch."""
     model, tokenizer = trained.model, trained.tokenizer
     eot, block_size = tokenizer.eot_token, model.config.block_size
     prompts, lengths, temperatures, records = [], [], [], [None] * len(requests)
@@ -542,12 +549,12 @@ def read_items(path):
             try:
                 item = json.loads(line)
                 answers = item["choices"] if "choices" in item else [item["target"]]
-                texts = [item["context"], *answers]
-                fits = all(isinstance(text, str) and text.isascii() | len(text.encode()) for text in texts) and all(answers)
-                fits = fits and ("target" in item or type(item["gold"]) is int and 0 <= item["gold"] < len(answers))
-            except (ValueError, TypeError, KeyError):
+                encoded = [text.encode() for text in [item["context"], *answers]]  # a lone surrogate or a number raises
+                fits = isinstance(answers, list) and all(encoded[1:])
+                fits = fits and ("choices" not in item or type(item["gold"]) is int and 0 <= item["gold"] < len(answers))
+            except (ValueError, TypeError, KeyError, AttributeError):
                 fits = False
-            if not fits or items and item.keys() & {"choices", "target"} != items[0].keys() & {"choices", "target"}:
+            if not fits or ("choices" in item) != ("choices" in (items or [item])[0]):
                 raise ValueError(f"{path}, line {number}: wanted {wanted}, the same kind in all lines; got {line.strip()[:80]!r}")
             items.append(item)
     if not items:
@@ -672,13 +679,20 @@ def gsm8k(cfg, trained):
 # --task=<any other>: tasks of lm-evaluation-harness
 
 
+@functools.lru_cache
+def task_manager(include_path):
+    """The harness's index of tasks, which takes it seconds to make."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=include_path)
+
+
 def harness(cfg, trained):
     """A task of lm-evaluation-harness, which makes the requests and the metrics. Its own table is printed, its JSON saved. Returns
     the name of the measurement and its result."""
     try:
         from lm_eval import simple_evaluate
         from lm_eval.api.model import LM
-        from lm_eval.tasks import TaskManager
         from lm_eval.utils import handle_non_serializable, make_table
     except ImportError as error:
         what = f"task {cfg.task!r} is none of loss, gsm8k, file.jsonl, so it is taken for one of lm-evaluation-harness"
@@ -705,7 +719,7 @@ def harness(cfg, trained):
         def generate_until(self, requests):
             return [record["text"] for record in self.ask("generate", continuations, [request.args for request in requests])]
 
-    manager = TaskManager(include_path=cfg.include_path)
+    manager = task_manager(cfg.include_path)
     if cfg.task not in manager.all_tasks:
         near = difflib.get_close_matches(cfg.task, manager.all_tasks, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "name a folder of your own with --include_path"

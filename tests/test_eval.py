@@ -1,4 +1,4 @@
-"""eval.py: the answer rule, and an accuracy that does not depend on how the work is cut, stopped or spread.
+"""eval.py: the answer rule, tasks and their settings, results that do not depend on how the work is cut, stopped or spread.
 
 python -m pytest tests/test_eval.py
 """
@@ -14,8 +14,9 @@ import pytest
 import torch
 from conftest import ROOT, make_model
 
+import configurator
 import eval as eval_module
-from eval import EvalConfig, final_number, read_problems
+from eval import EvalConfig, final_number, plan, read_problems
 from prepare_data import PrepareConfig, load_tokenizer, prepare
 from train import load_meta, save_checkpoint
 
@@ -118,7 +119,7 @@ def test_accuracy_of_an_oracle(asked, monkeypatch, capsys):
     out_dir, oracle = asked
     result, lines = call(monkeypatch, out_dir, "--batch_size=8")
     assert (result["accuracy"], result["n"], result["right"]) == (0.85, 20, 17)
-    assert result["se"] == pytest.approx((0.85 * 0.15 / 20) ** 0.5)
+    assert result["accuracy_se"] == pytest.approx((0.85 * 0.15 / 20) ** 0.5)
     records = [json.loads(line) for line in lines.splitlines()]
     assert [r["index"] for r in records if not r["correct"]] == [3, 8, 13]
     wanted = {"question": "What is 13 + 7?", "thoughts": "Answer: <<13+7=21>>", "answer": "#### 21", "gold": "20"}
@@ -129,7 +130,7 @@ def test_accuracy_of_an_oracle(asked, monkeypatch, capsys):
     assert records[3]["forward_passes"] == (64 - 25) + (64 - 25 - 20)
     out = capsys.readouterr().out
     assert re.search(r"accuracy 85.0% ± 8.0% \(standard error\): 17 of 20 right; 58.0 forward passes a problem; [\d.]+ s\n", out)
-    assert result["settings"]["steps"] == 256 and result["step"] == 7 and result["batch_size"] == 8
+    assert result["settings"]["steps"] == 256 and result["step"] == 7
     assert len(result["weights_sha256"]) == len(result["data_sha256"]) == 64 and result["torch"] == torch.__version__
     assert result["commit"] is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", result["commit"])
 
@@ -158,7 +159,7 @@ def test_interrupted_equals_uninterrupted(asked, monkeypatch, capsys):
     monkeypatch.setattr(eval_module, "solve", solve)
     oracle.n_rows.clear()
     resumed, again = call(monkeypatch, out_dir, "--batch_size=4")
-    assert "holds 6 of 20 problems; going on behind them" in capsys.readouterr().out
+    assert "holds 6 of 20 items; going on behind them" in capsys.readouterr().out
     assert records_of(again) == records_of(lines) and sum(oracle.n_rows) == sum(r["forward_passes"] for r in records_of(lines)[6:])
     for key in whole.keys() - {"seconds", "batch_size"}:
         assert resumed[key] == whole[key], key
@@ -179,7 +180,14 @@ def test_two_processes_and_any_batch_find_the_same(asked, monkeypatch, tmp_path)
     for path in out_dir.glob("gsm8k-*"):
         path.unlink()
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "eval.py")]
-    rest = [f"--out_dir={out_dir}", "--device=cpu", f"--data={out_dir.parent / 'test.txt'}", "--batch_size=3", "--limit=19"]
+    rest = [
+        "--task=gsm8k",
+        f"--out_dir={out_dir}",
+        "--device=cpu",
+        f"--data={out_dir.parent / 'test.txt'}",
+        "--batch_size=3",
+        "--limit=19",
+    ]
     done = subprocess.run([*command, *rest, *flags], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     (path,) = out_dir.glob("gsm8k-*")
@@ -231,13 +239,66 @@ def test_problems_are_read(tmp_path, capsys):
         read_problems(str(tmp_path / "c.txt"), "")
 
 
-def test_bad_options():
-    with pytest.raises(ValueError, match="unknown task 'gsm9k'; there are gsm8k"):
-        EvalConfig(task="gsm9k")
-    with pytest.raises(ValueError, match="limit is 0; it must be at least 1"):
-        EvalConfig(limit=0)
-    with pytest.raises(ValueError, match="seed is -1; it must not be negative"):
-        EvalConfig(seed=-1)
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"limit": 0}, "limit is 0; it must be at least 1"),
+        ({"batch_tokens": 0}, "batch_tokens is 0; it must be at least 1"),
+        ({"seed": -1}, "seed is -1; it must not be negative"),
+        ({"cfg_scale": -0.5}, "cfg_scale is -0.5; it must not be negative"),
+        ({"cfg_scale": float("nan")}, "cfg_scale is nan; it must not be negative"),
+        ({"nll_type": "left"}, "nll_type is 'left'; it must be 'mc' or 'chain_rule'"),
+        ({"mc_masking": "fair"}, "mc_masking is 'fair'; it must be 'exact' or 'coins'"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        EvalConfig(**options)
+
+
+def planned(*argv):
+    return plan(*configurator.parse(EvalConfig, argv))
+
+
+def test_tasks_have_settings_of_their_own():
+    tasks = planned("--task=loss,a.jsonl:nll_type=chain_rule:cfg_scale=1.5, piqa", "--mc_num=7", "--cfg_scale=0.5")
+    assert [(t.task, t.mc_num, t.nll_type, t.cfg_scale) for t in tasks] == [
+        ("loss", 7, "mc", 0.5),
+        ("a.jsonl", 7, "chain_rule", 1.5),
+        ("piqa", 7, "mc", 0.5),
+    ]
+
+
+@pytest.mark.parametrize(
+    "argv, message",
+    [
+        (["--task=loss", "--cfg_scale=0.5"], r"--task=loss makes no use of cfg_scale \(command line\); leave it out"),
+        (["--task=a.jsonl,gsm8k", "--plot=True"], r"--task=a.jsonl,gsm8k makes no use of plot \(command line\)"),
+        (["--task=loss:steps=4"], "task loss:steps=4 makes no use of steps; leave it out"),
+        (
+            ["--task=a.jsonl:nll_type=chain_rule:mc_num=4"],
+            "chain_rule:mc_num=4 makes no use of mc_num",
+        ),
+        (["--task=a.jsonl", "--nll_type=chain_rule", "--mc_masking=coins"], "--task=a.jsonl makes no use of mc_masking"),
+        (["--task=a.jsonl:mc_mum=4"], r"unknown key 'mc_mum' \(task a.jsonl\); did you mean 'mc_num'"),
+        (["--task=a.jsonl:mc_num=many"], r"mc_num='many' \(task a.jsonl\): wanted int"),
+        (["--task=a.jsonl:mc_num=0"], "mc_num is 0"),
+        (["--task=loss,"], "task '' has no name"),
+    ],
+)
+def test_settings_that_would_do_nothing_are_refused(argv, message):
+    with pytest.raises(ValueError, match=message):
+        planned(*argv)
+
+
+def test_the_papers_settings():
+    """PAPER.md's table: estimator and guidance of each task."""
+    tasks = {t.task: t for t in planned(str(ROOT / "config" / "eval_paper.py"), "--out_dir=out/x")}
+    chain = {"lambada_standard": 1.1, "openbookqa": 1.6, "boolq": 1.6, "piqa": 0.6}
+    mc = {"arc_easy": 0.6, "arc_challenge": 0.6, "social_iqa": 0.6, "race": 0.7, "hellaswag": 0.7}
+    assert {name: t.cfg_scale for name, t in tasks.items()} == chain | mc
+    assert {name for name, t in tasks.items() if t.nll_type == "chain_rule"} == set(chain)
+    assert {(t.mc_num, t.mc_masking) for name, t in tasks.items() if name in mc} == {(1024, "coins")}
 
 
 def test_damaged_files_are_told_before_the_work(asked, monkeypatch):
@@ -252,7 +313,7 @@ def test_damaged_files_are_told_before_the_work(asked, monkeypatch):
     with pytest.raises(ValueError, match="results.json is damaged .*; move it away"):
         call(monkeypatch, out_dir)
     (out_dir / "results.json").unlink()
-    monkeypatch.setattr(sys, "argv", ["eval.py", f"--out_dir={out_dir}", "--device=cpu"])
+    monkeypatch.setattr(sys, "argv", ["eval.py", "--task=gsm8k", f"--out_dir={out_dir}", "--device=cpu"])
     monkeypatch.setattr(eval_module, "CORPORA", {"gsm8k": SimpleNamespace(test_source=None)})
     with pytest.raises(ValueError, match="data set gsm8k has no test problems at .*test.txt; name some with --data=file"):
         eval_module.main()
