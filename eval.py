@@ -249,8 +249,9 @@ def predict(model, rows, cfg_scale, batch_tokens, dtype="auto"):
 
 
 def score(model, pairs, nll_type="mc", mc_num=32, mc_masking="exact", cfg_scale=0.0, seed=0, batch_tokens=4096, dtype="auto"):
-    """-log p(target | context) in nats for each pair of token ids, (n,) float64: an exact sum or an estimate, see hidden_tokens.
-    With cfg_scale the distributions are guided ones, which belong to no joint p: then this ranks choices, and bounds nothing."""
+    """-log p(target | context) in nats for each pair of token ids, (n,) float64: the chain rule's, or an estimate of the bound (see
+    hidden_tokens). With cfg_scale it is taken from guided logits: good to rank choices, but no likelihood of the model's, nor a
+    bound on it."""
     rows, owner, weights = [], [], []
     for number, (context, target) in enumerate(pairs):
         for hidden, weight in zip(*hidden_tokens(context, target, nll_type, mc_num, mc_masking, seed)):
@@ -393,7 +394,7 @@ def continuations(cfg, trained, requests):
     return records
 
 
-def measure(cfg, trained, job, items, data_sha256, progress=lambda records: "", label=None):
+def measure(cfg, trained, job, items, data_sha256, progress=lambda records: "", label=None, unit="item"):
     """The job's record (a dict) of each item, in rounds: name of the measurement, records, and what there is to know about it.
     Records go to out_dir/name.jsonl at once, and those that an interrupted run has left there are not computed again."""
     identity = {"settings": settings_of(cfg), "data_sha256": data_sha256, **trained.identity}
@@ -405,7 +406,7 @@ def measure(cfg, trained, job, items, data_sha256, progress=lambda records: "", 
     if done:
         print(f"{path} holds {done:,} of {len(items):,} items; going on behind them")
     start_time = time.time()
-    bar = tqdm(total=len(items), initial=done, desc=label, unit="item", disable=not sys.stderr.isatty())
+    bar = tqdm(total=len(items), initial=done, desc=label, unit=unit, disable=not sys.stderr.isatty())
     with bar, open(path, "a", encoding="utf-8", errors="replace") as file:
         per_round = cfg.batch_size * trained.world_size
         for start in range(done, len(items), per_round):
@@ -422,7 +423,8 @@ def measure(cfg, trained, job, items, data_sha256, progress=lambda records: "", 
                 rate = (len(records) - done) / (time.time() - start_time)
                 left = tqdm.format_interval((len(items) - len(records)) / rate)
                 print(
-                    f"{label} {len(records):,} of {len(items):,}  {rate:.1f} items/s  {left} left  {progress(records)}", flush=True
+                    f"{label} {len(records):,} of {len(items):,}  {rate:.1f} {unit}s/s  {left} left  {progress(records)}",
+                    flush=True,
                 )
     return name, records, {"n": len(records), "seconds": sum(r["seconds"] for r in records), "items": path, **identity}
 
@@ -481,7 +483,7 @@ def loss(cfg, trained):
     """Bound on -log p of the validation set, in total and over t. Returns the name of the measurement and its result."""
     plt = import_pyplot() if cfg.plot else None  # what is missing is told before the work
     _, n_rows, data_sha256 = validation(trained, cfg.data, cfg.limit)
-    name, records, facts = measure(cfg, trained, bounds, list(range(n_rows)), data_sha256)
+    name, records, facts = measure(cfg, trained, bounds, list(range(n_rows)), data_sha256, unit="sequence")
     tokens, n_bytes, t, nll = (np.array([r[key] for r in records], float) for key in ("tokens", "bytes", "t", "nll"))
     order = torch.from_numpy(t[:, 0].argsort())  # t and nll are (sequences, mc_num)
     nats, se = mean_and_error(torch.from_numpy(nll.mean(axis=1))[order], torch.from_numpy(tokens)[order])
@@ -655,7 +657,7 @@ def gsm8k(cfg, trained):
     problems = [(i, *problem) for i, problem in enumerate(read_problems(address, os.path.join(folder, "download"))[: cfg.limit])]
     data_sha256 = sha256([(question, str(gold)) for _, question, gold in problems])
     progress = lambda rs: f"{sum(r['correct'] for r in rs):,} of {len(rs):,} right"  # noqa: E731
-    name, records, facts = measure(cfg, trained, answer_problems, problems, data_sha256, progress)
+    name, records, facts = measure(cfg, trained, answer_problems, problems, data_sha256, progress, unit="problem")
     n, right, passes = len(records), *(sum(r[key] for r in records) for key in ("correct", "forward_passes"))
     accuracy = right / n
     error = math.sqrt(accuracy * (1 - accuracy) / n)
@@ -704,7 +706,7 @@ def harness(cfg, trained):
         records = []
 
         def ask(self, kind, job, inputs):
-            _, records, _ = measure(cfg, trained, job, inputs, sha256(inputs), label=f"{cfg.task}-{kind}")
+            _, records, _ = measure(cfg, trained, job, inputs, sha256(inputs), label=f"{cfg.task}-{kind}", unit="request")
             self.records += records
             return records
 
