@@ -138,6 +138,14 @@ def test_score_does_not_depend_on_the_batch(variant, options):
     assert len(np.unique(alone.round(4))) > 20
 
 
+def test_each_request_has_its_own_draws():
+    """From its tokens and the seed: neither the same for all, nor dependent on the place among them."""
+    masks = [hidden_tokens(context, [1] * 12, "mc", 8, way, 0)[0].tolist() for way in ("exact", "coins") for context in ([2], [3])]
+    assert masks[0] != masks[1] and masks[2] != masks[3]
+    assert masks[0] == hidden_tokens([2], [1] * 12, "mc", 8, "exact", 0)[0].tolist()
+    assert masks[0] != hidden_tokens([2], [1] * 12, "mc", 8, "exact", 1)[0].tolist()
+
+
 def test_passes_stay_within_batch_tokens():
     model, shapes = make_model(), []
     model.register_forward_pre_hook(lambda module, args: shapes.append(tuple(args[0].shape)))
@@ -163,21 +171,19 @@ def test_every_option_changes_the_score(option):
     assert abs(score(model, [(CONTEXT, TARGET)]) - score(model, [(CONTEXT, TARGET)], **option)) > 1e-4
 
 
-def test_sums_are_not_made_in_half_precision():
-    """Under bfloat16 the logits are rounded; their softmax and the sum over draws are not."""
-    model = make_model()
-    pair = [(CONTEXT, TARGET)]
-    hidden, weight = hidden_tokens(CONTEXT, TARGET, "mc", 50, "exact", 0)
-    wanted = 0.0
-    for h, w in zip(hidden, weight):
-        x = torch.tensor([[*CONTEXT, *(MASK if is_hidden else token for token, is_hidden in zip(TARGET, h))]])
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            logits = model(x)[0, 3:]
-        assert logits.dtype == torch.bfloat16
-        log_p = logits.double().log_softmax(dim=-1).gather(1, torch.tensor(TARGET)[:, None])[:, 0]
-        wanted -= (log_p * torch.from_numpy(w)).sum().item()
-    assert score(model, pair, mc_num=50, dtype="bfloat16")[0] == pytest.approx(wanted, rel=2e-3)
-    assert score(model, pair, mc_num=50)[0] != pytest.approx(wanted, rel=1e-6)
+def test_sums_are_not_made_in_half_precision(monkeypatch):
+    """Under bfloat16 the network's products are rounded; softmax is taken in float32, and the sum over draws in float64."""
+    model, seen, cross_entropy = make_model(), [], torch.nn.functional.cross_entropy
+    model.lm_head.register_forward_hook(lambda module, args, logits: seen.append(logits.dtype))
+
+    def recorded(logits, *args, **options):
+        seen.append(logits.dtype)
+        return cross_entropy(logits, *args, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "cross_entropy", recorded)
+    (half,) = score(model, [(CONTEXT, TARGET)], dtype="bfloat16")
+    assert seen == [torch.bfloat16, torch.float32] and half.dtype == np.float64
+    assert half == pytest.approx(score(model, [(CONTEXT, TARGET)])[0], rel=0.02)
 
 
 # ---- greedy decoding
