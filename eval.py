@@ -74,9 +74,9 @@ class EvalConfig:
     steps: int = 256  # denoising steps of thoughts, or of the harness's texts; a row needs no more than it has tokens
     length: int | None = None  # gsm8k: tokens of question and thoughts, filling included; None: the model's block_size
     temperature: float = 0.1  # of the thoughts; of harness texts where the task sets none; 0: always the likeliest token
-    answer_steps: int | None = None  # gsm8k: of the answer, as the next three; None: as for the thoughts
+    answer_steps: int | None = None  # gsm8k: of the answer, as the next three keys; None: as for the thoughts
     answer_length: int | None = None  # tokens of question, thoughts and answer, filling included
-    answer_temperature: float | None = None
+    answer_temperature: float | None = None  # of the answer
     answer_cfg_scale: float | None = None  # towards question and thoughts
     remasking: str = "confidence"  # confidence: keep the surest tokens first; random: the exact reverse process
     seed: int = 0  # of the random draws, which each item has its own of

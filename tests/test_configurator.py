@@ -145,7 +145,8 @@ def test_every_key_of_every_script_is_explained(config_class):
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("config/*.py")), ids=lambda p: p.name)
 def test_shipped_configs_parse(path):
-    cfg, set_by = configurator.parse(SFTConfig if path.name.startswith("sft") else TrainConfig, [str(path)])
+    config_class = {"sft": SFTConfig, "eval": EvalConfig}.get(path.stem.split("_")[0], TrainConfig)
+    cfg, set_by = configurator.parse(config_class, [str(path)])
     assert set_by and path.read_text().startswith(('"""', "#"))
 
 
