@@ -71,10 +71,10 @@ def bench_eval(cfg, device):
         tokenizer = load_tokenizer(make_tokenizer("gpt2", split_digits=False, vocab_size=0, texts=[]))
         torch.manual_seed(0)
         model = MDM(MDMConfig.preset(cfg.preset, vocab_size=tokenizer.n_vocab, n_sink=cfg.n_sink)).to(device)
-    items = [item for item in read_items(cfg.data) if "choices" in item]
+    items = read_items(cfg.data)
+    if "choices" not in items[0]:
+        raise ValueError(f"{cfg.data} has items with targets; wanted choices")
     pairs = [encode_pair(tokenizer, item["context"], " " + choice) for item in items for choice in item["choices"]][: cfg.requests]
-    if not pairs:
-        raise ValueError(f"{cfg.data} has no items with choices")
     pairs = [fit(*pair, model.config.block_size) for pair in pairs]
     few = max(1, cfg.mc_num // 4)
     ways = {

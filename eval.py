@@ -12,7 +12,9 @@ Every item's result goes to a file at once, so that the same command goes on whe
 added to out_dir/results.json. With several processes rank 0 runs the task, and all compute their share of each round.
 """
 
+import collections
 import dataclasses
+import datetime
 import difflib
 import functools
 import glob
@@ -73,7 +75,7 @@ class EvalConfig:
     batch_size: int = 64  # items of a process in a round; changes no result, but for rounding
     steps: int = 256  # denoising steps of thoughts, or of the harness's texts; a row needs no more than it has tokens
     length: int | None = None  # gsm8k: tokens of question and thoughts, filling included; None: the model's block_size
-    temperature: float = 0.1  # of the thoughts; of harness texts where the task sets none; 0: always the likeliest token
+    temperature: float = 0.1  # of the thoughts; of harness texts, where the task samples at none of its own; 0: the likeliest token
     answer_steps: int | None = None  # gsm8k: of the answer, as the next three keys; None: as for the thoughts
     answer_length: int | None = None  # tokens of question, thoughts and answer, filling included
     answer_temperature: float | None = None  # of the answer
@@ -128,12 +130,12 @@ def plan(cfg, set_by):
             key, _, text = setting.partition("=")
             configurator.check_key(EvalConfig, key, f"task {name}")
             values[key] = configurator.convert(EvalConfig, key, text, f"task {name}")
-        task = dataclasses.replace(cfg, task=name, **values)
-        keys = {*settings_of(task), *NEUTRAL[kind_of(name)].split()}
+        task = dataclasses.replace(cfg, **values | {"task": name})
+        keys = {*settings_of(task), *NEUTRAL[kind_of(name)].split()} - {"task"}
         if not values.keys() <= keys:
             raise ValueError(f"task {entry.strip()} makes no use of {', '.join(values.keys() - keys)}; leave it out")
         tasks.append(task)
-        used.update(keys)
+        used.update(keys - values.keys())
     idle = [f"{key} ({set_by[key]})" for key in set_by if key not in used]
     if idle:
         raise ValueError(f"--task={cfg.task} makes no use of {', '.join(idle)}; leave it out")
@@ -178,6 +180,7 @@ class Trained:
 def encode_pair(tokenizer, context, continuation):
     """Token ids of a context and of its continuation, as they stand in the text of both: the first token that reaches beyond the
     context is the continuation's. An empty context becomes end-of-text, which comes before a text in training, too."""
+    context, continuation = (text.encode("utf-8", "replace").decode() for text in (context, continuation))  # half a surrogate pair
     ids = tokenizer.encode_ordinary(context + continuation)
     ends = np.cumsum([len(piece) for piece in tokenizer.decode_tokens_bytes(ids)])
     n_context = int((ends <= len(context.encode())).sum())
@@ -187,7 +190,8 @@ def encode_pair(tokenizer, context, continuation):
 def fit(context, target, block_size):
     """The pair without what is too much at the left of the context. Raises ValueError for a target longer than block_size."""
     if len(target) > block_size:
-        raise ValueError(f"a continuation of {len(target)} tokens exceeds the model's block_size {block_size}; leave it out")
+        what = f"a continuation of {len(target)} tokens exceeds the model's block_size {block_size}"
+        raise ValueError(f"{what}; leave that item out, or measure a model that takes more")
     return context[max(0, len(context) + len(target) - block_size) :], target
 
 
@@ -204,7 +208,7 @@ def hidden_tokens(context, target, nll_type, mc_num, mc_masking, seed):
 
     The draws follow from the seed and the request's own tokens. Equal passes are made once."""
     L = len(target)
-    if nll_type == "chain_rule":
+    if nll_type == "chain_rule" or L == 0:
         return np.triu(np.ones((L, L), bool)), np.eye(L)
     rng = np.random.default_rng([seed, zlib.crc32(np.array([*context, -1, *target]).tobytes())])
     t = (rng.random() + np.arange(mc_num)) / mc_num
@@ -266,9 +270,13 @@ def sum_rows(model, rows, weights, owner, n, cfg_scale, batch_tokens, dtype="aut
     total = np.zeros(n)
     for numbers, logits in predict(model, rows, cfg_scale, batch_tokens, dtype):
         target = np.concatenate([np.asarray(rows[r][1])[rows[r][3]] for r in numbers])
-        nll = F.cross_entropy(logits, torch.from_numpy(target).to(logits.device), reduction="none").double().cpu().numpy()
+        nll = F.cross_entropy(logits, torch.from_numpy(target).to(logits.device), reduction="none").cpu().double().numpy()
         nll *= np.concatenate([weights[r] for r in numbers])
         np.add.at(total, np.concatenate([np.full(len(weights[r]), owner[r]) for r in numbers]), nll)
+    if not np.isfinite(total).all():
+        raise ValueError(
+            f"a -log p is {total[~np.isfinite(total)][0]}: the model is broken, or dtype too small; try --dtype=float32"
+        )
     return total
 
 
@@ -346,29 +354,35 @@ def score_options(cfg):
 
 
 def rolling_loglikelihoods(cfg, trained, texts):
-    """Job: log_p of whole texts in nats, in pieces that fill the model, each given the last token of the one before."""
+    """Job: log_p of whole texts in nats, in pieces that fill the model: each given the last token of the one before, and the last,
+    shorter piece as many tokens as have room. The harness cuts in the same way."""
     eot, n = trained.tokenizer.eot_token, trained.model.config.block_size - 1
     pairs, owner = [], []
     for number, text in enumerate(texts):
         ids = [eot, *trained.tokenizer.encode_ordinary(text)]
         starts = range(1, len(ids), n)
-        pairs += [(ids[start - 1 : start], ids[start : start + n]) for start in starts]
+        pairs += [(ids[max(0, min(start + n, len(ids)) - n - 1) : start], ids[start : start + n]) for start in starts]
         owner += [number] * len(starts)
     nll = score(trained.model, pairs, **score_options(cfg))
     return [{"log_p": -total} for total in np.bincount(np.array(owner, int), nll, minlength=len(texts)).tolist()]
 
 
 def continuations(cfg, trained, requests):
-    """Job: the text that the model writes behind each context, up to its end-of-text. A request is the harness's: (context,
-    options), of which until, max_gen_toks, temperature and do_sample count. A text does not depend on its batch."""
+    """Job: the text that the model writes behind each context, up to its end-of-text, and how many tokens were cut off the context.
+    A request is (context, the harness's options, how many equal requests came before it); its text depends on nothing else.
+
+    Context and text share the model's block_size. If max_gen_toks leaves too little of it, the text takes what the context leaves,
+    but at least half."""
     model, tokenizer = trained.model, trained.tokenizer
     eot, block_size = tokenizer.eot_token, model.config.block_size
     prompts, lengths, temperatures, records = [], [], [], [None] * len(requests)
-    for context, options in requests:
-        n_new = min(options.get("max_gen_toks", 256), block_size)
-        prompts.append((tokenizer.encode_ordinary(context) or [eot])[-(block_size - n_new) or block_size :])
+    for number, (context, options, _) in enumerate(requests):
+        ids = tokenizer.encode_ordinary(context) or [eot]
+        n_new = min(options["max_gen_toks"], max(block_size - len(ids), block_size // 2))
+        prompts.append(ids[-(block_size - n_new) :])
         lengths.append(len(prompts[-1]) + n_new)
-        temperatures.append(options.get("temperature", cfg.temperature if options.get("do_sample", True) else 0.0))
+        temperatures.append(options.get("temperature", cfg.temperature if options["do_sample"] else 0.0))
+        records[number] = {"cut": len(ids) - len(prompts[-1])}
     left = sorted(range(len(requests)), key=lambda i: (temperatures[i], -lengths[i]))
     while left:
         first, width = left[0], lengths[left[0]]
@@ -381,16 +395,15 @@ def continuations(cfg, trained, requests):
         with autocast(trained.device, cfg.dtype):
             filled, _ = generate(
                 model, x.to(trained.device), cfg.steps, temperatures[first], cfg.remasking, cfg.cfg_scale, eot_id=eot,
-                seeds=[seed_for(cfg.seed, zlib.crc32(np.array(prompts[i]).tobytes())) for i in batch],
+                seeds=[seed_for(cfg.seed, zlib.crc32(np.array([requests[i][2], *prompts[i]]).tobytes())) for i in batch],
                 lengths=torch.tensor([lengths[i] for i in batch], device=trained.device),
             )  # fmt: skip
         for i, ids in zip(batch, filled.tolist()):
             ids = ids[len(prompts[i]) : lengths[i]]
             text = tokenizer.decode(ids[: ids.index(eot)] if eot in ids else ids)
-            until = requests[i][1].get("until") or []
-            for stop in [until] if isinstance(until, str) else until:
+            for stop in requests[i][1]["until"]:
                 text = text.split(stop)[0] if stop else text
-            records[i] = {"text": text}
+            records[i]["text"] = text
     return records
 
 
@@ -413,7 +426,7 @@ def measure(cfg, trained, job, items, data_sha256, progress=lambda records: "", 
             round_time = time.time()
             new = spread(job, cfg, trained, items[start : start + per_round])
             seconds = round((time.time() - round_time) / len(new), 4)  # an item's share
-            new = [{"index": start + i, **record, "seconds": seconds} for i, record in enumerate(new)]
+            new = [{**record, "index": start + i, "seconds": seconds} for i, record in enumerate(new)]
             file.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in new)
             file.flush()
             records += new
@@ -546,7 +559,7 @@ def read_items(path):
     if not os.path.exists(path):
         raise ValueError(f"task file {path} not found")
     items, wanted = [], '{"context": text, "choices": [text, ...], "gold": number} or {"context": text, "target": text}'
-    with open(path, encoding="utf-8", errors="replace") as file:
+    with open(path, encoding="utf-8-sig", errors="replace") as file:  # -sig: some editors write a mark in front
         for number, line in enumerate(file, start=1):
             try:
                 item = json.loads(line)
@@ -695,6 +708,7 @@ def harness(cfg, trained):
     try:
         from lm_eval import simple_evaluate
         from lm_eval.api.model import LM
+        from lm_eval.models.utils import normalize_gen_kwargs
         from lm_eval.utils import handle_non_serializable, make_table
     except ImportError as error:
         what = f"task {cfg.task!r} is none of loss, gsm8k, file.jsonl, so it is taken for one of lm-evaluation-harness"
@@ -703,11 +717,13 @@ def harness(cfg, trained):
     class HarnessModel(LM):
         """Our side of the harness: its three kinds of requests."""
 
-        records = []
+        records, data_sha256 = [], []
 
         def ask(self, kind, job, inputs):
-            _, records, _ = measure(cfg, trained, job, inputs, sha256(inputs), label=f"{cfg.task}-{kind}", unit="request")
+            data_sha256 = sha256(inputs)
+            _, records, _ = measure(cfg, trained, job, inputs, data_sha256, label=f"{label}-{kind}", unit="request")
             self.records += records
+            self.data_sha256.append(data_sha256)
             return records
 
         def loglikelihood(self, requests):
@@ -719,19 +735,25 @@ def harness(cfg, trained):
             return [record["log_p"] for record in records]
 
         def generate_until(self, requests):
-            return [record["text"] for record in self.ask("generate", continuations, [request.args for request in requests])]
+            inputs, seen = [], collections.Counter()
+            for context, options in (request.args for request in requests):  # a task may ask the same several times, to vote
+                inputs.append((context, normalize_gen_kwargs(options), seen[context, str(options)]))
+                seen[context, str(options)] += 1
+            return [record["text"] for record in self.ask("generate", continuations, inputs)]
 
-    manager = task_manager(cfg.include_path)
+    if cfg.include_path is not None and not os.path.isdir(cfg.include_path):
+        raise ValueError(f"include_path {cfg.include_path} is no folder")
+    manager, label = task_manager(cfg.include_path), cfg.task.replace("/", "_")
     if cfg.task not in manager.all_tasks:
         near = difflib.get_close_matches(cfg.task, manager.all_tasks, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "name a folder of your own with --include_path"
         raise ValueError(f"lm-evaluation-harness has no task {cfg.task!r}; {hint}")
-    identity = {"settings": settings_of(cfg), **trained.identity}
-    name = f"{cfg.task}-{sha256(identity)[:8]}"
-    path = os.path.join(cfg.out_dir, name)
     model = HarnessModel()
     found = simple_evaluate(model, tasks=[cfg.task], limit=cfg.limit, task_manager=manager)
     print(make_table(found))
+    identity = {"settings": settings_of(cfg), "data_sha256": sha256(*model.data_sha256), **trained.identity}
+    name = f"{label}-{sha256(identity)[:8]}"
+    path = os.path.join(cfg.out_dir, name)
     with open(f"{path}.json", "w", encoding="utf-8") as file:
         json.dump(found, file, indent=1, default=handle_non_serializable)
     result = {}
@@ -790,8 +812,8 @@ def read_results(path):
         return {}
     try:
         with open(path) as file:
-            return json.load(file)
-    except ValueError as error:
+            return {**json.load(file)}
+    except (ValueError, TypeError) as error:  # no JSON, or no object
         raise ValueError(f"{path} is damaged ({error}); move it away") from error
 
 
@@ -811,7 +833,8 @@ def with_error(result, key):
 def main():
     cfg, set_by = configurator.parse(EvalConfig)
     tasks = plan(cfg, set_by)
-    rank, world_size, device = setup_distributed(cfg.device)
+    # the other processes wait while rank 0 downloads data sets or computes the harness's metrics
+    rank, world_size, device = setup_distributed(cfg.device, timeout=datetime.timedelta(hours=6))
     if rank == 0:
         print(configurator.describe(cfg, set_by))
     trained = Trained(*load_trained(cfg.out_dir, cfg.checkpoint, device), rank, world_size)

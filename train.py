@@ -166,8 +166,9 @@ def token_batches(folder: str, meta: dict, cfg: TrainConfig):
 # Machine
 
 
-def setup_distributed(device: str = "auto"):
-    """(rank, world_size, device) of this process; joins the group that torchrun describes in the environment, if any."""
+def setup_distributed(device: str = "auto", timeout=None):
+    """(rank, world_size, device) of this process; joins the group that torchrun describes in the environment, if any.
+    timeout (a timedelta) is how long processes wait for each other before they give up; None: torch's 10 or 30 minutes."""
     distributed = "RANK" in os.environ
     if device == "auto":  # mps has no process groups
         has_mps = torch.backends.mps.is_available() and not distributed
@@ -184,7 +185,7 @@ def setup_distributed(device: str = "auto"):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timeout)
     return dist.get_rank(), dist.get_world_size(), torch.device(device)
 
 

@@ -275,6 +275,9 @@ def test_tasks_have_settings_of_their_own():
         (["--task=loss", "--cfg_scale=0.5"], r"--task=loss makes no use of cfg_scale \(command line\); leave it out"),
         (["--task=a.jsonl,gsm8k", "--plot=True"], r"--task=a.jsonl,gsm8k makes no use of plot \(command line\)"),
         (["--task=loss:steps=4"], "task loss:steps=4 makes no use of steps; leave it out"),
+        (["--task=loss:task=x"], "task loss:task=x makes no use of task; leave it out"),
+        (["--task=a.jsonl:mc_num=2", "--mc_num=9"], "makes no use of mc_num"),  # every task has its own
+        ([str(ROOT / "config" / "eval_paper.py"), "--mc_masking=exact"], "makes no use of mc_masking"),
         (
             ["--task=a.jsonl:nll_type=chain_rule:mc_num=4"],
             "chain_rule:mc_num=4 makes no use of mc_num",

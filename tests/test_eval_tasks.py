@@ -79,6 +79,9 @@ def test_loss_agrees_with_training(out_dir, monkeypatch, capsys):
     many = call(monkeypatch, out_dir, "--task=loss", "--limit=40", "--mc_num=16")
     assert abs(many["nats_per_token"] - mean) < 3 * se and many["nats_per_token_se"] < se / 2
     assert many["perplexity_bound"] == pytest.approx(math.exp(many["nats_per_token"]))
+    for value in ("perplexity_bound", "bits_per_byte"):  # to first order; d exp(x) = exp(x) dx
+        scale = many["perplexity_bound"] if value == "perplexity_bound" else many["bits_per_byte"] / many["nats_per_token"]
+        assert many[f"{value}_se"] == pytest.approx(scale * many["nats_per_token_se"])
     out = capsys.readouterr().out
     value = f"{many['nats_per_token']:.4f} ± {many['nats_per_token_se']:.4f}"
     assert re.search(rf"40 items; limit=40, dtype=auto, mc_num=16\n  nats_per_token +{value}\n  perplexity_bound ", out)
@@ -124,6 +127,11 @@ def test_loss_of_a_fine_tuned_model_is_that_of_responses(out_dir, monkeypatch):
     mean, se = evaluate(cfg, model, get_batch, torch.device("cpu"))
     result = call(monkeypatch, out_dir, "--task=loss", "--limit=30", "--mc_num=1")
     assert (result["nats_per_token"], result["nats_per_token_se"]) == (pytest.approx(mean, rel=1e-6), pytest.approx(se, rel=1e-6))
+    text, batches = load_tokenizer(checkpoint["meta"]["tokenizer"]), [get_batch("val", index) for index in range(6)]
+    responses = [x0[m][x0[m] != text.eot_token].tolist() for batch in batches for x0, m in zip(*batch)]
+    n_tokens = sum(int(maskable.sum()) for _, maskable in batches)
+    n_bytes = sum(len(text.decode(ids).encode()) for ids in responses)  # of the responses alone
+    assert result["bits_per_byte"] == pytest.approx(mean * n_tokens / n_bytes / math.log(2), rel=1e-6)
     assert call(monkeypatch, out_dir, "--task=loss", "--mc_num=1")["n"] == len(data["val"][1])
 
 
@@ -187,6 +195,14 @@ def test_characters_are_not_bytes(out_dir, monkeypatch):
     assert result["acc_se"] is None  # of one item
 
 
+def test_fields_of_an_item_are_kept(out_dir, monkeypatch):
+    """But for those that are ours; and a file may begin with the mark of some editors."""
+    text = json.dumps({"context": "a", "choices": ["b", "c"], "gold": 0, "index": 77, "source": "me"})
+    (out_dir.parent / "own.jsonl").write_text("\ufeff" + text + "\n" + text + "\n", encoding="utf-8")
+    result = call(monkeypatch, out_dir, f"--task={out_dir.parent / 'own.jsonl'}")
+    assert [(r["index"], r["source"]) for r in map(json.loads, open(result["items"]))] == [(0, "me"), (1, "me")]
+
+
 def test_targets(out_dir, monkeypatch):
     """Three targets are made what the model itself would write."""
     model, tokenizer, _ = parts_of(out_dir)
@@ -196,8 +212,14 @@ def test_targets(out_dir, monkeypatch):
     assert result["perplexity"] == pytest.approx(math.exp(-np.mean(values)), rel=1e-4)
     assert result["perplexity_se"] == pytest.approx(result["perplexity"] * np.std(values, ddof=1) / math.sqrt(15), rel=1e-4)
     assert result["acc"] == 0
-    monkeypatch.setattr(eval_module, "greedy_matches", lambda model, pairs, *_: np.arange(len(pairs)) % 5 == 0)
-    assert call(monkeypatch, out_dir, f"--task={file}", "--nll_type=mc")["acc"] == 0.2
+    scales = []
+
+    def fake(model, pairs, cfg_scale, *_):
+        scales.append(cfg_scale)
+        return np.arange(len(pairs)) % 5 == 0
+
+    monkeypatch.setattr(eval_module, "greedy_matches", fake)
+    assert call(monkeypatch, out_dir, f"--task={file}", "--nll_type=mc", "--cfg_scale=0.4")["acc"] == 0.2 and scales == [0.4]
 
 
 @pytest.mark.parametrize(
@@ -224,6 +246,10 @@ def test_bad_lines(out_dir, monkeypatch, line, message):
 
 
 def test_bad_files(out_dir, monkeypatch):
+    (out_dir / "results.json").write_text("[]")
+    with pytest.raises(ValueError, match="results.json is damaged"):
+        eval_module.read_results(out_dir / "results.json")
+    (out_dir / "results.json").unlink()
     with pytest.raises(ValueError, match="task file .*none.jsonl not found"):
         call(monkeypatch, out_dir, f"--task={out_dir / 'none.jsonl'}")
     (out_dir / "empty.jsonl").write_text("")
@@ -341,7 +367,7 @@ def test_harness_finds_what_we_find(out_dir):
     define(folder, "h_choices", choices, "multiple_choice", more='doc_to_choice: "{{choices}}"', metrics=CHOICE_METRICS)
     define(folder, "h_targets", targets, "loglikelihood", target=TARGET, metrics="{metric: perplexity}, {metric: acc}")
     define(folder, "h_rolling", targets, "loglikelihood_rolling", "", "{{context}}", metrics="{metric: byte_perplexity}")
-    more = 'generation_kwargs: {until: ["."], max_gen_toks: 5, do_sample: false}'
+    more = 'generation_kwargs: {until: ["."], max_new_tokens: 5, do_sample: true, temperature: 1.0}\nrepeats: 2'
     define(folder, "h_generate", targets, "generate_until", target=TARGET, more=more, metrics="{metric: exact_match}")
     tasks = f"h_choices:seed=3,{choices}:seed=3,h_targets:cfg_scale=0.5,{targets}:cfg_scale=0.5,h_rolling,h_generate"
     results, out = run_harness(out_dir, f"--task={tasks}", "--mc_num=4")
@@ -350,13 +376,13 @@ def test_harness_finds_what_we_find(out_dir):
     assert results["h_choices"]["contexts_cut"] == 12  # choices here, items there
     for metric in ("perplexity", "acc", "contexts_cut"):
         assert results["h_targets"][metric] == pytest.approx(results[str(targets)][metric], rel=1e-5), metric
-    _, tokenizer, _ = parts_of(out_dir)
     records = [json.loads(line) for line in open(next(out_dir.glob("h_rolling-rolling-*.jsonl")))]
     n_bytes = sum(len(item["context"].encode()) for item in TARGETS)
     wanted = math.exp(-sum(record["log_p"] for record in records) / n_bytes)
     assert results["h_rolling"]["byte_perplexity"] == pytest.approx(wanted)
     texts = [json.loads(line)["text"] for line in open(next(out_dir.glob("h_generate-generate-*.jsonl")))]
-    assert len(texts) == 15 and not any("." in text for text in texts) and any(texts)
+    assert len(texts) == 30 and not any("." in text for text in texts) and len(set(texts)) > 15  # a repeat is another draw
+    assert len({result["data_sha256"] for result in results.values()}) == 6
     assert "|h_choices|" in out and "h_generate" in out  # the harness's tables
     saved = json.loads(next(out_dir.glob("h_choices-????????.json")).read_text())
     assert saved["results"]["h_choices"]["acc,none"] == results["h_choices"]["acc"] and len(saved["samples"]["h_choices"]) == 15
@@ -390,6 +416,8 @@ def test_unknown_harness_task(out_dir, monkeypatch):
     pytest.importorskip("lm_eval")
     with pytest.raises(ValueError, match="lm-evaluation-harness has no task 'hellaswagg'; did you mean 'hellaswag'"):
         call(monkeypatch, out_dir, "--task=hellaswagg")
+    with pytest.raises(ValueError, match="include_path nowhere is no folder"):
+        call(monkeypatch, out_dir, "--task=hellaswag", "--include_path=nowhere")
 
 
 # ---- bench.py

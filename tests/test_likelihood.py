@@ -79,6 +79,16 @@ def test_exact_counts_vary_less_than_coins():
     assert sd["exact"] < sd["coins"] / 3
 
 
+def test_tokens_are_dealt_from_one_deck():
+    """Over the draws of a request no token is hidden more than once more often than another."""
+    for seed in range(20):
+        hidden, weight = hidden_tokens([3], list(range(7)), "mc", 9, "exact", seed)
+        k = hidden.sum(axis=1)
+        times = weight.max(axis=1) * 9 * k / 7  # a pass that stands for several draws
+        counts = (times[:, None] * hidden).sum(axis=0).round(6)
+        assert counts.max() - counts.min() <= 1 and counts.sum() > 20
+
+
 def test_marginal_of_exact_masks_is_uniform():
     """Dealt from one deck or not: of each size, every set of tokens comes equally often, in every draw."""
     counts = {}
@@ -119,6 +129,15 @@ def test_one_token_is_exact():
     wanted = nll_of(model, CONTEXT, [7], [True]).item()
     assert score(model, [(CONTEXT, [7])], "chain_rule")[0] == pytest.approx(wanted, abs=1e-6)
     assert score(model, [(CONTEXT, [7])], mc_num=3)[0] == pytest.approx(wanted, abs=1e-6)
+
+
+def test_no_target_and_no_number():
+    model = make_model()
+    with np.errstate(all="raise"):
+        assert score(model, [(CONTEXT, [])]).tolist() == score(model, [(CONTEXT, [])], "chain_rule").tolist() == [0]
+    model.lm_head.weight.data[3] = math.nan
+    with pytest.raises(ValueError, match="a -log p is nan: the model is broken, or dtype too small"):
+        score(model, [(CONTEXT, TARGET)])
 
 
 # ---- nothing but the request counts
@@ -252,6 +271,10 @@ def test_tokens_are_those_of_the_joint_text(tokenizer, context, continuation, fi
     assert tokenizer.decode_single_token_bytes(after[0]) == first
 
 
+def test_half_a_character_becomes_a_question_mark(tokenizer):
+    assert encode_pair(tokenizer, "a\ud800", "b") == ([97, 63], [98])
+
+
 def test_empty_context_is_end_of_text(tokenizer):
     assert encode_pair(tokenizer, "", "yes") == ([tokenizer.eot_token], tokenizer.encode_ordinary("yes"))
 
@@ -271,12 +294,12 @@ def trained(tokenizer):
 
 
 def test_rolling_covers_every_token_once(trained):
-    """A text of 60 bytes in pieces of 23 tokens, each behind the last token of the piece before."""
+    """60 bytes in pieces of 23 tokens, each behind the last token of the one before; the last piece behind as many as fit."""
     text = "xq" * 30
     ids = [trained.tokenizer.eot_token, *text.encode()]
     ids[1:] = trained.tokenizer.encode_ordinary(text)
     assert len(ids) == 61
-    pieces = [(ids[0:1], ids[1:24]), (ids[23:24], ids[24:47]), (ids[46:47], ids[47:61])]
+    pieces = [(ids[0:1], ids[1:24]), (ids[23:24], ids[24:47]), (ids[37:47], ids[47:61])]
     cfg = EvalConfig(mc_num=4)
     both = rolling_loglikelihoods(cfg, trained, [text, "", "yes"])
     assert both[0]["log_p"] == pytest.approx(-score(trained.model, pieces, mc_num=4).sum())
@@ -284,33 +307,73 @@ def test_rolling_covers_every_token_once(trained):
     assert both[2]["log_p"] == pytest.approx(-score(trained.model, [encode_pair(trained.tokenizer, "", "yes")], mc_num=4)[0])
 
 
+def test_rolling_windows_are_the_harness_s(trained, monkeypatch):
+    utils = pytest.importorskip("lm_eval.utils")
+    seen = []
+    monkeypatch.setattr("eval.score", lambda model, pairs, **_: seen.append(pairs) or np.zeros(len(pairs)))
+    for n in (1, 22, 23, 24, 46, 47, 60, 100):
+        text = "".join(chr(97 + i * 7 % 26) for i in range(n))
+        ids = trained.tokenizer.encode_ordinary(text)
+        windows = utils.get_rolling_token_windows(ids, trained.tokenizer.eot_token, 23, 1)
+        rolling_loglikelihoods(EvalConfig(), trained, [text])
+        assert seen.pop() == [utils.make_disjoint_window(window) for window in windows]
+
+
+def asked(context, max_gen_toks, repeat=0, **options):
+    return context, {"until": [], "do_sample": False, "max_gen_toks": max_gen_toks, **options}, repeat
+
+
 def test_continuations(trained):
-    """Equal to generate on each row alone; ends at `until`; an over-long context is cut from the left."""
-    cfg, tokenizer, eot = EvalConfig(temperature=0.0), trained.tokenizer, trained.tokenizer.eot_token
-    contexts = ["Answer:", "Answer: yes", "q" * 40, ""]
-    options = [{"max_gen_toks": 6, "do_sample": False}, {"max_gen_toks": 9}, {"max_gen_toks": 5}, {"max_gen_toks": 4}]
-    got = [record["text"] for record in continuations(cfg, trained, list(zip(contexts, options)))]
-    assert got == [continuations(cfg, trained, [request])[0]["text"] for request in zip(contexts, options)]
-    for context, option, text in zip(contexts, options, got):
-        n_new = option["max_gen_toks"]
+    """Equal to generate on each row alone, at its temperature; ends at `until`; an over-long context is cut from the left."""
+    cfg, tokenizer, eot = EvalConfig(temperature=1.5), trained.tokenizer, trained.tokenizer.eot_token
+    hot = {"do_sample": True, "temperature": 3.0}
+    requests = [asked("Answer:", 6), asked("Answer: yes", 9), asked("q" * 40, 5), asked("", 4), asked("zz", 6, **hot)]
+    requests += [asked("Answer:", 6, do_sample=True)]
+    together = continuations(cfg, trained, requests)
+    assert together == [continuations(cfg, trained, [request])[0] for request in requests]
+    assert [record["cut"] for record in together] == [0, 0, 40 - (24 - 5), 0, 0, 0]
+    for (context, options, _), record in list(zip(requests, together))[:4]:
+        n_new = options["max_gen_toks"]
         prompt = (tokenizer.encode_ordinary(context) or [eot])[-(24 - n_new) :]
         x = torch.tensor([prompt + [trained.model.config.mask_id] * n_new])
         ids = generate(trained.model, x, 256, eot_id=eot)[0][0].tolist()[len(prompt) :]
-        assert text == tokenizer.decode(ids[: ids.index(eot)] if eot in ids else ids)
-    first = got[1]
-    (cut,) = continuations(cfg, trained, [(contexts[1], options[1] | {"until": [first[3:5], "never"]})])
+        assert record["text"] == tokenizer.decode(ids[: ids.index(eot)] if eot in ids else ids)
+    first = together[1]["text"]
+    (cut,) = continuations(cfg, trained, [asked("Answer: yes", 9, until=[first[3:5], "never"])])
     assert cut["text"] == first[: first.index(first[3:5])]
+
+
+@pytest.mark.parametrize("n_context, n_new, cut", [(2, 22, 0), (11, 13, 0), (12, 12, 0), (13, 12, 1), (40, 12, 28)])
+def test_a_long_text_leaves_the_context_its_half(trained, monkeypatch, n_context, n_new, cut):
+    """The harness asks for 256 tokens by default, which small models do not have: the context is kept, up to half of the model."""
+    hidden = []
+
+    def fake(model, x, *_, **options):
+        hidden.append(int((x[0] == model.config.mask_id).sum()))
+        return torch.full_like(x, 97), 1
+
+    monkeypatch.setattr("eval.generate", fake)
+    (record,) = continuations(EvalConfig(), trained, [asked("q" * n_context, 256)])
+    assert (hidden, record["cut"]) == ([n_new], cut)
+
+
+def test_a_text_ends_before_its_end_of_text(trained, monkeypatch):
+    def fake(model, x, *_, **options):
+        x[0, -4:] = torch.tensor([32, 98, trained.tokenizer.eot_token, 99])
+        return x, 1
+
+    monkeypatch.setattr("eval.generate", fake)
+    (record,) = continuations(EvalConfig(), trained, [asked("q", 4)])
+    assert record["text"] == " b"  # with its space
 
 
 @pytest.mark.parametrize("change", [{"temperature": 2.0}, {"steps": 2}, {"remasking": "random"}, {"cfg_scale": 3.0}, {"seed": 1}])
 def test_every_option_changes_the_text(trained, change):
-    requests = [("Answer:", {"max_gen_toks": 12})] * 2
+    requests = [asked("Answer:", 12, do_sample=True)] * 2 + [asked("Answer:", 12, repeat=1, do_sample=True)]
     plain, other = (continuations(EvalConfig(**{"temperature": 1.5, **c}), trained, requests) for c in ({}, change))
-    assert plain[0] == plain[1] and plain != other
-    asked = {"max_gen_toks": 12, "temperature": 3.0}  # the task's own settings win
-    assert continuations(EvalConfig(), trained, [("Answer:", asked)]) == continuations(
-        EvalConfig(temperature=3.0), trained, requests[:1]
-    )
+    assert plain[0] == plain[1] != plain[2] and plain != other  # the second asking of the same draws anew
+    requests = [asked("Answer:", 12, do_sample=True, temperature=3.0)]  # the task's own settings win
+    assert continuations(EvalConfig(), trained, requests) == continuations(EvalConfig(temperature=0.7), trained, requests)
 
 
 def test_padding_is_invisible(variant):
