@@ -79,6 +79,14 @@ def test_exact_counts_vary_less_than_coins():
     assert sd["exact"] < sd["coins"] / 3
 
 
+def test_coins_weigh_the_inverse_of_their_chance():
+    """Of 2,000 tokens the hidden share is t, within a few per cent: a weight of 1 / t is a weight of 2,000 / hidden."""
+    hidden, weight = hidden_tokens([3], [1] * 2000, "mc", 6, "coins", 0)
+    share = hidden.mean(axis=1)
+    assert len(share) == 6 and np.ptp(share) > 0.7
+    np.testing.assert_allclose(weight.max(axis=1), 1 / share / 6, rtol=0.1)
+
+
 def test_tokens_are_dealt_from_one_deck():
     """Over the draws of a request no token is hidden more than once more often than another."""
     for seed in range(20):
