@@ -9,6 +9,7 @@ in it that is no field is an error, unless it begins with an underscore or is a 
 import dataclasses
 import difflib
 import inspect
+import numbers
 import os
 import re
 import runpy
@@ -36,11 +37,11 @@ def parse(config_class, argv=None, positional=None):
                 raise ValueError(f"{arg}: wanted --{key}=value")
             values[key], set_by[key] = convert(config_class, key, text, "command line"), "command line"
         elif arg.endswith(".py"):
-            if not os.path.exists(arg):
+            if not os.path.isfile(arg):
                 raise ValueError(f"config file {arg} not found")
             try:
                 settings = runpy.run_path(arg)
-            except Exception as error:  # whatever a Python file can do wrong
+            except (Exception, SystemExit) as error:  # whatever a Python file can do wrong
                 raise ValueError(f"config file {arg}: {type(error).__name__}: {error}") from error
             for key, value in settings.items():
                 if key.startswith("_") or callable(value) or isinstance(value, types.ModuleType):
@@ -66,22 +67,22 @@ def convert(config_class, key, value, place):
     """value, as text from a flag or as it stands in a file, as the type of the field: 1 -> 1.0, 1e5 -> 100000, 'None' -> None."""
     kind = typing.get_type_hints(config_class)[key]
     kinds = typing.get_args(kind) or (kind,)
-    if type(None) in kinds and value in (None, "None"):
+    if type(None) in kinds and (value is None or isinstance(value, str) and value == "None"):
         return None
-    if str in kinds and isinstance(value, str):
+    if str in kinds and isinstance(value, str) and "\0" not in value:
         return value
     if bool in kinds:
         if str(value).lower() in ("true", "false"):
             return str(value).lower() == "true"
-    elif not isinstance(value, bool):
+    elif isinstance(value, (str, numbers.Real)) and not isinstance(value, bool):
         try:
             number = float(value)
             if float in kinds:
                 return number
-            if int in kinds and number.is_integer():
+            if int in kinds and number.is_integer() and abs(number) < 2**63:
                 # from the text where it is one: that keeps every digit of a long integer, where float() rounds
                 return int(value) if re.fullmatch(r"[+-]?\d+", str(value)) else int(number)
-        except (ValueError, TypeError, OverflowError):
+        except (ValueError, OverflowError):
             pass
     wanted = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
     raise ValueError(f"{key}={value!r} ({place}): wanted {wanted}")
@@ -109,14 +110,22 @@ def describe(cfg, set_by):
 
 
 def run(main):
-    """Runs a script's main. What a user can mend, a ValueError that one of our own lines raises or an error of the file system,
-    ends with one line and exit code 2; anything else keeps its traceback."""
+    """Runs a script's main. What a user can mend ends with one line and exit code 2: a ValueError that one of our own lines
+    raises, an error of the file system, too little memory. Ctrl-C ends with 130. Anything else keeps its traceback."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal cannot show is no reason to end
     try:
         main()
-    except (ValueError, OSError) as error:
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except (ValueError, OSError, MemoryError, RuntimeError) as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         ours = os.path.dirname(os.path.abspath(last.filename)) == os.path.dirname(os.path.abspath(__file__))
-        if isinstance(error, ValueError) and not (ours and last.line.startswith("raise ")):
+        no_memory = isinstance(error, MemoryError) or "allocate" in str(error) or "out of memory" in str(error)
+        if isinstance(error, ValueError) and ours and last.line.startswith("raise ") or isinstance(error, OSError):
+            what = error
+        elif no_memory:
+            what = f"not enough memory ({str(error)[:200]}); a smaller model, batch or text takes less"
+        else:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", " ".join(str(what).split()), file=sys.stderr)  # one line, whatever names and values hold
         raise SystemExit(2) from None

@@ -23,7 +23,6 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 import time
 import zlib
@@ -47,6 +46,7 @@ from train import (
     autocast,
     close_distributed,
     load_meta,
+    made_by,
     mean_and_error,
     seed_for,
     setup_distributed,
@@ -90,8 +90,8 @@ class EvalConfig:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in "seed cfg_scale temperature".split():
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative, nor infinite")
         for name, wanted in {"nll_type": ("mc", "chain_rule"), "mc_masking": ("exact", "coins")}.items():
             if getattr(self, name) not in wanted:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {wanted[0]!r} or {wanted[1]!r}")
@@ -170,7 +170,7 @@ class Trained:
         folder = os.path.dirname(os.path.abspath(__file__))
         code = [open(path, encoding="utf-8").read() for path in sorted(glob.glob(f"{folder}/*.py"))]
         weights = sha256(*self.checkpoint["model"].values())
-        return {"device": self.device.type, "weights_sha256": weights, "code_sha256": sha256(code), "commit": commit()}
+        return {"device": self.device.type, "weights_sha256": weights, "code_sha256": sha256(code), **made_by()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -462,7 +462,7 @@ def validation(trained, data, limit):
     as many sequences as the tokens fill, or all examples of fine-tuning; limit of them, evenly spread. A batch is a sequence."""
     run = trained.checkpoint["run_config"] | {"micro_batch_size": 1}
     folder = data or os.path.join(run["data_dir"], run["dataset"])
-    meta = load_meta(folder)
+    meta = load_meta(folder, splits=("val",))
     if vocabulary(meta) != vocabulary(trained.checkpoint["meta"]):
         raise ValueError(f"{folder} has another vocabulary than the checkpoint; prepare it with the same tokenizer")
     if "epochs" in run:  # sft_gsm8k.py's
@@ -797,16 +797,6 @@ def sha256(*parts):
     return digest.hexdigest()
 
 
-def commit():
-    """The commit of this code, with -dirty where files differ from it; None where git cannot tell."""
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
-    folder = os.path.dirname(os.path.abspath(__file__))
-    try:
-        return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def read_results(path):
     if not os.path.exists(path):
         return {}
@@ -851,17 +841,20 @@ def evaluate_tasks(cfg, tasks, trained):
     """Measures one task after another, adds each result to results.json, and prints them all in the end, with their settings."""
     path = os.path.join(cfg.out_dir, "results.json")
     results = read_results(path)  # a damaged file is told before the work, not behind it
-    made_by = {"step": trained.checkpoint["step"], "torch": torch.__version__, "processes": trained.world_size}
+    step = trained.checkpoint["step"]
+    origin = {"step": step, "trained_on": trained.checkpoint["meta"]["sha256"], "run_config": trained.checkpoint["run_config"]}
+    origin["processes"] = trained.world_size
     names = []
     for task in tasks:
         try:
             name, result = {"loss": loss, "gsm8k": gsm8k, "file": file, "harness": harness}[kind_of(task.task)](task, trained)
         except KeyboardInterrupt:
-            raise SystemExit("interrupted; the same command goes on where it stopped") from None
-        results = read_results(path) | {name: result | made_by}
+            print("interrupted; the same command goes on where it stopped")
+            raise
+        results = read_results(path) | {name: result | origin}
         write_results(path, results)
         names.append(name)
-    print(f"\n{cfg.out_dir}/{cfg.checkpoint}, step {made_by['step']:,}")
+    print(f"\n{cfg.out_dir}/{cfg.checkpoint}, step {step:,}")
     for name in names:
         result = results[name]
         settings = ", ".join(f"{key}={value}" for key, value in result["settings"].items() if key not in ("task", "checkpoint"))

@@ -35,6 +35,7 @@ masked = is hidden, maskable = may be hidden; B batch, T content tokens, S = T +
 import math
 import os
 import pickle
+import zipfile
 from dataclasses import dataclass
 
 import torch
@@ -83,6 +84,11 @@ class MDMConfig:
             raise ValueError(f"sink_attention is {self.sink_attention!r}; only 'mask' is implemented so far")
         if self.mlp_hidden is None:
             self.mlp_hidden = 4 * self.n_embd
+        if self.mlp_hidden < 1:
+            raise ValueError(f"mlp_hidden is {self.mlp_hidden}; it must be at least 1, or None for 4 * n_embd")
+        size = self.table_params() + (2 * self.vocab_size + self.n_sink) * self.n_embd
+        if size > 1e12:
+            raise ValueError(f"a model of {size:.1e} parameters fits nowhere; lower n_layer, n_embd, mlp_hidden or n_sink")
 
     @property
     def mask_id(self) -> int:
@@ -253,11 +259,15 @@ class MDM(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, checkpoint) -> "MDM":
-        """The model of a checkpoint: a path, or what load_checkpoint returned. Raises ValueError where there is none."""
+        """The model of a checkpoint: a path, or what load_checkpoint returned. Raises ValueError where there is none, or where
+        its weights are not those of its model_config."""
         if not isinstance(checkpoint, dict):
             checkpoint = load_checkpoint(checkpoint)
-        model = cls(MDMConfig(**checkpoint["model_config"]))
-        model.load_state_dict(checkpoint["model"])
+        try:
+            model = cls(MDMConfig(**checkpoint["model_config"]))
+            model.load_state_dict(checkpoint["model"])
+        except (RuntimeError, TypeError) as error:  # other shapes or names; other settings than MDMConfig has
+            raise ValueError(f"the checkpoint's weights are not those of its model_config: {str(error)[:300]}") from error
         return model
 
     @classmethod
@@ -305,9 +315,17 @@ def load_checkpoint(path) -> dict:
     if not os.path.exists(path):
         raise ValueError(f"no checkpoint at {path}; train one with python train.py --out_dir={os.path.dirname(path) or '.'}")
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise ValueError(f"{path} cannot be read as a checkpoint (cut off, or another kind of file?): {error}") from error
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()  # torch.load does not compare a part's checksum; the first part that is damaged
+        checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(f"{path} is refused: it holds other things than tensors and plain values, which could run code") from error
+    except Exception as error:  # whatever a damaged file can do
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint (cut off, or another kind of file?): {str(error)[:300]}"
+        ) from error
+    if damaged:
+        raise ValueError(f"{path} is damaged: {damaged} in it has another checksum than when it was saved; take best.pt or a copy")
     if not isinstance(checkpoint, dict) or not {"model", "model_config", "meta", "step"} <= checkpoint.keys():
         raise ValueError(f"{path} is no checkpoint of train.py; for SMDM's released weights there is MDM.from_smdm")
     return checkpoint
@@ -417,7 +435,7 @@ def generate(
         raise ValueError(f"remasking is {remasking!r}; it must be 'confidence' or 'random'")
     if seeds is not None and len(seeds) != len(x):
         raise ValueError(f"{len(seeds)} seeds for {len(x)} rows; wanted one for each")
-    if steps < 1 or temperature < 0 or cfg_scale < 0:
+    if not (steps >= 1 and 0 <= temperature < math.inf and 0 <= cfg_scale < math.inf):
         raise ValueError(f"wanted steps >= 1, temperature >= 0, cfg_scale >= 0; got {steps}, {temperature}, {cfg_scale}")
     mask_id, given, device = model.config.mask_id, x != model.config.mask_id, x.device
     place = torch.device("cpu") if device.type == "mps" else device  # decisions take float64, which MPS lacks

@@ -55,6 +55,12 @@ class PrepareConfig:
     num_problems: int = 50000  # arithmetic: training problems (1,000 more each for validation and test)
     seed: int = 0  # arithmetic: seed of the generator
 
+    def __post_init__(self):
+        if self.max_tokens is not None and self.max_tokens < 2:
+            raise ValueError(f"max_tokens is {self.max_tokens}; wanted at least 2")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; it must not be negative")
+
 
 @dataclass
 class Corpus:
@@ -495,7 +501,7 @@ def prepare(cfg: PrepareConfig) -> dict:
             "eot_id": tokenizer.eot_token,
             "dtype": dtype.name,
             "tokens": {"train": n_tokens, "val": n_val},
-            "sha256": {split: sha256(partial[f"{split}.bin"]) for split in ("train", "val")},
+            "sha256": {name.split(".")[0]: sha256(path) for name, path in partial.items()},
             "tokenizer": spec,
         }
         meta_path = os.path.join(folder, "meta.json")

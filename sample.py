@@ -65,6 +65,8 @@ def encode_prompt(prompt, tokenizer, mask_id):
     ids = []
     texts_and_gaps = re.split(r"\[MASK(?::(\d+))?\]", prompt.replace("[MASK]", "[MASK:1]"))
     for i, part in enumerate(texts_and_gaps):
+        if i % 2 and len(part) > 6:
+            raise ValueError(f"a gap of {part[:20]} tokens is longer than any model's text")
         ids += [mask_id] * int(part) if i % 2 else tokenizer.encode(part, allowed_special="all")
     return ids, len(texts_and_gaps) > 1
 

@@ -24,7 +24,7 @@ import torch
 
 import configurator
 from model import generate
-from train import TrainConfig, close_distributed, load_meta, seed_for, settle, setup_distributed, start_model, train
+from train import TrainConfig, close_distributed, load_meta, seed_for, settle, setup_distributed, start_model, train, watch
 
 
 @dataclass
@@ -84,12 +84,14 @@ def example_batches(folder, meta, cfg):
     examples, evenly spread over those of the first stage and then those of the second."""
     B, T = cfg.micro_batch_size, cfg.block_size
     data = {split: load_examples(folder, meta, split, T) for split in ("train", "val")}
+    checks = {split: watch(os.path.join(folder, f"{split}.bin")) for split in data}
 
     @functools.lru_cache(maxsize=2)  # a batch may reach over the end of an epoch
     def order(epoch):
         return np.random.default_rng([cfg.seed, epoch]).permutation(len(data["train"][1]))
 
     def get_batch(split, index):
+        checks[split]()
         tokens, examples, _ = data[split]
         places = np.arange(index * B, (index + 1) * B)
         if split == "train":

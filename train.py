@@ -15,7 +15,9 @@ import dataclasses
 import json
 import math
 import os
+import platform
 import signal
+import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -28,6 +30,7 @@ from tqdm import tqdm
 
 import configurator
 from model import MDM, MDMConfig, diffusion_loss, load_checkpoint, mask_tokens, noise_levels, tokens_for_flops, weighted_nll
+from prepare_data import sha256
 
 
 @dataclass
@@ -81,11 +84,11 @@ class TrainConfig:
         self.out_dir = self.out_dir or f"out/{self.dataset}"
         positive = "block_size batch_size micro_batch_size eval_interval eval_seqs log_interval learning_rate train_flops"
         for name in positive.split():
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0, and finite")
         for name in "seed max_steps min_lr weight_decay grad_clip".split():
-            if getattr(self, name) is not None and not getattr(self, name) >= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative")
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative, nor infinite")
         for name in "warmup random_length beta1 beta2".split():
             if not 0 <= getattr(self, name) <= 1 or (name.startswith("beta") and getattr(self, name) == 1):
                 raise ValueError(f"{name} is {getattr(self, name)}; it must lie between 0 and 1")
@@ -107,8 +110,9 @@ LENGTH_KEYS = ["max_steps", "train_flops", "epochs"]
 # Data
 
 
-def load_meta(folder: str) -> dict:
-    """meta.json of a prepared data set. Raises ValueError if there is none, or if a .bin file does not agree with it."""
+def load_meta(folder: str, splits=("train", "val")) -> dict:
+    """meta.json of a prepared data set. Raises ValueError if there is none, or if a file does not agree with it: in its size, or,
+    of the given splits, in the sha256 of its tokens (which one process of a machine computes, at 1 to 2 GB a second)."""
     path = os.path.join(folder, "meta.json")
     data_dir, name = os.path.split(folder)
     command = f"python prepare_data.py {name}" + ("" if data_dir == TrainConfig.data_dir else f" --data_dir={data_dir}")
@@ -118,14 +122,35 @@ def load_meta(folder: str) -> dict:
         with open(path) as file:
             meta = json.load(file)
         sizes = {split: meta["tokens"][split] * np.dtype(meta["dtype"]).itemsize for split in ("train", "val")}
-    except (ValueError, KeyError, TypeError) as error:
+        checksums = {name: meta["sha256"][name] for name in meta["sha256"] if name.removesuffix("_cuts") in splits}
+        _ = meta["eot_id"], meta["vocab_size"], meta["one_per_line"], meta["documents"], meta["tokenizer"]["name"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); prepare the data set again: {command}") from error
     for split, wanted in sizes.items():
         path = os.path.join(folder, f"{split}.bin")
         found = os.path.getsize(path) if os.path.exists(path) else 0
         if found != wanted:
             raise ValueError(f"{path} has {found:,} bytes, meta.json says {wanted:,}; prepare the data set again: {command}")
+    for name, wanted in checksums.items() if os.environ.get("LOCAL_RANK", "0") == "0" else ():
+        path = os.path.join(folder, f"{name}.npy" if name.endswith("_cuts") else f"{name}.bin")
+        if os.path.getsize(path) > 10e9:
+            print(f"comparing {path} ({os.path.getsize(path) / 1e9:.0f} GB) with its sha256", flush=True)
+        if sha256(path) != wanted:
+            raise ValueError(f"{path} holds other data than meta.json says (sha256); prepare the data set again: {command}")
     return meta
+
+
+def watch(path):
+    """check(), which raises ValueError once the file is no longer the one that it is now: a run of days must not go on with data
+    that somebody has replaced."""
+    identity = lambda: (os.stat(path).st_ino, os.stat(path).st_size, os.stat(path).st_mtime_ns)  # noqa: E731
+    before = identity()
+
+    def check():
+        if identity() != before:
+            raise ValueError(f"{path} was replaced while it was read; prepare changed data under another --data_dir")
+
+    return check
 
 
 def token_batches(folder: str, meta: dict, cfg: TrainConfig):
@@ -135,10 +160,11 @@ def token_batches(folder: str, meta: dict, cfg: TrainConfig):
     end-of-text before a document (all but the first have one). Validation sequence r of eval_seqs always starts at the same
     place; they are spread evenly."""
     B, T = cfg.micro_batch_size, cfg.block_size
-    data, places = {}, {}
+    data, checks, places = {}, {}, {}
     for split in ("train", "val"):
         path = os.path.join(folder, f"{split}.bin")
-        data[split] = tokens = np.memmap(path, meta["dtype"], mode="r")
+        data[split], checks[split] = np.memmap(path, meta["dtype"], mode="r"), watch(path)
+        tokens = data[split]
         if len(tokens) < T:
             raise ValueError(f"{path} has {len(tokens)} tokens, fewer than block_size {T}; lower block_size")
         places[split] = range(len(tokens) - T + 1)
@@ -148,6 +174,7 @@ def token_batches(folder: str, meta: dict, cfg: TrainConfig):
                 raise ValueError(f"{path} has no document to start a sequence of {T} tokens at; set align_documents=False")
 
     def get_batch(split, index):
+        checks[split]()
         room = len(places[split])
         if split == "train":
             draws = np.random.default_rng([cfg.seed, index]).integers(room, size=B)
@@ -185,7 +212,8 @@ def setup_distributed(device: str = "auto", timeout=None):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timeout)
+        # gloo also beside nccl: what processes tell each other about a step does not make them wait for their GPUs
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=timeout)
     return dist.get_rank(), dist.get_world_size(), torch.device(device)
 
 
@@ -293,26 +321,43 @@ def save_checkpoint(path, checkpoint):
             os.fsync(file.fileno())
         os.replace(f"{path}.tmp", path)
     except (OSError, RuntimeError) as error:  # in torch.save a full disk ends as a RuntimeError
+        raise ValueError(f"cannot save {path} ({error.__context__ or error}); make room, then --init_from=resume") from error
+    finally:
         if os.path.exists(f"{path}.tmp"):
             os.remove(f"{path}.tmp")
-        raise ValueError(f"cannot save {path} ({error.__context__ or error}); make room, then --init_from=resume") from error
+
+
+def made_by() -> dict:
+    """What made a number, besides settings, weights and data: the commit (with -dirty where files differ from it, None where git
+    cannot tell) and the versions of what computes."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        folder = os.path.dirname(os.path.abspath(__file__))
+        commit = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    return {"commit": commit, "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
 
 
 class Reporter:
     """What rank 0 tells: a progress bar in a terminal, plain lines elsewhere, log.jsonl, and wandb if asked."""
 
-    def __init__(self, cfg, start, max_steps, is_resumed):
+    def __init__(self, cfg, start, max_steps, is_resumed, facts):
         os.makedirs(cfg.out_dir, exist_ok=True)
         path = os.path.join(cfg.out_dir, "log.jsonl")
         kept = []
         if is_resumed and os.path.exists(path):  # drop what a crashed run logged after the checkpoint we resume from
-            with open(path) as file:
-                kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= start]
+            try:
+                with open(path) as file:
+                    kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= start]
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(f"{path} is damaged ({error}); move it away to go on with a new one") from error
         with open(path + ".tmp", "w") as file:
             file.writelines(kept)
         os.replace(path + ".tmp", path)
         self.file = open(path, "a")
         self.max_steps, self.run = max_steps, None
+        self.write({"step": start, "config": asdict(cfg), **facts})
         self.bar = tqdm(total=max_steps, initial=start, desc=cfg.out_dir, unit="step", disable=not sys.stderr.isatty())
         if cfg.wandb:
             try:
@@ -324,9 +369,15 @@ class Reporter:
     def say(self, text):
         self.bar.write(text, file=sys.stdout) if not self.bar.disable else print(text, flush=True)
 
+    def write(self, row):
+        try:
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+        except OSError as error:
+            raise ValueError(f"cannot write {self.file.name} ({error}); make room, then --init_from=resume") from error
+
     def log(self, step, seconds_left=None, **metrics):
-        self.file.write(json.dumps({"step": step, **metrics}) + "\n")
-        self.file.flush()
+        self.write({"step": step, **metrics})
         if self.run:
             self.run.log(metrics, step=step)
         place = f"step {step:>6}/{self.max_steps}"
@@ -357,9 +408,9 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
     meta       the data set's meta.json, kept in the checkpoints
     resume     a checkpoint dict to go on from: its optimizer state and step are taken up (its weights are in model already)
 
-    Writes out_dir/ckpt.pt (the latest), best.pt (lowest validation loss) and log.jsonl. Ctrl-C or SIGTERM saves and ends: after
-    the step, or with several processes within the next ten.
-    Raises ValueError if batch_size does not divide, or if the loss is no longer a number."""
+    Writes out_dir/ckpt.pt (the latest), best.pt (lowest validation loss) and log.jsonl. SIGTERM or Ctrl-C finishes the step and
+    saves; after SIGTERM train returns, after Ctrl-C it raises KeyboardInterrupt, and a second Ctrl-C does so at once.
+    Raises ValueError if batch_size does not divide, or if a loss or gradient is not finite: before the step is made."""
     rank, world_size, device = setup_distributed(cfg.device)
     per_pass = cfg.micro_batch_size * world_size
     if cfg.batch_size % per_pass:
@@ -390,15 +441,17 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
     )
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "float16")
     start, best_val_loss = 0, math.inf
+    losses = []  # of the steps since the last log line, the mean of each over all its micro-batches
     if resume is not None:
         optimizer.load_state_dict(resume["optimizer"])
         scaler.load_state_dict(resume["scaler"])
-        start, best_val_loss = resume["step"], resume["best_val_loss"]
+        start, best_val_loss, losses = resume["step"], resume["best_val_loss"], resume["losses"]
     peak = peak_flops(device)
 
     report = None
     if rank == 0:
-        report = Reporter(cfg, start, max_steps, resume is not None)
+        facts = {**made_by(), "data_sha256": meta and meta["sha256"], "device": str(device), "processes": world_size}
+        report = Reporter(cfg, start, max_steps, resume is not None, facts)
         sizes = f"{model.num_params(non_embedding=False):,} parameters ({model.num_params():,} non-embedding)"
         batch = f"{grad_accum} x {world_size} x {cfg.micro_batch_size} sequences of {cfg.block_size} tokens"
         report.say(
@@ -415,20 +468,20 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
             "meta": meta,
             "step": step,
             "best_val_loss": best_val_loss,
+            "losses": losses,
         }
         save_checkpoint(os.path.join(cfg.out_dir, name), checkpoint)
 
-    interrupted = False
+    received = {}  # signal: when it came
 
-    def interrupt(signum, frame):
-        nonlocal interrupted
-        interrupted = True
-        if world_size == 1:
-            signal.signal(signum, handlers[signum])  # a second Ctrl-C ends at once
+    def receive(signum, frame):
+        # torchrun passes a Ctrl-C on, so that the processes get the same one twice
+        if signum in received and (world_size == 1 or time.time() - received[signum] > 1):
+            raise KeyboardInterrupt
+        received.setdefault(signum, time.time())
 
-    handlers = {signum: signal.signal(signum, interrupt) for signum in (signal.SIGINT, signal.SIGTERM)}
-    stop = False
-    loss_sum = torch.zeros((), device=device)  # since the last log line
+    handlers = {signum: signal.signal(signum, receive) for signum in (signal.SIGINT, signal.SIGTERM)}
+    stop = ctrl_c = False
     log_time, log_step = time.time(), start
     try:
         for step in range(start, max_steps + 1):
@@ -455,8 +508,8 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
             lr = get_lr(step + 1, max_steps, cfg.learning_rate, cfg.min_lr, warmup_steps)
             for param_group in optimizer.param_groups:
                 param_group["lr"] = lr
-            for micro in range(grad_accum):
-                index = (step * grad_accum + micro) * world_size + rank
+            micro_losses, indices = [], [(step * grad_accum + micro) * world_size + rank for micro in range(grad_accum)]
+            for micro, index in enumerate(indices):
                 x0, maskable = get_batch("train", index)
                 if device.type == "cuda":  # pinned memory is copied while the GPU works
                     x0, maskable = x0.pin_memory(), maskable.pin_memory()
@@ -465,41 +518,48 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
                 syncs_now = world_size == 1 or micro == grad_accum - 1
                 with contextlib.nullcontext() if syncs_now else ddp.no_sync():
                     with autocast(device, cfg.dtype):
-                        loss = diffusion_loss(ddp, x0, maskable, cfg.stratified_t, cfg.random_length) / grad_accum
-                    scaler.scale(loss).backward()
-                loss_sum += loss.detach()
+                        loss = diffusion_loss(ddp, x0, maskable, cfg.stratified_t, cfg.random_length)
+                    scaler.scale(loss / grad_accum).backward()
+                micro_losses.append(loss.detach())
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+
+            # ---- what all processes must know of the step; here each waits for its GPU
+            *micro_losses, grad_norm = torch.stack([*micro_losses, grad_norm]).tolist()
+            shared = [sum(micro_losses), signal.SIGINT in received, signal.SIGTERM in received]
+            shared = torch.tensor(shared, dtype=torch.float64)
+            if world_size > 1:
+                dist.all_reduce(shared)
+            loss_sum, ctrl_c, sigterm = shared.tolist()
+            # before it reaches the weights; float16's GradScaler leaves out a step whose gradient overflows
+            if not math.isfinite(loss_sum) or not (math.isfinite(grad_norm) or scaler.is_enabled()):
+                what = name_failure(dict(zip(indices, micro_losses)), grad_norm, world_size)
+                raise ValueError(
+                    f"step {step + 1}: {what}; the step was not made. Go on from {cfg.out_dir}/ckpt.pt with a lower learning_rate "
+                    f"(now {lr:.2e}), or with bfloat16; get_batch('train', index) after torch.manual_seed(seed_for({cfg.seed}, "
+                    f"index)) gives the micro-batch and its masks again"
+                )
+            losses.append(loss_sum / grad_accum / world_size)
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
 
             # ---- the rest is reporting
             done = step + 1
-            if world_size == 1:
-                stop = interrupted
-            elif done % 10 == 0:  # all processes must agree on it, and soon: torchrun kills them 30 seconds after Ctrl-C
-                votes = torch.tensor(float(interrupted), device=device)
-                dist.all_reduce(votes)
-                stop = votes.item() > 0
+            stop = ctrl_c or sigterm
             if rank == 0:
                 report.bar.update(1)
             if done % cfg.log_interval == 0 or done == max_steps:
-                if world_size > 1:
-                    dist.all_reduce(loss_sum)
-                mean_loss = loss_sum.item() / (done - log_step) / world_size
-                if not math.isfinite(mean_loss):
-                    raise ValueError(f"the loss is {mean_loss} at step {done}; lower learning_rate (now {lr:.2e}) or use bfloat16")
                 seconds = time.time() - log_time
                 tokens_per_s = (done - log_step) * step_tokens / seconds
                 mfu = model.flops_per_token(cfg.block_size) * tokens_per_s / world_size / peak if peak else None
                 if rank == 0:
                     seconds_left = (max_steps - done) * seconds / (done - log_step)
                     report.log(
-                        done, seconds_left, loss=mean_loss, lr=lr, grad_norm=grad_norm.item(), tokens=done * step_tokens,
+                        done, seconds_left, loss=sum(losses) / len(losses), lr=lr, grad_norm=grad_norm, tokens=done * step_tokens,
                         tokens_per_s=tokens_per_s, mfu=mfu,
                     )  # fmt: skip
-                loss_sum.zero_()
+                losses = []
                 log_time, log_step = time.time(), done
     finally:
         for signum, handler in handlers.items():
@@ -509,7 +569,23 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
     if rank == 0:
         resume_hint = f"; go on with --init_from=resume --out_dir={cfg.out_dir}" if step < max_steps else ""
         print(f"stopped at step {step} of {max_steps}; {os.path.join(cfg.out_dir, 'ckpt.pt')} is saved{resume_hint}")
+    if ctrl_c:
+        close_distributed()
+        raise KeyboardInterrupt
     return model
+
+
+def name_failure(losses, grad_norm, world_size):
+    """Which micro-batch of a step has a loss {index: loss} that is not finite, on whichever process; or that all are, but not the
+    gradient."""
+    if world_size > 1:
+        parts = [None] * world_size
+        dist.all_gather_object(parts, losses)
+        losses = {index: loss for part in parts for index, loss in part.items()}
+    for index in sorted(losses):
+        if not math.isfinite(losses[index]):
+            return f"the loss of micro-batch {index} is {losses[index]}"
+    return f"the gradient's norm is {grad_norm}, the losses of micro-batches {min(losses)} to {max(losses)} are finite"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -592,8 +668,9 @@ def main():
         print(configurator.describe(cfg, set_by))
     folder = os.path.join(cfg.data_dir, cfg.dataset)
     meta = load_meta(folder)
+    get_batch = token_batches(folder, meta, cfg)
     model = start_model(cfg, checkpoint, meta)
-    train(cfg, model, token_batches(folder, meta, cfg), meta, checkpoint if cfg.init_from == "resume" else None)
+    train(cfg, model, get_batch, meta, checkpoint if cfg.init_from == "resume" else None)
     close_distributed()
 
 
