@@ -320,8 +320,11 @@ def save_checkpoint(path, checkpoint):
             file.flush()
             os.fsync(file.fileno())
         os.replace(f"{path}.tmp", path)
-    except (OSError, RuntimeError) as error:  # in torch.save a full disk ends as a RuntimeError
-        raise ValueError(f"cannot save {path} ({error.__context__ or error}); make room, then --init_from=resume") from error
+    except (OSError, RuntimeError) as error:  # in torch.save a full disk ends as a RuntimeError, of one or two others
+        cause = error
+        while cause.__context__ and not isinstance(cause, OSError):
+            cause = cause.__context__
+        raise ValueError(f"cannot save {path} ({cause}); make room, then --init_from=resume") from error
     finally:
         if os.path.exists(f"{path}.tmp"):
             os.remove(f"{path}.tmp")
@@ -508,8 +511,9 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
             lr = get_lr(step + 1, max_steps, cfg.learning_rate, cfg.min_lr, warmup_steps)
             for param_group in optimizer.param_groups:
                 param_group["lr"] = lr
-            micro_losses, indices = [], [(step * grad_accum + micro) * world_size + rank for micro in range(grad_accum)]
-            for micro, index in enumerate(indices):
+            micro_losses, indices = [], []
+            for micro in range(grad_accum):
+                index = (step * grad_accum + micro) * world_size + rank
                 x0, maskable = get_batch("train", index)
                 if device.type == "cuda":  # pinned memory is copied while the GPU works
                     x0, maskable = x0.pin_memory(), maskable.pin_memory()
@@ -521,6 +525,7 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
                         loss = diffusion_loss(ddp, x0, maskable, cfg.stratified_t, cfg.random_length)
                     scaler.scale(loss / grad_accum).backward()
                 micro_losses.append(loss.detach())
+                indices.append(index)
             scaler.unscale_(optimizer)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
 
