@@ -89,7 +89,7 @@ def bench_eval(cfg, device):
     )
 
     rates, estimates = {way: [] for way in ways}, {way: [] for way in ways}
-    parts = [part for part in np.array_split(np.arange(len(pairs)), cfg.n_parts) if len(part)]
+    parts = [part for part in np.array_split(np.arange(len(pairs)), min(cfg.n_parts, len(pairs)))]
     for way in ways.values():  # warm-up
         way(pairs[:4], 0)
     for part in parts:

@@ -120,11 +120,11 @@ def run(main):
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         ours = os.path.dirname(os.path.abspath(last.filename)) == os.path.dirname(os.path.abspath(__file__))
-        no_memory = isinstance(error, MemoryError) or "allocate" in str(error) or "out of memory" in str(error)
+        no_memory = isinstance(error, MemoryError) or re.search("allocate|out of memory|overflow|too big", str(error))
         if isinstance(error, ValueError) and ours and last.line.startswith("raise ") or isinstance(error, OSError):
             what = error
         elif no_memory:
-            what = f"not enough memory ({str(error)[:200]}); a smaller model, batch or text takes less"
+            what = f"not enough memory for that; lower the sizes or numbers that were set ({str(error)[:200] or 'MemoryError'})"
         else:
             raise
         print("error:", " ".join(str(what).split()), file=sys.stderr)  # one line, whatever names and values hold
