@@ -540,9 +540,10 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
             if not math.isfinite(loss_sum) or not (math.isfinite(grad_norm) or scaler.is_enabled()):
                 what = name_failure(dict(zip(indices, micro_losses)), grad_norm, world_size)
                 raise ValueError(
-                    f"step {step + 1}: {what}; the step was not made. Go on from {cfg.out_dir}/ckpt.pt with a lower learning_rate "
-                    f"(now {lr:.2e}), or with bfloat16; get_batch('train', index) after torch.manual_seed(seed_for({cfg.seed}, "
-                    f"index)) gives the micro-batch and its masks again"
+                    f"step {step + 1}: {what}; the step was not made. --init_from=resume repeats it; "
+                    f"--init_from={os.path.join(cfg.out_dir, 'ckpt.pt')} is a new run from the weights before it, which may have a "
+                    f"lower learning_rate (now {lr:.2e}). Micro-batch i and its masks: get_batch('train', i) and diffusion_loss "
+                    f"after torch.manual_seed(seed_for({cfg.seed}, i))"
                 )
             losses.append(loss_sum / grad_accum / world_size)
             scaler.step(optimizer)
