@@ -454,7 +454,8 @@ def poison(value, at):
 def test_a_loss_that_is_not_finite_stops_before_the_step(data_dir, tmp_path, monkeypatch, value):
     """Micro-batch 9 is the second of step 5; the last checkpoint is of step 4, whatever is logged or saved when."""
     monkeypatch.setattr(train_module, "diffusion_loss", poison(value, 9))
-    stated = f"step 5: the loss of micro-batch 9 is {value}; the step was not made. --init_from=resume repeats it; .*/a/ckpt.pt is a new run"
+    what = f"step 5: the loss of micro-batch 9 is {value}; the step was not made"
+    stated = f"{what}. --init_from=resume repeats it; .*/a/ckpt.pt is a new run"
     with pytest.raises(ValueError, match=stated):
         run(data_dir, tmp_path / "a", "--log_interval=100")
     monkeypatch.undo()
