@@ -6,6 +6,7 @@ python -m pytest tests/test_trust.py -m slow    # processes that are killed, sto
 
 import io
 import json
+import math
 import os
 import pickle
 import random
@@ -268,7 +269,6 @@ train.seed_for = seed_for
 
 
 EXIT_CODES = """
-import atexit
 real_run = configurator.run
 def run(main):
     code = 0
@@ -279,7 +279,10 @@ def run(main):
         raise
     finally:
         open(os.path.join(os.path.dirname(__file__), "code-" + os.environ["RANK"]), "w").write(str(code))
-configurator.run = run
+def seed_for(seed, index):
+    time.sleep(0.0 if index < 40 else 0.3)  # steps in which a signal that torchrun passes on comes a second time
+    return real_seed_for(seed, index)
+configurator.run, train.seed_for = run, seed_for
 """
 
 
@@ -440,12 +443,13 @@ def test_meta_of_another_tokenizer(data_dir, tmp_path):
 
 
 def poison(value, at):
-    """diffusion_loss whose at-th call gives value, with the gradient that goes with it."""
+    """diffusion_loss whose at-th call gives value; with a gradient that is not finite either, or, for inf, one that is."""
     real, calls = train_module.diffusion_loss, []
 
     def diffusion_loss(*args):
         calls.append(args)
-        return real(*args) * (value if len(calls) - 1 == at else 1.0)
+        loss = real(*args)
+        return loss if len(calls) - 1 != at else loss + value if math.isinf(value) else loss * value
 
     return diffusion_loss
 
@@ -464,36 +468,52 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(data_dir, tmp_path, mon
     assert same(resumed, run(data_dir, tmp_path / "b", "--log_interval=100"))
 
 
-def test_a_gradient_that_is_not_finite_stops_before_the_step(data_dir, tmp_path):
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_gradient_that_is_not_finite_stops_before_the_step(data_dir, tmp_path, dtype):
+    """But in float16, where GradScaler leaves that step out and halves its scale."""
+
     def spoil(get_batch):
         def batches(split, index):
             if (split, index) == ("train", 7):
-                model.sink.register_hook(lambda grad: grad * float("inf"))
+                hooks.append(model.sink.register_hook(lambda grad: grad * float("inf")))
+            if (split, index) == ("train", 8):
+                hooks.pop().remove()
             return get_batch(split, index)
 
         return batches
 
-    cfg, set_by = parse(TrainConfig, [*TINY_FLAGS, f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'a'}"])
+    hooks = []
+    cfg, _ = parse(TrainConfig, [*TINY_FLAGS, f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'a'}", f"--dtype={dtype}"])
     meta = load_meta(data_dir / "arithmetic")
     model = start_model(cfg, None, meta)
     get_batch = train_module.token_batches(str(data_dir / "arithmetic"), meta, cfg)
-    with pytest.raises(ValueError, match="step 4: the gradient's norm is .*, the losses of micro-batches 6 to 7 are finite"):
+    if dtype == "float32":
+        with pytest.raises(ValueError, match="step 4: the gradient's norm is .*, the losses of micro-batches 6 to 7 are finite"):
+            train_module.train(cfg, model, spoil(get_batch), meta)
+        assert load_checkpoint(tmp_path / "a")["step"] == 2
+    else:
         train_module.train(cfg, model, spoil(get_batch), meta)
-    assert all(p.isfinite().all() for p in model.parameters()) and load_checkpoint(tmp_path / "a")["step"] == 2
+        assert load_checkpoint(tmp_path / "a")["step"] == 6 and load_checkpoint(tmp_path / "a")["scaler"]["scale"] == 2**15
+    assert all(p.isfinite().all() for p in model.parameters())
 
 
 @pytest.mark.slow
 def test_a_bad_loss_of_one_process_is_named_by_all(small, tmp_path):
     hook = """
-real_loss = train.diffusion_loss
+real_loss, real_name = train.diffusion_loss, train.name_failure
 def seed_for(seed, index):
-    train.diffusion_loss = lambda *args: real_loss(*args) * (float("nan") if index == 22 else 1.0)
+    train.diffusion_loss = lambda *args: real_loss(*args) * (float("nan") if index == 23 else 1.0)
     return real_seed_for(seed, index)
-train.seed_for = seed_for
+def name_failure(*args):
+    found = real_name(*args)
+    open(os.path.join(os.path.dirname(__file__), "found-" + os.environ["RANK"]), "w").write(found)
+    return found
+train.seed_for, train.name_failure = seed_for, name_failure
 """
     process = start(tmp_path, "train", *small, "--micro_batch_size=2", f"--out_dir={tmp_path / 'a'}", hook=hook, processes=2)
     _, err = process.communicate(timeout=120)
-    assert process.returncode != 0 and "error: step 6: the loss of micro-batch 22 is nan; the step was not made" in err
+    assert process.returncode != 0 and "error: step 6: the loss of micro-batch 23 is nan; the step was not made" in err
+    assert [(tmp_path / f"found-{rank}").read_text() for rank in (0, 1)] == ["the loss of micro-batch 23 is nan"] * 2
     assert load_checkpoint(tmp_path / "a")["step"] == 0
 
 
