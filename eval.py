@@ -567,7 +567,7 @@ def read_items(path):
                 encoded = [text.encode() for text in [item["context"], *answers]]  # a lone surrogate or a number raises
                 fits = isinstance(answers, list) and all(encoded[1:])
                 fits = fits and ("choices" not in item or type(item["gold"]) is int and 0 <= item["gold"] < len(answers))
-            except (ValueError, TypeError, KeyError, AttributeError):
+            except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 fits = False
             if not fits or ("choices" in item) != ("choices" in (items or [item])[0]):
                 raise ValueError(f"{path}, line {number}: wanted {wanted}, the same kind in all lines; got {line.strip()[:80]!r}")
@@ -784,8 +784,8 @@ def read_records(path):
         whole = text.rfind(b"\n") + 1
         file.truncate(whole)
     try:
-        return [json.loads(line) for line in text[:whole].splitlines()]
-    except ValueError as error:
+        return [{**json.loads(line)} for line in text[:whole].splitlines()]
+    except (ValueError, TypeError) as error:  # no JSON, or no object
         raise ValueError(f"{path} is damaged ({error}); move it away to answer all problems anew") from error
 
 

@@ -312,7 +312,7 @@ def load_checkpoint(path) -> dict:
     meta (the data set's, with its tokenizer). A folder stands for its ckpt.pt. Raises ValueError if that is not what is there."""
     if os.path.isdir(path):
         path = os.path.join(path, "ckpt.pt")
-    if not os.path.exists(path):
+    if not os.path.isfile(path):
         raise ValueError(f"no checkpoint at {path}; train one with python train.py --out_dir={os.path.dirname(path) or '.'}")
     try:
         with zipfile.ZipFile(path) as archive:
@@ -326,7 +326,8 @@ def load_checkpoint(path) -> dict:
         ) from error
     if damaged:
         raise ValueError(f"{path} is damaged: {damaged} in it has another checksum than when it was saved; take best.pt or a copy")
-    if not isinstance(checkpoint, dict) or not {"model", "model_config", "meta", "step"} <= checkpoint.keys():
+    kinds = {"model": dict, "model_config": dict, "meta": (dict, type(None)), "step": int}
+    if not (isinstance(checkpoint, dict) and all(isinstance(checkpoint.get(key, ...), kind) for key, kind in kinds.items())):
         raise ValueError(f"{path} is no checkpoint of train.py; for SMDM's released weights there is MDM.from_smdm")
     return checkpoint
 

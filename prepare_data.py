@@ -16,6 +16,7 @@ import collections
 import gzip
 import hashlib
 import heapq
+import http.client
 import io
 import json
 import lzma
@@ -24,7 +25,6 @@ import os
 import random
 import sys
 import time
-import urllib.parse
 import urllib.request
 import zlib
 from concurrent.futures import ThreadPoolExecutor
@@ -116,9 +116,17 @@ def load_tokenizer(spec: dict) -> tiktoken.Encoding:
         ranks = {bytes([byte]): byte for byte in range(256)}
     else:
         ranks = {base64.b64decode(token): rank for rank, token in enumerate(spec["ranks"])}
-    return tiktoken.Encoding(
-        spec["name"], pat_str=spec["pattern"], mergeable_ranks=ranks, special_tokens={EOT: spec["vocab_size"] - 1}
-    )
+    try:
+        special = {EOT: spec["vocab_size"] - 1}
+        return tiktoken.Encoding(
+            spec["name"],
+            pat_str=spec["pattern"],
+            mergeable_ranks=ranks,
+            special_tokens=special,
+            explicit_n_vocab=spec["vocab_size"],
+        )
+    except Exception as error:  # tiktoken has no error of its own for ranks and patterns that are none
+        raise ValueError(f"the tokenizer's description is damaged ({error!r}); prepare the data set again") from error
 
 
 def make_tokenizer(name: str, split_digits: bool, vocab_size: int, texts) -> dict:
@@ -141,7 +149,7 @@ def train_bpe(texts, pattern: str, n_tokens: int, max_chars: int = 50_000_000) -
         max_chars -= len(text)
         if max_chars <= 0:
             break
-    words = [([bytes([byte]) for byte in word.encode()], count) for word, count in sorted(counts.items())]
+    words = [([bytes([byte]) for byte in word.encode("utf-8", "replace")], count) for word, count in sorted(counts.items())]
     ranks = {bytes([byte]): byte for byte in range(256)}
     pairs = collections.Counter()  # two neighbouring tokens, joined -> how often
     where = collections.defaultdict(set)  # ... -> the words that hold them
@@ -289,7 +297,7 @@ def file_kind(path):
 def json_text(line, path, number):
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}, line {number}: no JSON ({error})") from error
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
         found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
@@ -306,7 +314,7 @@ def parse_problem(line, is_json):
         try:
             row = json.loads(line)
             question, solution = row["question"] + "", row["answer"] + ""  # texts, or a TypeError
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             return None
     else:
         question, _, solution = line.partition("||")
@@ -331,7 +339,7 @@ def read_hub(address):
 
 def download(url, folder):
     """Local path of a URL's file, fetched once into folder. Raises ValueError if it cannot be had whole."""
-    name = os.path.basename(urllib.parse.urlsplit(url).path)
+    name = os.path.basename(url.split("?")[0].split("#")[0])
     path = os.path.join(folder, f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}")
     if not os.path.exists(path):
         os.makedirs(folder, exist_ok=True)
@@ -339,7 +347,7 @@ def download(url, folder):
         try:
             with tqdm(unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
                 urllib.request.urlretrieve(url, path + ".tmp", lambda blocks, size, total: bar.update(blocks * size - bar.n))
-        except OSError as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise ValueError(f"cannot download {url} ({error}); give the path of a local copy instead") from error
         os.replace(path + ".tmp", path)
     return path

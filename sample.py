@@ -53,10 +53,16 @@ class SampleConfig:
 
 
 def load_trained(out_dir, name, device):
-    """(model on device, its tokenizer, checkpoint) of the checkpoint out_dir/name. Raises ValueError if it has no tokenizer."""
+    """(model on device, its tokenizer, checkpoint) of the checkpoint out_dir/name. Raises ValueError if it has no tokenizer, or
+    weights that are not finite."""
     checkpoint = load_checkpoint(os.path.join(out_dir, name))
     if checkpoint["meta"] is None:
         raise ValueError("the checkpoint carries no tokenizer: it was trained without a prepared data set")
+    broken = [name for name, tensor in checkpoint["model"].items() if not tensor.isfinite().all()]
+    if broken:
+        raise ValueError(
+            f"{os.path.join(out_dir, name)} holds weights that are not finite, in {broken[0]}; take an earlier checkpoint"
+        )
     return MDM.from_checkpoint(checkpoint).to(device), load_tokenizer(checkpoint["meta"]["tokenizer"]), checkpoint
 
 

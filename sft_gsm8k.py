@@ -63,7 +63,8 @@ def load_examples(folder, meta, split, block_size):
     try:
         cuts = np.load(path)  # (problems, 4)
         agree = (tokens[cuts[:, 3] - 1] == meta["eot_id"]).all() and tokens.max() < meta["vocab_size"]
-    except (ValueError, EOFError, IndexError):  # cut off, another kind of file, or places that the tokens do not have
+        agree = agree and cuts[:, 0].min() >= 0 and (np.diff(cuts) > 0).all()
+    except (ValueError, EOFError, IndexError, TypeError):  # cut off, another kind of file, or places that the tokens do not have
         agree = False
     if not agree:
         raise ValueError(f"{path} and {split}.bin do not belong together; prepare the data set again")
@@ -84,7 +85,7 @@ def example_batches(folder, meta, cfg):
     examples, evenly spread over those of the first stage and then those of the second."""
     B, T = cfg.micro_batch_size, cfg.block_size
     data = {split: load_examples(folder, meta, split, T) for split in ("train", "val")}
-    checks = {split: watch(os.path.join(folder, f"{split}.bin")) for split in data}
+    checks = {split: watch(os.path.join(folder, f"{split}.bin"), meta["sha256"][split]) for split in data}
 
     @functools.lru_cache(maxsize=2)  # a batch may reach over the end of an epoch
     def order(epoch):

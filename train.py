@@ -122,9 +122,12 @@ def load_meta(folder: str, splits=("train", "val")) -> dict:
         with open(path) as file:
             meta = json.load(file)
         sizes = {split: meta["tokens"][split] * np.dtype(meta["dtype"]).itemsize for split in ("train", "val")}
-        checksums = {name: meta["sha256"][name] for name in meta["sha256"] if name.removesuffix("_cuts") in splits}
-        _ = meta["eot_id"], meta["vocab_size"], meta["one_per_line"], meta["documents"], meta["tokenizer"]["name"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        checksums = {split: meta["sha256"][split] for split in splits}
+        checksums |= {name: meta["sha256"][name] for split in splits if (name := f"{split}_cuts") in meta["sha256"]}
+        numbers = [meta[key] for key in ("eot_id", "vocab_size", "documents")] + [*sizes.values()]
+        if not all(type(number) is int for number in numbers) or "name" not in meta["tokenizer"] or "one_per_line" not in meta:
+            raise TypeError("a number is none, or what the data set needs is missing")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); prepare the data set again: {command}") from error
     for split, wanted in sizes.items():
         path = os.path.join(folder, f"{split}.bin")
@@ -140,15 +143,18 @@ def load_meta(folder: str, splits=("train", "val")) -> dict:
     return meta
 
 
-def watch(path):
-    """check(), which raises ValueError once the file is no longer the one that it is now: a run of days must not go on with data
-    that somebody has replaced."""
+def watch(path, wanted):
+    """check(), which raises ValueError once somebody has replaced the file by one of another sha256 than wanted: a run of days
+    must not go on with other data."""
     identity = lambda: (os.stat(path).st_ino, os.stat(path).st_size, os.stat(path).st_mtime_ns)  # noqa: E731
     before = identity()
 
     def check():
+        nonlocal before
         if identity() != before:
-            raise ValueError(f"{path} was replaced while it was read; prepare changed data under another --data_dir")
+            before = identity()
+            if sha256(path) != wanted:  # else it was only touched, or copied
+                raise ValueError(f"{path} was replaced while it was read; prepare changed data under another --data_dir")
 
     return check
 
@@ -163,7 +169,7 @@ def token_batches(folder: str, meta: dict, cfg: TrainConfig):
     data, checks, places = {}, {}, {}
     for split in ("train", "val"):
         path = os.path.join(folder, f"{split}.bin")
-        data[split], checks[split] = np.memmap(path, meta["dtype"], mode="r"), watch(path)
+        data[split], checks[split] = np.memmap(path, meta["dtype"], mode="r"), watch(path, meta["sha256"][split])
         tokens = data[split]
         if len(tokens) < T:
             raise ValueError(f"{path} has {len(tokens)} tokens, fewer than block_size {T}; lower block_size")
@@ -195,12 +201,14 @@ def token_batches(folder: str, meta: dict, cfg: TrainConfig):
 
 def setup_distributed(device: str = "auto", timeout=None):
     """(rank, world_size, device) of this process; joins the group that torchrun describes in the environment, if any.
-    timeout (a timedelta) is how long processes wait for each other before they give up; None: torch's 10 or 30 minutes."""
+    timeout (a timedelta) is how long processes wait for each other before they give up; None: torch's 30 minutes."""
     distributed = "RANK" in os.environ
     if device == "auto":  # mps has no process groups
         has_mps = torch.backends.mps.is_available() and not distributed
         device = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     try:
+        if torch.device(device).type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("wanted cpu, cuda or mps")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} cannot be used here ({str(error).splitlines()[0]}); try --device=auto") from error
@@ -370,7 +378,8 @@ class Reporter:
             self.run = wandb.init(project=cfg.wandb, name=os.path.basename(cfg.out_dir), config=asdict(cfg))
 
     def say(self, text):
-        self.bar.write(text, file=sys.stdout) if not self.bar.disable else print(text, flush=True)
+        with contextlib.suppress(OSError):  # a terminal or a pipe that is gone; log.jsonl has it all
+            self.bar.write(text, file=sys.stdout) if not self.bar.disable else print(text, flush=True)
 
     def write(self, row):
         try:
@@ -389,7 +398,7 @@ class Reporter:
         elif self.bar.disable:
             left = tqdm.format_interval(seconds_left)
             mfu = f"  mfu {metrics['mfu']:.1%}" if metrics.get("mfu") else ""
-            print(f"{place}  loss {metrics['loss']:.4f}  {metrics['tokens_per_s']:,.0f} tokens/s{mfu}  {left} left", flush=True)
+            self.say(f"{place}  loss {metrics['loss']:.4f}  {metrics['tokens_per_s']:,.0f} tokens/s{mfu}  {left} left")
         else:
             self.bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {metrics['tokens_per_s']:,.0f} tok/s")
 
@@ -411,8 +420,9 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
     meta       the data set's meta.json, kept in the checkpoints
     resume     a checkpoint dict to go on from: its optimizer state and step are taken up (its weights are in model already)
 
-    Writes out_dir/ckpt.pt (the latest), best.pt (lowest validation loss) and log.jsonl. SIGTERM or Ctrl-C finishes the step and
-    saves; after SIGTERM train returns, after Ctrl-C it raises KeyboardInterrupt, and a second Ctrl-C does so at once.
+    Writes out_dir/ckpt.pt (the latest), best.pt (lowest validation loss) and log.jsonl. SIGTERM, SIGHUP or Ctrl-C finishes the step
+    and saves; then train returns, but after Ctrl-C it raises KeyboardInterrupt. A second Ctrl-C, half a second later or more, does
+    so at once.
     Raises ValueError if batch_size does not divide, or if a loss or gradient is not finite: before the step is made."""
     rank, world_size, device = setup_distributed(cfg.device)
     per_pass = cfg.micro_batch_size * world_size
@@ -448,7 +458,7 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
     if resume is not None:
         optimizer.load_state_dict(resume["optimizer"])
         scaler.load_state_dict(resume["scaler"])
-        start, best_val_loss, losses = resume["step"], resume["best_val_loss"], resume["losses"]
+        start, best_val_loss, losses = resume["step"], resume["best_val_loss"], resume.get("losses", [])  # older ones lack them
     peak = peak_flops(device)
 
     report = None
@@ -478,17 +488,22 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
     received = {}  # signal: when it came
 
     def receive(signum, frame):
-        # torchrun passes a Ctrl-C on, so that the processes get the same one twice
-        if signum in received and (world_size == 1 or time.time() - received[signum] > 1):
+        # what started us may pass a Ctrl-C on that we have got from the terminal, too: one is not two
+        if signum == signal.SIGINT and signum in received and time.monotonic() - received[signum] > 0.5:
             raise KeyboardInterrupt
-        received.setdefault(signum, time.time())
+        received.setdefault(signum, time.monotonic())
 
-    handlers = {signum: signal.signal(signum, receive) for signum in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {}
+    for signum in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # SIGHUP: a terminal that is gone
+        if signal.getsignal(signum) not in (signal.SIG_IGN, receive):  # nohup's wish
+            handlers[signum] = signal.signal(signum, receive)
     stop = ctrl_c = False
     log_time, log_step = time.time(), start
     try:
         for step in range(start, max_steps + 1):
             last_step = step == max_steps
+            if stop and rank == 0:  # before a validation, which may take longer than there is time
+                save("ckpt.pt", step)
             if (last_step or step % cfg.eval_interval == 0) and not (resume and step == start):
                 eval_time = time.time()
                 val_loss, val_se = evaluate(cfg, net, get_batch, device, rank, world_size)
@@ -502,8 +517,6 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
                         save("best.pt", step)
                     save("ckpt.pt", step)
                 log_time += time.time() - eval_time  # not counted in tokens/s
-            elif stop and rank == 0:
-                save("ckpt.pt", step)
             if last_step or stop:
                 break
 
@@ -531,13 +544,13 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
 
             # ---- what all processes must know of the step; here each waits for its GPU
             *micro_losses, grad_norm = torch.stack([*micro_losses, grad_norm]).tolist()
-            shared = [sum(micro_losses), signal.SIGINT in received, signal.SIGTERM in received]
-            shared = torch.tensor(shared, dtype=torch.float64)
+            shared = torch.tensor([sum(micro_losses), len(received), signal.SIGINT in received], dtype=torch.float64)
             if world_size > 1:
                 dist.all_reduce(shared)
-            loss_sum, ctrl_c, sigterm = shared.tolist()
-            # before it reaches the weights; float16's GradScaler leaves out a step whose gradient overflows
-            if not math.isfinite(loss_sum) or not (math.isfinite(grad_norm) or scaler.is_enabled()):
+            loss_sum, stop, ctrl_c = shared.tolist()
+            # before it reaches the weights; float16's GradScaler leaves out a step whose gradient overflows, and lowers its scale
+            overflows = scaler.is_enabled() and scaler.get_scale() >= 1
+            if not math.isfinite(loss_sum) or not (math.isfinite(grad_norm) or overflows):
                 what = name_failure(dict(zip(indices, micro_losses)), grad_norm, world_size)
                 raise ValueError(
                     f"step {step + 1}: {what}; the step was not made. --init_from=resume repeats it; "
@@ -552,7 +565,6 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
 
             # ---- the rest is reporting
             done = step + 1
-            stop = ctrl_c or sigterm
             if rank == 0:
                 report.bar.update(1)
             if done % cfg.log_interval == 0 or done == max_steps:
@@ -562,7 +574,8 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
                 if rank == 0:
                     seconds_left = (max_steps - done) * seconds / (done - log_step)
                     report.log(
-                        done, seconds_left, loss=sum(losses) / len(losses), lr=lr, grad_norm=grad_norm, tokens=done * step_tokens,
+                        done, seconds_left, loss=sum(losses) / len(losses), lr=lr,
+                        grad_norm=grad_norm if math.isfinite(grad_norm) else None, tokens=done * step_tokens,
                         tokens_per_s=tokens_per_s, mfu=mfu,
                     )  # fmt: skip
                 losses = []
@@ -647,7 +660,8 @@ def start_model(cfg: TrainConfig, checkpoint, meta: dict) -> MDM:
         raise ValueError(
             f"the checkpoint has another vocabulary ({there}) than data set {cfg.dataset} ({here}); prepare the data anew"
         )
-    if trained_on and cfg.init_from == "resume" and trained_on["sha256"] != meta["sha256"]:
+    tokens_of = lambda some: [some["sha256"].get(split) for split in ("train", "val")]  # noqa: E731
+    if trained_on and cfg.init_from == "resume" and tokens_of(trained_on) != tokens_of(meta):
         raise ValueError(f"cannot resume: data set {cfg.dataset} has other tokens now than when the checkpoint was saved")
     checkpoint["model_config"]["block_size"] = cfg.block_size
     return MDM.from_checkpoint(checkpoint)

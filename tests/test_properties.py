@@ -220,7 +220,15 @@ def test_absurd_numbers(name, data_dir, tmp_path, monkeypatch, capsys):
     train.main()
     (tmp_path / "c.jsonl").write_text(json.dumps({"context": "Tom has", "choices": ["3", "4 5"], "gold": 0}) + "\n")
     flags = flags + {"file": [f"--task={tmp_path / 'c.jsonl'}"], "bench": [f"--data={tmp_path / 'c.jsonl'}"]}.get(name, [])
-    signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+    before = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
+
+    def main():
+        signal.setitimer(signal.ITIMER_REAL, 1.5, 0.7)  # and again: an endless step takes a second Ctrl-C
+        try:
+            module.main()
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+
     codes = []
     for field in dataclasses.fields(config_class):
         if not {int, float} & set(kinds_of(config_class, field.name)):
@@ -234,9 +242,8 @@ def test_absurd_numbers(name, data_dir, tmp_path, monkeypatch, capsys):
             # of fine-tuning's two lengths the one on trial counts
             own = [flag for flag in flags if not (field.name == "epochs" and "max_steps" in flag)]
             monkeypatch.setattr(sys, "argv", [f"{name}.py", *own, *place, f"--{field.name}={number}"])
-            signal.setitimer(signal.ITIMER_REAL, 1.5, 0.5)  # and again: an endless step takes a second Ctrl-C
-            codes.append(through_run(module.main, capsys))
-            signal.setitimer(signal.ITIMER_REAL, 0)
+            codes.append(through_run(main, capsys))
             assert codes[-1] in (0, 2, 130), (field.name, number)
+    signal.signal(signal.SIGALRM, before)
     assert codes.count(2) > len(codes) / 3 and codes.count(0) > 3
     assert np.isfinite(sum(tensor.double().sum().item() for tensor in torch.load(trained / "ckpt.pt")["model"].values()))

@@ -28,6 +28,7 @@ import train as train_module
 from configurator import parse
 from model import MDM, load_checkpoint
 from prepare_data import PrepareConfig, prepare
+from sample import load_trained
 from train import Reporter, TrainConfig, load_meta, save_checkpoint, start_model
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -52,10 +53,25 @@ def start(tmp_path, script, *flags, hook="", processes=1, **options):
     path.write_text(WRAPPER.format(root=str(ROOT), hook=hook))
     command = [sys.executable] if processes == 1 else [*TORCHRUN, f"--nproc_per_node={processes}"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [*command, str(path), script, "--device=cpu", *map(str, flags)],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env, start_new_session=True, **options,
     )  # fmt: skip
+    STARTED.append(process)
+    return process
+
+
+STARTED = []
+
+
+@pytest.fixture(autouse=True)
+def leave_nothing_running():
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        if process.poll() is None:  # its test has failed
+            process.terminate()
+            process.kill()
 
 
 def finish(process, code=0, timeout=120):
@@ -228,38 +244,75 @@ def read_until(process, text):
     raise AssertionError((text, process.stderr.read()))
 
 
-ENDLESS = ["--max_steps=1000000", "--eval_interval=1000000", "--log_interval=5"]
+LONG = ["--max_steps=20000", "--eval_interval=20000", "--log_interval=5"]
 
 
 @pytest.mark.parametrize("name, code", [("SIGTERM", 0), ("SIGINT", 130)])
 def test_a_signal_finishes_the_step_and_saves(name, code, small, tmp_path):
-    process = start(tmp_path, "train", *small, *ENDLESS, f"--out_dir={tmp_path / 'a'}")
+    process = start(tmp_path, "train", *small, *LONG, f"--out_dir={tmp_path / 'a'}")
     read_until(process, "step     10/")
     process.send_signal(signal.Signals[name])
     out, err = finish(process, code)
     step = load_checkpoint(tmp_path / "a")["step"]
     assert step >= 10 and err == ""
     where = f"go on with --init_from=resume --out_dir={tmp_path / 'a'}"
-    assert f"stopped at step {step} of 1000000; {tmp_path / 'a' / 'ckpt.pt'} is saved; {where}" in out
+    assert f"stopped at step {step} of 20000; {tmp_path / 'a' / 'ckpt.pt'} is saved; {where}" in out
 
 
-def test_a_second_ctrl_c_leaves_at_once(small, tmp_path):
-    """In the middle of a step that would take a minute."""
-    hook = """
+LONG_STEP = """
 def seed_for(seed, index):
     if index == 50:
         print("long step", flush=True)
-        end = time.time() + 60
+        end = time.time() + {seconds}
         while time.time() < end:
             time.sleep(0.05)
     return real_seed_for(seed, index)
 train.seed_for = seed_for
 """
+
+
+@pytest.mark.parametrize("name, pause, code", [("SIGTERM", 1, 0), ("SIGINT", 0.1, 130)])
+def test_a_signal_that_comes_twice_is_one(name, pause, code, small, tmp_path):
+    """SIGTERM always, as schedulers repeat it; Ctrl-C within half a second, as a launcher may pass it on."""
+    process = start(tmp_path, "train", *small, f"--out_dir={tmp_path / 'a'}", hook=LONG_STEP.format(seconds=4))
+    read_until(process, "long step")
+    for _ in range(2):
+        process.send_signal(signal.Signals[name])
+        time.sleep(pause)
+    out, _ = finish(process, code)
+    assert "stopped at step 26 of 60" in out and load_checkpoint(tmp_path / "a")["step"] == 26
+
+
+def test_a_stop_is_saved_before_a_validation(small, tmp_path):
+    """Which may take longer than whoever stops us waits. Step 20 is one of validation, here of two minutes."""
+    hook = (
+        STOP.format(index=39, name="SIGTERM")
+        + """
+real_evaluate, calls = train.evaluate, []
+def evaluate(*args):
+    calls.append(args)
+    if len(calls) == 2:
+        print("long validation", flush=True)
+        time.sleep(120)
+    return real_evaluate(*args)
+train.evaluate = evaluate
+"""
+    )
+    process = start(tmp_path, "train", *small, f"--out_dir={tmp_path / 'a'}", hook=hook)
+    read_until(process, "long validation")
+    assert load_checkpoint(tmp_path / "a")["step"] == 20
+    process.kill()
+    finish(process, -signal.SIGKILL)
+
+
+def test_a_second_ctrl_c_leaves_at_once(small, tmp_path):
+    """In the middle of a step that would take a minute."""
+    hook = LONG_STEP.format(seconds=60)
     process = start(tmp_path, "train", *small, f"--out_dir={tmp_path / 'a'}", hook=hook)
     read_until(process, "long step")
     before = (tmp_path / "a" / "ckpt.pt").read_bytes()
     process.send_signal(signal.SIGINT)
-    time.sleep(0.5)
+    time.sleep(1.5)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
     start_time = time.time()
@@ -279,26 +332,20 @@ def run(main):
         raise
     finally:
         open(os.path.join(os.path.dirname(__file__), "code-" + os.environ["RANK"]), "w").write(str(code))
-def seed_for(seed, index):
-    time.sleep(0.0 if index < 40 else 0.3)  # steps in which a signal that torchrun passes on comes a second time
-    return real_seed_for(seed, index)
-configurator.run, train.seed_for = run, seed_for
+configurator.run = run
 """
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name, code", [("SIGTERM", "0"), ("SIGINT", "130")])
-@pytest.mark.parametrize("to_group", [True, False])  # a terminal's Ctrl-C reaches all of them; kill only torchrun
-def test_signals_under_torchrun(name, code, to_group, small, tmp_path):
-    process = start(tmp_path, "train", *small, *ENDLESS, f"--out_dir={tmp_path / 'a'}", hook=EXIT_CODES, processes=2)
+def test_signals_under_torchrun(name, code, small, tmp_path):
+    """torchrun starts processes in sessions of their own and passes signals on."""
+    process = start(tmp_path, "train", *small, *LONG, f"--out_dir={tmp_path / 'a'}", hook=EXIT_CODES, processes=2)
     read_until(process, "step     10/")
-    if to_group:
-        os.killpg(process.pid, signal.Signals[name])
-    else:
-        process.send_signal(signal.Signals[name])
+    process.send_signal(signal.Signals[name])
     out, err = process.communicate(timeout=60)
     step = load_checkpoint(tmp_path / "a")["step"]
-    assert step >= 10 and f"stopped at step {step} of 1000000" in out, err
+    assert step >= 10 and f"stopped at step {step} of 20000" in out, err
     assert [(tmp_path / f"code-{rank}").read_text() for rank in (0, 1)] == [code, code]
     resume = ["--init_from=resume", f"--max_steps={step + 5}", f"--out_dir={tmp_path / 'a'}"]
     finish(start(tmp_path, "train", *resume, processes=2))
@@ -395,6 +442,41 @@ def test_flipped_bytes_in_checkpoints(checkpoint):
     assert refused > 75
 
 
+def test_weights_that_are_not_finite_write_no_text(checkpoint):
+    content = load_checkpoint(checkpoint)
+    content["model"]["ln_f.weight"][3] = math.nan
+    save_checkpoint(checkpoint, content)
+    with pytest.raises(ValueError, match="ckpt.pt holds weights that are not finite, in ln_f.weight; take an earlier checkpoint"):
+        load_trained(checkpoint.parent, "ckpt.pt", "cpu")
+
+
+@pytest.mark.parametrize("change", [{"step": "x"}, {"step": None}, {"meta": 5}, {"model_config": []}, {"model": None}])
+def test_what_is_no_checkpoint_of_ours(checkpoint, change):
+    torch.save({**load_checkpoint(checkpoint), **change}, checkpoint.parent / "other.pt")
+    with pytest.raises(ValueError, match="other.pt is no checkpoint of train.py"):
+        load_checkpoint(checkpoint.parent / "other.pt")
+
+
+@pytest.mark.parametrize(
+    "change", [{"pattern": "("}, {"ranks": ["!"]}, {"ranks": ["YQ=="]}, {"vocab_size": "x"}, {"vocab_size": 3}]
+)
+def test_damaged_tokenizers(data_dir, change):
+    spec = load_meta(data_dir / "arithmetic")["tokenizer"]
+    assert spec["name"] == "bpe"
+    with pytest.raises(ValueError, match="the tokenizer's description is damaged .*; prepare the data set again"):
+        prepare_data.load_tokenizer({**spec, **change})
+
+
+def test_checkpoints_of_before_can_be_resumed(checkpoint, data_dir, tmp_path):
+    """They have no losses of the steps since the last log line."""
+    content = load_checkpoint(checkpoint)
+    content.pop("losses")
+    content["meta"]["sha256"] = {split: content["meta"]["sha256"][split] for split in ("train", "val")}
+    save_checkpoint(checkpoint, content)
+    run(data_dir, checkpoint.parent, "--init_from=resume", "--max_steps=3")
+    assert load_checkpoint(checkpoint)["step"] == 3
+
+
 def test_checkpoints_of_another_shape(checkpoint, data_dir):
     meta, good = load_meta(data_dir / "arithmetic"), load_checkpoint(checkpoint)
     cfg = TrainConfig(**good["run_config"])
@@ -428,6 +510,17 @@ def test_data_replaced_while_they_are_read(data_dir, tmp_path, in_place):
     assert load_checkpoint(tmp_path / "a")["step"] == 4
     with pytest.raises(ValueError, match=r"train.bin holds other data than meta.json says \(sha256\)"):
         run(data_dir, tmp_path / "a", "--init_from=resume")
+
+
+def test_data_that_are_only_touched_are_no_reason_to_stop(data_dir, tmp_path):
+    def touch(get_batch):
+        def batches(split, index):
+            (data_dir / "arithmetic" / f"{split}.bin").touch()
+            return get_batch(split, index)
+
+        return batches
+
+    assert same(run(data_dir, tmp_path / "a", wrap=touch), run(data_dir, tmp_path / "b"))
 
 
 def test_meta_of_another_tokenizer(data_dir, tmp_path):
@@ -568,6 +661,14 @@ def test_config_files_outside_of_what_we_accept(tmp_path, text, message):
     (tmp_path / "y.py").mkdir()
     with pytest.raises(ValueError, match="config file .*y.py not found"):
         parse(TrainConfig, [str(tmp_path / "y.py")])
+
+
+def test_what_is_written_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    calls, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda file: calls.append(os.fstat(file).st_size > 500) or fsync(file))
+    monkeypatch.setattr(os, "replace", lambda a, b: calls.append(str(b)) or replace(a, b))
+    save_checkpoint(tmp_path / "ckpt.pt", {"step": 1})
+    assert calls == [True, str(tmp_path / "ckpt.pt")]
 
 
 def test_a_failed_write_leaves_no_half_file(tmp_path):
