@@ -151,10 +151,10 @@ def watch(path, wanted):
 
     def check():
         nonlocal before
-        if identity() != before:
-            before = identity()
-            if sha256(path) != wanted:  # else it was only touched, or copied
-                raise ValueError(f"{path} was replaced while it was read; prepare changed data under another --data_dir")
+        now = identity()
+        if now != before and sha256(path) != wanted:  # else it was only touched, or copied
+            raise ValueError(f"{path} was replaced while it was read; prepare changed data under another --data_dir")
+        before = now
 
     return check
 
