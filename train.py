@@ -146,7 +146,11 @@ def load_meta(folder: str, splits=("train", "val")) -> dict:
 def watch(path, wanted):
     """check(), which raises ValueError once somebody has replaced the file by one of another sha256 than wanted: a run of days
     must not go on with other data."""
-    identity = lambda: (os.stat(path).st_ino, os.stat(path).st_size, os.stat(path).st_mtime_ns)  # noqa: E731
+
+    def identity():
+        stat = os.stat(path)
+        return stat.st_ino, stat.st_size, stat.st_mtime_ns
+
     before = identity()
 
     def check():
