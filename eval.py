@@ -81,6 +81,9 @@ class EvalConfig:
     answer_temperature: float | None = None  # of the answer
     answer_cfg_scale: float | None = None  # towards question and thoughts
     remasking: str = "confidence"  # confidence: keep the surest tokens first; random: the exact reverse process
+    threshold: float | None = None  # with confidence: keep all tokens above this probability: fewer passes; 0.9 is usual
+    block_length: int | None = None  # with confidence: write from left to right, so many places at a time
+    prefix_cache: bool = False  # with block_length: compute what is left of a block once a block; an approximation
     seed: int = 0  # of the random draws, which each item has its own of
     device: str = "auto"  # auto: cuda, else mps, else cpu
     dtype: str = "auto"  # float32, bfloat16 or float16
@@ -99,11 +102,12 @@ class EvalConfig:
 
 # Settings that make a difference to each kind of task, and those that change no result
 LIKELIHOOD = "nll_type mc_num mc_masking cfg_scale seed"
+DECODING = "steps temperature remasking threshold block_length prefix_cache"
 RELEVANT = {
     "loss": "mc_num",
-    "gsm8k": "steps length temperature cfg_scale remasking seed answer_steps answer_length answer_temperature answer_cfg_scale",
+    "gsm8k": f"length cfg_scale seed {DECODING} answer_steps answer_length answer_temperature answer_cfg_scale",
     "file": LIKELIHOOD,
-    "harness": f"{LIKELIHOOD} steps temperature remasking",
+    "harness": f"{LIKELIHOOD} {DECODING}",
 }
 RELEVANT = {kind: ["checkpoint", "limit", "dtype", *keys.split()] for kind, keys in RELEVANT.items()}
 NEUTRAL = {
@@ -162,7 +166,7 @@ class Trained:
 
     @property
     def device(self):
-        return self.model.lm_head.weight.device
+        return self.model.device
 
     @functools.cached_property
     def identity(self):
@@ -229,9 +233,11 @@ def predict(model, rows, cfg_scale, batch_tokens, dtype="auto"):
 
     rows: (context ids, target ids, hidden (L,) bool, wanted (L,) bool) for each. Yields numbers of rows, and the guided logits
     (N, V) at their wanted places, one row after another."""
-    device, mask_id = model.lm_head.weight.device, model.config.mask_id
+    device, mask_id = model.device, model.config.mask_id
     lengths = np.array([len(context) + len(target) for context, target, _, _ in rows])
     order, start = np.argsort(-lengths, kind="stable"), 0
+    with autocast(device, dtype):
+        sinks = model.sink_keys_values()
     while start < len(order):
         width = lengths[order[start]]
         numbers = order[start : start + max(1, batch_tokens // width)]
@@ -243,7 +249,7 @@ def predict(model, rows, cfg_scale, batch_tokens, dtype="auto"):
             x[i, :n], given[i, :n] = context, True
             x[i, n : lengths[number]] = np.where(is_hidden, mask_id, target)
             wanted[i, n : lengths[number]] = is_wanted
-        where = {"only": torch.from_numpy(wanted).to(device)}
+        where = {"only": torch.from_numpy(np.flatnonzero(wanted)).to(device), "sinks": sinks}
         if lengths[numbers[-1]] < width:
             where["lengths"] = torch.from_numpy(lengths[numbers]).to(device)
         with autocast(device, dtype):
@@ -394,7 +400,8 @@ def continuations(cfg, trained, requests):
             x[row, : len(prompts[i])] = torch.tensor(prompts[i])
         with autocast(trained.device, cfg.dtype):
             filled, _ = generate(
-                model, x.to(trained.device), cfg.steps, temperatures[first], cfg.remasking, cfg.cfg_scale, eot_id=eot,
+                model, x.to(trained.device), cfg.steps, temperatures[first], cfg.remasking, cfg.cfg_scale,
+                cfg.threshold, cfg.block_length, cfg.prefix_cache, eot_id=eot,
                 seeds=[seed_for(cfg.seed, zlib.crc32(np.array([requests[i][2], *prompts[i]]).tobytes())) for i in batch],
                 lengths=torch.tensor([lengths[i] for i in batch], device=trained.device),
             )  # fmt: skip
@@ -484,8 +491,7 @@ def bounds(cfg, trained, rows):
     at_once, records = max(1, cfg.batch_tokens // trained.model.config.block_size), []
     for chunk in (rows[i : i + at_once] for i in range(0, len(rows), at_once)):
         x0, maskable = (torch.cat(tensors) for tensors in zip(*(get_batch("val", row) for row in chunk)))
-        on_device = x0.to(trained.device), maskable.to(trained.device)
-        nll, t = validation_nll(trained.model, *on_device, np.array(chunk), n_rows, cfg.mc_num, cfg.dtype)
+        nll, t = validation_nll(trained.model, x0, maskable, np.array(chunk), n_rows, cfg.mc_num, cfg.dtype)
         for row, (ids, counted) in enumerate(zip(x0, maskable)):
             sizes = {"tokens": int(counted.sum()), "bytes": int(n_bytes[ids[counted]].sum())}
             records.append({**sizes, "t": t[:, row].tolist(), "nll": nll[:, row].tolist()})
@@ -648,7 +654,7 @@ def answer_problems(cfg, trained, problems):
     """Job of gsm8k: thoughts and answer of each (number, question, gold). They follow from the problem and its number, not from
     batch_size or the number of processes."""
     keys = ("steps", "length", "temperature", "cfg_scale")
-    first = {key: getattr(cfg, key) for key in keys} | {"remasking": cfg.remasking}
+    first = {key: getattr(cfg, key) for key in (*keys, "remasking", "threshold", "block_length", "prefix_cache")}
     second = first | {key: getattr(cfg, f"answer_{key}") for key in keys if getattr(cfg, f"answer_{key}") is not None}
     questions, seeds = [question for _, question, _ in problems], [seed_for(cfg.seed, number) for number, _, _ in problems]
     with autocast(trained.device, cfg.dtype):

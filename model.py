@@ -28,6 +28,11 @@ denoised. The cure is one more token, which attends only to itself while every t
 Because it sees nothing else, the sink's hidden state in every layer is the same for every text and every t: a constant that
 the model learns, a fixed place to leave surplus attention.
 
+TWO WAYS TO COMPUTE IT. sink_attention='mask' is the definition: sinks are rows of the sequence, and attention gets the mask M.
+'split' uses that a sink's state is a constant: its keys and values are computed once, apart from the text, and the text's
+queries attend to [sink K/V; text K/V] with no mask, so that the fastest kernels of attention may run. Same parameters, same
+numbers up to rounding.
+
 NAMES. x0 clean tokens, xt partly hidden tokens, both (B, T); t the noise level; p_mask the probability of being hidden;
 masked = is hidden, maskable = may be hidden; B batch, T content tokens, S = T + n_sink, C = n_embd, H heads, V vocabulary.
 """
@@ -41,6 +46,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint as recompute
 
 # Sizes of SMDM's scaling study, by non-embedding parameters: (n_layer, n_head, n_embd). mlp_hidden is 4 * n_embd, except 75M.
 PRESETS = {
@@ -51,6 +57,8 @@ PRESETS = {
     "666M": (21, 11, 1408), "717M": (19, 12, 1536), "761M": (24, 11, 1408), "831M": (22, 12, 1536), "944M": (25, 12, 1536),
     "1028M": (20, 14, 1792), "1233M": (24, 14, 1792), "1476M": (22, 16, 2048), "1678M": (25, 16, 2048), "2121M": (28, 17, 2176),
 }  # fmt: skip
+
+LOGITS_AT_ONCE = 2**25  # how many the loss holds in memory; of more, it computes parts anew in the backward pass
 
 
 @dataclass
@@ -65,7 +73,7 @@ class MDMConfig:
     sink_position: str = "front"  # front or end of the sequence
     sink_zero_value: bool = False  # force the sinks' value vectors to zero (the paper's Table 5)
     gated_attention: bool = False  # multiply the attention output by sigmoid(X W_g) (arXiv 2505.06708)
-    sink_attention: str = "mask"  # the boolean mask of Eq. 5-6
+    sink_attention: str = "mask"  # mask (Eq. 5-6 as they stand) or split (the same, without a mask)
 
     def __post_init__(self):
         for name in ("block_size", "vocab_size", "n_layer", "n_head", "n_embd"):
@@ -80,8 +88,8 @@ class MDMConfig:
             raise ValueError(f"n_sink is {self.n_sink}; it must be 0 (vanilla) or more")
         if self.sink_position not in ("front", "end"):
             raise ValueError(f"sink_position is {self.sink_position!r}; it must be 'front' or 'end'")
-        if self.sink_attention != "mask":
-            raise ValueError(f"sink_attention is {self.sink_attention!r}; only 'mask' is implemented so far")
+        if self.sink_attention not in ("mask", "split"):
+            raise ValueError(f"sink_attention is {self.sink_attention!r}; it must be 'mask' or 'split'")
         if self.mlp_hidden is None:
             self.mlp_hidden = 4 * self.n_embd
         if self.mlp_hidden < 1:
@@ -141,17 +149,29 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.gate = nn.Linear(config.n_embd, config.n_embd, bias=False) if config.gated_attention else None
 
-    def forward(self, x, rope, is_sink, may_attend):
+    def project(self, x, is_sink=None):
+        """x (B, S, C) -> q, k, v, each (B, H, S, d), not rotated yet. is_sink (S,) tells which rows are sinks; None: none."""
         B, S, C = x.shape
-        q, k, v = self.qkv(x).view(B, S, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # each (B, H, S, d)
-        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
-        if self.sink_zero_value:
+        q, k, v = self.qkv(x).view(B, S, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
+        if self.sink_zero_value and is_sink is not None:
             v = v.masked_fill(is_sink[:, None], 0.0)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=may_attend)
-        y = y.transpose(1, 2).reshape(B, S, C)  # heads side by side
+        return q, k, v
+
+    def output(self, x, y):
+        """What the heads have read, y (B, H, S, d), on its way back into the residual stream; x (B, S, C) is the layer's input."""
+        y = y.transpose(1, 2).reshape(x.shape)  # heads side by side
         if self.gate is not None:
             y = y * torch.sigmoid(self.gate(x))
         return self.proj(y)
+
+    def forward(self, x, rope, is_sink=None, may_attend=None, before=None, store=None):
+        q, k, v = self.project(x, is_sink)
+        q, k = apply_rope(q, *rope), apply_rope(k, *rope)
+        if before is not None:  # keys and values of what is no row of x
+            k, v = (torch.cat((past.expand(len(x), -1, -1, -1), own), dim=2) for past, own in zip(before, (k, v)))
+        if store is not None:
+            store.append((k, v))
+        return self.output(x, F.scaled_dot_product_attention(q, k, v, attn_mask=may_attend))
 
 
 class MLP(nn.Module):
@@ -175,8 +195,8 @@ class Block(nn.Module):
         self.norm_2 = nn.RMSNorm(config.n_embd, eps=1e-5)
         self.mlp = MLP(config)
 
-    def forward(self, x, rope, is_sink, may_attend):
-        x = x + self.attn(self.norm_1(x), rope, is_sink, may_attend)
+    def forward(self, x, *attention):
+        x = x + self.attn(self.norm_1(x), *attention)
         return x + self.mlp(self.norm_2(x))
 
 
@@ -210,39 +230,99 @@ class MDM(nn.Module):
             else:
                 p.normal_(std=math.sqrt(2 / (5 * C)), generator=generator)
 
-    def forward(self, xt, only=None, lengths=None):
+    @property
+    def device(self):
+        return self.lm_head.weight.device
+
+    def forward(self, xt, only=None, targets=None, **where):
         """xt (B, T) token ids, mask_id where hidden -> logits (B, T, vocab_size) for the content positions.
 
-        only      (B, T) bool: the output head at these places alone -> (N, vocab_size), row after row
-        lengths   (B,) tokens of each row; what stands behind them is padding, which changes nothing before it
+        only      (N,) places, counted through all rows: the output head at these alone -> (N, vocab_size)
+        targets   (N,) clean tokens at these places: their -log p instead of logits -> (N,) float32
+        where     lengths, sinks, before, store of hidden_states
         """
-        B, T = xt.shape
-        n_sink, in_front = self.config.n_sink, self.config.sink_position == "front"
+        x = self.hidden_states(xt, **where)
+        if only is not None:
+            x = x.flatten(0, 1).index_select(0, only)
+        return self.lm_head(self.ln_f(x)) if targets is None else self.nll(x, targets)
+
+    def hidden_states(self, xt, lengths=None, sinks=None, before=None, store=None):
+        """What the last block gives for the content positions, (B, T, C).
+
+        lengths   (B,) tokens of each row; what stands behind them is padding, which changes nothing before it
+        sinks     what sink_keys_values gave, where many passes share it; None: computed here
+        before    keys and values of the sinks and of the text left of xt, for each layer, as a pass over the whole text stored
+                  them: then xt is the rest of that text alone
+        store     a list, which gets each layer's keys and values (B, H, S, d): the sinks', then the text's
+        """
+        n_sink, device = self.config.n_sink, xt.device
+        start = before[0][0].size(2) - n_sink if before is not None else 0
+        T = start + xt.size(1)
         if T > self.config.block_size:
             raise ValueError(f"sequence of {T} tokens exceeds block_size {self.config.block_size}")
         x = self.wte(xt)
-        is_sink, may_attend, content = None, None, slice(0, T)
-        if n_sink:
-            sinks = self.sink.expand(B, n_sink, -1)
-            x = torch.cat((sinks, x) if in_front else (x, sinks), dim=1)  # (B, S, C)
-            content = slice(n_sink, None) if in_front else slice(0, T)
-            is_sink = torch.ones(T + n_sink, dtype=torch.bool, device=xt.device)
-            is_sink[content] = False
+        is_sink = may_attend = None
+        rope = self.rotations(T, lengths)
+        if before is not None:
+            rope = [table[..., n_sink + start :, :] for table in rope]
+        elif n_sink and self.config.sink_attention == "split":
+            of_sinks = [table[..., :n_sink, :] for table in rope]
+            before = [(apply_rope(k, *of_sinks), v) for k, v in sinks or self.sink_keys_values()]
+            rope = [table[..., n_sink:, :] for table in rope]
+        elif n_sink:
+            x = torch.cat((self.sink.expand(len(x), -1, -1), x), dim=1)  # (B, S, C)
+            is_sink = torch.arange(n_sink + T, device=device) < n_sink
             # Row i may attend to column j: a content row sees everything, a sink's row sees only itself (Eq. 5-6).
-            may_attend = ~is_sink[:, None] | torch.eye(T + n_sink, dtype=torch.bool, device=xt.device)
-        rope = self.rope_cos[: T + n_sink], self.rope_sin[: T + n_sink]
+            may_attend = ~is_sink[:, None] | torch.eye(n_sink + T, dtype=torch.bool, device=device)
         if lengths is not None:
-            visible = torch.arange(T, device=xt.device) < lengths[:, None]  # (B, T), and to (B, 1, 1, S): these columns
-            visible = F.pad(visible, (n_sink, 0) if in_front else (0, n_sink), value=True)[:, None, None]
+            visible = torch.arange(start, T, device=device) < lengths[:, None]
+            visible = F.pad(visible, (n_sink + start, 0), value=True)[:, None, None]  # (B, 1, 1, S): these columns
             may_attend = visible if may_attend is None else may_attend & visible
-            if n_sink and not in_front:  # sinks keep the positions right behind their own row's last token
-                place = torch.arange(T + n_sink, device=xt.device).repeat(B, 1)
-                place[:, T:] -= T - lengths[:, None]
-                rope = self.rope_cos[place][:, None], self.rope_sin[place][:, None]  # (B, 1, S, d/2)
+        for block, kv in zip(self.blocks, before or [None] * len(self.blocks)):
+            x = block(x, rope, is_sink, may_attend, kv, store)
+        return x[:, -xt.size(1) :]
+
+    def rotations(self, T, lengths=None):
+        """cos and sin for the sinks and for a text of T tokens behind them, (S, d/2), or (B, 1, S, d/2) if rows differ.
+
+        Sinks are always the first rows: attention knows no order but these angles. sink_position='front' gives them the places
+        0.. and the text those behind; 'end' gives the text 0.., and the sinks those behind each row's last token."""
+        n_sink, tables = self.config.n_sink, (self.rope_cos, self.rope_sin)
+        if self.config.sink_position == "front":
+            return [table[: n_sink + T] for table in tables]
+        place = torch.arange(-n_sink, T, device=self.device)
+        if lengths is None or not n_sink:
+            return [table[torch.where(place < 0, place + n_sink + T, place)] for table in tables]
+        place = torch.where(place < 0, place + n_sink + lengths[:, None], place)
+        return [table[place][:, None] for table in tables]
+
+    def sink_keys_values(self):
+        """The sinks' keys (not rotated yet) and values in every layer, each (1, H, n_sink, d); None if the sinks are rows of the
+        sequence. A softmax over one column is 1, so what attention hands a sink is its own value."""
+        if not self.config.n_sink or self.config.sink_attention == "mask":
+            return None
+        x, is_sink = self.sink[None], torch.ones(self.config.n_sink, dtype=torch.bool, device=self.device)
+        keys_values = []
         for block in self.blocks:
-            x = block(x, rope, is_sink, may_attend)
-        x = x[:, content]
-        return self.lm_head(self.ln_f(x if only is None else x[only]))
+            normed = block.norm_1(x)
+            _, k, v = block.attn.project(normed, is_sink)
+            keys_values.append((k, v))
+            x = x + block.attn.output(normed, v)
+            x = x + block.mlp(block.norm_2(x))
+        return keys_values
+
+    def nll(self, x, targets):
+        """-log p of targets (N,) where the last block gives x (N, C): (N,) float32. Memory does not grow with N * V: above
+        LOGITS_AT_ONCE the backward pass computes the logits anew, part by part."""
+
+        def of_part(x, targets):
+            return F.cross_entropy(self.lm_head(self.ln_f(x)).float(), targets, reduction="none")
+
+        n = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
+        if len(x) <= n:
+            return of_part(x, targets)
+        parts = zip(x.split(n), targets.split(n))
+        return torch.cat([recompute(of_part, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
 
     def num_params(self, non_embedding: bool = True) -> int:
         """Number of parameters; by default, as in the table of sizes, without token and sink embeddings and output head."""
@@ -253,8 +333,9 @@ class MDM(nn.Module):
 
     def flops_per_token(self, T: int) -> float:
         """FLOPs of one forward and backward pass per content token, for MFU: 6 per weight (but the input embedding, which is a
-        look-up), and 12 * n_layer * n_embd * T for the two products of attention (PaLM, appendix B)."""
-        weights = self.num_params() + self.lm_head.weight.numel()
+        look-up), and 12 * n_layer * n_embd * T for the two products of attention (PaLM, appendix B). The head counts half: it runs
+        where a token is hidden, which is half of them on average."""
+        weights = self.num_params() + self.lm_head.weight.numel() / 2
         return 6 * weights + 12 * self.config.n_layer * self.config.n_embd * T
 
     @classmethod
@@ -352,10 +433,18 @@ def noise_levels(t, eps=1e-3):
 
 
 def weighted_nll(model, x0, xt, masked, p_mask):
-    """Sum over each row's hidden tokens of -log p(x0_i | xt) / p_mask, in nats: (B,), float32."""
-    logits = model(xt).float()
-    nll = F.cross_entropy(logits.flatten(0, 1), x0.flatten(), reduction="none").view_as(x0)
-    return (nll * masked / p_mask).sum(dim=1)
+    """Sum over each row's hidden tokens of -log p(x0_i | xt) / p_mask, in nats: (B,), float32, on the model's device.
+
+    x0, xt, masked (B, T), p_mask (B, 1). Keep them on the CPU: then the number of hidden tokens is known without waiting for a
+    GPU, and while it works on one batch the next one is on its way."""
+    device = getattr(model, "module", model).device  # DDP keeps the model in .module
+    places = masked.flatten().nonzero()[:, 0]
+    batch = xt, places, x0.flatten()[places], p_mask.expand_as(x0).flatten()[places]
+    if device.type == "cuda" and xt.device.type == "cpu":
+        batch = (tensor.pin_memory() for tensor in batch)  # what is pinned is copied while the GPU works
+    xt, places, targets, p_mask = (tensor.to(device, non_blocking=device.type == "cuda") for tensor in batch)
+    nll = model(xt, only=places, targets=targets) / p_mask
+    return nll.new_zeros(x0.numel()).scatter(0, places, nll).view(x0.shape).sum(dim=1)
 
 
 def diffusion_loss(model, x0, maskable, stratified=False, random_length=0.0):
@@ -364,7 +453,7 @@ def diffusion_loss(model, x0, maskable, stratified=False, random_length=0.0):
     Divided by all maskable tokens of the batch, hidden or not; so pretraining (everything is maskable) and fine-tuning
     (the prompt is not) are the same line.
 
-    x0, maskable (B, T)   clean tokens; which of them may be hidden
+    x0, maskable (B, T)   clean tokens, on the CPU; which of them may be hidden
     stratified            t = (u + i/B) mod 1 over the rows: less noise, the same mean. The authors draw t independently.
     random_length         share of batches cut to a random length in 1..T, which keeps short texts in distribution (SMDM: 0.01)
     """
@@ -384,7 +473,7 @@ def diffusion_loss(model, x0, maskable, stratified=False, random_length=0.0):
 
 def guided_logits(model, x, given, cfg_scale, **where):
     """Unsupervised classifier-free guidance: un + (1 + w)(cond - un), where un sees [MASK] in place of the given tokens.
-    Rows may differ in length, and the head may be left out at some places: where is only and lengths of MDM.forward."""
+    where: what else MDM.forward takes."""
     logits = model(x, **where).float()
     if cfg_scale == 0.0:
         return logits
@@ -412,17 +501,22 @@ def surest(confidence, k):
 
 @torch.no_grad()
 def generate(
-    model, x, steps, temperature=0.0, remasking="confidence", cfg_scale=0.0, seeds=None, eot_id=None, on_step=None, lengths=None
-):
+    model, x, steps, temperature=0.0, remasking="confidence", cfg_scale=0.0, threshold=None, block_length=None, prefix_cache=False,
+    seeds=None, eot_id=None, on_step=None, lengths=None,
+):  # fmt: skip
     """The reverse process: fills every mask_id in x. Prompt tokens may stand anywhere, so infilling is the same call.
 
     x             (B, T) token ids on the model's device, mask_id where text is wanted
-    steps         denoising steps; fewer are run where every place is filled before
+    steps         denoising steps of a row; it takes fewer where every place is filled before
     temperature   0 takes the likeliest token, 1 draws from the model's distribution
     remasking     'confidence': of the predicted tokens keep the surest, ceil(still hidden / steps left) a step
                   'random': the exact reverse process; at level t = 1 - step/steps each hidden token is revealed with
                   probability (t - s) / t = 1 / (steps left), whatever the model thinks of it
     cfg_scale     w of unsupervised classifier-free guidance; 0 is off, and else each step costs two forward passes
+    threshold     with 'confidence': keep also every token that the model gives more than this probability (arXiv 2505.22618)
+    block_length  with 'confidence': fill the text from left to right, so many places (hidden or not) at a time
+    prefix_cache  with block_length: compute keys and values left of a block at its first step only. An approximation: they are
+                  not told what the block's tokens became. All rows then work on the same block.
     seeds         B integers, the rows' own random streams (default: from torch's generator); a row's text does not depend on
                   what else is in the batch
     eot_id        if given, a row is complete as soon as it has written this token and nothing before it is hidden: what is
@@ -434,32 +528,63 @@ def generate(
     """
     if remasking not in ("confidence", "random"):
         raise ValueError(f"remasking is {remasking!r}; it must be 'confidence' or 'random'")
+    if remasking == "random" and (threshold is not None or block_length is not None):
+        raise ValueError("threshold and block_length choose by confidence; leave them out with remasking='random'")
+    if prefix_cache and (block_length is None or cfg_scale):
+        raise ValueError("prefix_cache needs a block_length, and works without cfg_scale only")
     if seeds is not None and len(seeds) != len(x):
         raise ValueError(f"{len(seeds)} seeds for {len(x)} rows; wanted one for each")
     if not (steps >= 1 and 0 <= temperature < math.inf and 0 <= cfg_scale < math.inf):
         raise ValueError(f"wanted steps >= 1, temperature >= 0, cfg_scale >= 0; got {steps}, {temperature}, {cfg_scale}")
-    mask_id, given, device = model.config.mask_id, x != model.config.mask_id, x.device
+    if threshold is not None and not 0 <= threshold <= 1 or block_length is not None and block_length < 1:
+        raise ValueError(f"wanted threshold in 0..1 and block_length >= 1; got {threshold}, {block_length}")
+    (B, T), device, mask_id = x.shape, x.device, model.config.mask_id
     place = torch.device("cpu") if device.type == "mps" else device  # decisions take float64, which MPS lacks
     if seeds is None:
-        seeds = torch.randint(2**31, (len(x),)).tolist()
+        seeds = torch.randint(2**31, (B,)).tolist()
     streams = [torch.Generator(place).manual_seed(seed) for seed in seeds]
-    x, n_forward = x.clone(), 0
-    for step in range(steps):
-        rows = (x == mask_id).any(dim=1).nonzero()[:, 0]  # those that are not complete
-        if len(rows) == 0:
-            break
-        where = {} if lengths is None else {"lengths": lengths[rows]}
-        logits = guided_logits(model, x[rows], given[rows], cfg_scale, **where)  # (rows, T, V)
+    given, x, n_forward = x != mask_id, x.clone(), 0
+    steps_left = torch.full((B,), steps, device=device)
+    block = torch.arange(T, device=device) // (block_length or T)  # (T,) the block of each place
+    sinks = model.sink_keys_values()  # the same at every step
+    cached_block, cached_rows, cache = None, None, []  # each layer's keys and values left of that block, for those rows
+    while (hidden := x == mask_id).any():
+        rows = hidden.any(dim=1).nonzero()[:, 0]  # those that are not complete
+        if prefix_cache:
+            now = torch.where(hidden[rows], block, T).amin(dim=1)  # the first block of each row that has something hidden
+            rows, now = rows[now == now.min()], int(now.min())
+        hidden = hidden[rows]
+        k = -(-hidden.sum(dim=1) // steps_left[rows])  # how many to reveal at least: ceil(hidden / steps left)
+        last = torch.where(hidden & (hidden.cumsum(dim=1) <= k[:, None]), block, 0).amax(dim=1)  # block of the k-th from the left
+        wanted = hidden & (block <= last[:, None])
+
+        start, where = 0, {"sinks": sinks, "lengths": None if lengths is None else lengths[rows]}
+        if prefix_cache and now == cached_block:  # run over the block and what is right of it
+            stay = torch.isin(cached_rows, rows)
+            cached_rows, cache = rows, [(keys[stay], values[stay]) for keys, values in cache]
+            start, where["before"] = now * block_length, cache
+        elif prefix_cache:
+            where["store"] = store = []
+        only = wanted[:, start:].flatten().nonzero()[:, 0]
+        logits = guided_logits(model, x[rows, start:], given[rows, start:], cfg_scale, only=only, **where)  # (N, V)
         n_forward += 1 if cfg_scale == 0.0 else 2
-        for r, row_logits in zip(rows.tolist(), logits):  # row by row: independent of the others, and little memory for a large V
-            stream = streams[r]
-            hidden = (x[r] == mask_id).nonzero()[:, 0]  # (N,) places
-            tokens, confidence = sample_tokens(row_logits[hidden].to(place), temperature, stream)
+        if prefix_cache and now != cached_block:
+            left = model.config.n_sink + now * block_length
+            cached_block, cached_rows = now, rows
+            cache = [(keys[:, :, :left], values[:, :, :left]) for keys, values in store]
+
+        # row by row: independent of the others, and little memory for a large V
+        for r, row_wanted, row_k, row_logits in zip(rows.tolist(), wanted, k.tolist(), logits.split(wanted.sum(dim=1).tolist())):
+            places = row_wanted.nonzero()[:, 0]
+            tokens, confidence = sample_tokens(row_logits.to(place), temperature, streams[r])
             if remasking == "confidence":
-                reveal = surest(confidence, k=-(-len(hidden) // (steps - step)))  # ceil
+                reveal = surest(confidence - 2 * block[places].to(place), row_k)  # block by block
+                if threshold is not None:
+                    reveal |= confidence > threshold
             else:
-                reveal = torch.rand(len(hidden), generator=stream, device=place) < 1 / (steps - step)
-            x[r, hidden[reveal.to(device)]] = tokens[reveal].to(device)
+                reveal = torch.rand(len(places), generator=streams[r], device=place) < 1 / steps_left[r].to(place)
+            x[r, places[reveal.to(device)]] = tokens[reveal].to(device)
+        steps_left[rows] -= 1
         if eot_id is not None:
             hidden = x == mask_id
             ends = (x == eot_id) & ~given & (hidden.cumsum(dim=1) == 0)  # end-of-text with nothing hidden before it

@@ -37,6 +37,9 @@ class SampleConfig:
     temperature: float | None = None  # 0: the likeliest token; 1: the model's own distribution; None: 0.7, 0.1 for a question
     remasking: str = "confidence"  # confidence: keep the surest tokens first; random: the exact reverse process
     cfg_scale: float = 0.0  # classifier-free guidance towards the prompt; 0 = off, else twice the work
+    threshold: float | None = None  # with confidence: keep all tokens above this probability: fewer passes; 0.9 is usual
+    block_length: int | None = None  # with confidence: write from left to right, so many places at a time
+    prefix_cache: bool = False  # with block_length: compute what is left of a block once a block; an approximation
     show: bool = False  # redraw the first text at every step: hidden places dim, new tokens bright
     seed: int = 0  # of the random draws
     device: str = "auto"  # auto: cuda, else mps, else cpu
@@ -124,11 +127,12 @@ def main():
     model, tokenizer, checkpoint = load_trained(cfg.out_dir, cfg.checkpoint, device)
     meta, mask_id = checkpoint["meta"], model.config.mask_id
     torch.manual_seed(cfg.seed)
+    options = "steps temperature remasking cfg_scale threshold block_length prefix_cache"
+    options = {key: getattr(cfg, key) for key in options.split()}
     start_time = time.time()
     if cfg.question is not None:
         show = Show(torch.full((1, model.config.block_size), mask_id), tokenizer, mask_id, 0) if cfg.show else None
-        options = {"steps": cfg.steps, "length": cfg.length, "temperature": cfg.temperature, "remasking": cfg.remasking}
-        options["cfg_scale"] = cfg.cfg_scale
+        options["length"] = cfg.length
         seeds = [seed_for(cfg.seed, i) for i in range(cfg.num_samples)]
         with autocast(device, cfg.dtype):
             solved = solve(model, tokenizer, [cfg.question] * cfg.num_samples, seeds, options, options, show)
@@ -144,7 +148,7 @@ def main():
     x = start.expand(cfg.num_samples, -1).to(device)
     show = Show(start, tokenizer, mask_id, opening) if cfg.show else None
     with autocast(device, cfg.dtype):
-        x, n_forward = generate(model, x, cfg.steps, cfg.temperature, cfg.remasking, cfg.cfg_scale, on_step=show)
+        x, n_forward = generate(model, x, **options, on_step=show)
     seconds = time.time() - start_time
 
     for i, row in enumerate(x.tolist()):

@@ -113,11 +113,10 @@ def example_batches(folder, meta, cfg):
 # Asking a trained model
 
 
-def respond(
-    model, prompts, eot_id, seeds, steps=256, length=None, temperature=0.0, remasking="confidence", cfg_scale=0.0, on_step=None
-):
+def respond(model, prompts, eot_id, seeds, steps=256, length=None, remasking="confidence", cfg_scale=0.0, on_step=None, **options):
     """Writes a response behind each prompt (a list of token ids, or None), all in one batch of rows of `length` tokens, prompt
     included (default: the model's block_size). Prompts of different length need no padding: what is left of a row is response.
+    options: what else generate takes.
 
     Returns for each prompt the response's ids up to its end-of-text, None where there is no prompt or no room behind it; and the
     number of forward passes that its row took."""
@@ -129,18 +128,20 @@ def respond(
     x = torch.full((len(fitting), length), mask_id)
     for row, i in enumerate(fitting):
         x[row, : len(prompts[i])] = torch.tensor(prompts[i])
-    is_open = [torch.ones(len(fitting), dtype=torch.bool)]  # at each step: is anything still hidden in the row?
+    counts, before = torch.zeros(len(fitting), dtype=torch.long), x
 
     def watch(x):
-        is_open.append((x == mask_id).any(dim=1).cpu())
+        nonlocal counts, before
+        now = x.cpu()  # by chance a step at random reveals nothing; by confidence, a row that stays as it is was not computed
+        taken = before == mask_id if remasking == "random" else now != before
+        counts, before = counts + taken.any(dim=1) * (1 if cfg_scale == 0.0 else 2), now
         if on_step:
             on_step(x)
 
     filled, _ = generate(
-        model, x.to(model.lm_head.weight.device), steps, temperature, remasking, cfg_scale,
-        seeds=[seeds[i] for i in fitting], eot_id=eot_id, on_step=watch,
+        model, x.to(model.device), steps, remasking=remasking, cfg_scale=cfg_scale, seeds=[seeds[i] for i in fitting],
+        eot_id=eot_id, on_step=watch, **options,
     )  # fmt: skip
-    counts = torch.stack(is_open).sum(dim=0) * (1 if cfg_scale == 0.0 else 2)
     for i, ids, count in zip(fitting, filled.tolist(), counts.tolist()):
         ids = ids[len(prompts[i]) :]
         responses[i] = ids[: ids.index(eot_id)] if eot_id in ids else ids

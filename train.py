@@ -10,6 +10,7 @@ a resumed run continues exactly, two processes do the work of one, and two varia
 `train` is the one training loop; what is particular to a task is its get_batch(split, index) -> x0, maskable.
 """
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import json
@@ -52,7 +53,7 @@ class TrainConfig:
     sink_position: str = "front"  # front or end
     sink_zero_value: bool = False  # force the sinks' value vectors to zero
     gated_attention: bool = False  # the gated-attention baseline
-    sink_attention: str = "mask"  # how the sink's row is computed
+    sink_attention: str = "mask"  # mask: the paper's, as it stands; split: the same numbers without a mask, for fast kernels
     # batch and length
     batch_size: int = 16  # sequences per optimizer step, over all processes
     micro_batch_size: int = 16  # sequences per process and forward pass; the rest is gradient accumulation
@@ -78,7 +79,7 @@ class TrainConfig:
     # machine
     device: str = "auto"  # auto: cuda, else mps, else cpu
     dtype: str = "auto"  # float32, bfloat16 or float16 (autocast); auto: bfloat16 where a GPU has it, else float32
-    compile: bool = False  # torch.compile: a minute at the start, faster steps on a GPU
+    compile: bool = False  # torch.compile of the blocks: a minute at the start, faster steps on a GPU
 
     def __post_init__(self):
         self.out_dir = self.out_dir or f"out/{self.dataset}"
@@ -102,6 +103,7 @@ class TrainConfig:
 MODEL_KEYS = [f.name for f in dataclasses.fields(MDMConfig) if f.name != "vocab_size"]
 # What may be set anew when a run is resumed; any other key must keep its value.
 RESUME_KEYS = "out_dir init_from data_dir max_steps train_flops epochs eval_interval log_interval wandb device compile".split()
+RESUME_KEYS.append("sink_attention")  # computes the same
 # Each sets the length of a run; of those that a config has (epochs is fine-tuning's), whichever is set counts.
 LENGTH_KEYS = ["max_steps", "train_flops", "epochs"]
 
@@ -276,9 +278,9 @@ def seed_for(seed, index) -> int:
 
 
 @torch.no_grad()
-def validation_nll(net, x0, maskable, rows, n_rows, mc_num=1, dtype="auto"):
+def validation_nll(model, x0, maskable, rows, n_rows, mc_num=1, dtype="auto"):
     """Draws of the bound on -log p of the validation sequences x0 (B, T), numbers `rows` out of n_rows: (mc_num, B) nats, and
-    their noise levels t (mc_num, B).
+    their noise levels t (mc_num, B). All on the CPU.
 
     The mc_num * n_rows levels of the whole set are (i + 1/2) / (mc_num * n_rows), and a sequence's mc_num of them are evenly
     spaced. A sequence always has the same levels and the same noise, whatever the model, the machine or the batch."""
@@ -287,10 +289,10 @@ def validation_nll(net, x0, maskable, rows, n_rows, mc_num=1, dtype="auto"):
     noise = np.stack([np.random.default_rng([1234, row]).random((mc_num, x0.size(1)), np.float32) for row in rows], axis=1)
     draws = []
     for level, uniform in zip(t, noise):
-        p_mask = noise_levels(torch.tensor(level[:, None], dtype=torch.float32, device=x0.device))
-        xt, masked = mask_tokens(x0, p_mask, maskable, net.config.mask_id, torch.from_numpy(uniform).to(x0.device))
-        with autocast(x0.device, dtype):
-            draws.append(weighted_nll(net, x0, xt, masked, p_mask))
+        p_mask = noise_levels(torch.tensor(level[:, None], dtype=torch.float32))
+        xt, masked = mask_tokens(x0, p_mask, maskable, model.config.mask_id, torch.from_numpy(uniform))
+        with autocast(model.device, dtype):
+            draws.append(weighted_nll(model, x0, xt, masked, p_mask))
     return torch.stack(draws).cpu(), t
 
 
@@ -306,22 +308,41 @@ def mean_and_error(nll, count):
     return mean.item(), error.item()
 
 
-def evaluate(cfg, net, get_batch, device, rank=0, world_size=1):
+def evaluate(cfg, model, get_batch, rank=0, world_size=1):
     """The bound on -log p(x0) over eval_seqs validation sequences, nats per maskable token: its mean and standard error. One draw
     for each sequence, the same for any number of processes."""
     B, N = cfg.micro_batch_size, cfg.eval_seqs
     sums = torch.zeros(3, N, dtype=torch.float64)
     for index in range(rank, math.ceil(N / B), world_size):
         rows = np.arange(index * B, min(N, (index + 1) * B))
-        x0, maskable = (tensor[: len(rows)].to(device) for tensor in get_batch("val", index))
-        nll, t = validation_nll(net, x0, maskable, rows, N, dtype=cfg.dtype)
-        sums[:, rows] = torch.stack((nll[0].double(), maskable.sum(dim=1).cpu(), torch.from_numpy(t[0])))
+        x0, maskable = (tensor[: len(rows)] for tensor in get_batch("val", index))
+        nll, t = validation_nll(model, x0, maskable, rows, N, dtype=cfg.dtype)
+        sums[:, rows] = torch.stack((nll[0].double(), maskable.sum(dim=1), torch.from_numpy(t[0])))
     if world_size > 1:
-        sums = sums.to(device)
         dist.all_reduce(sums)
-    nll, count, t = sums.cpu()
+    nll, count, t = sums
     order = t.argsort()
     return mean_and_error(nll[order], count[order])
+
+
+def one_ahead(get_batch, indices):
+    """(index, x0, maskable) of training micro-batches. While one is worked on, a thread already makes the next one."""
+    with concurrent.futures.ThreadPoolExecutor(max_workers=1) as pool:
+        index, batch = None, None
+        for coming in indices:
+            index, batch, done, result = coming, pool.submit(get_batch, "train", coming), index, batch
+            if result is not None:
+                yield done, *result.result()
+        if batch is not None:
+            yield index, *batch.result()
+
+
+def compile_blocks(model, shape):
+    """Makes the model run compiled on texts of this shape (B, T), the many; what is shorter (the last rows of a validation, the
+    random lengths) runs as it is, because each new shape would cost a minute. The output head stays outside: the number of hidden
+    tokens is another every time."""
+    plain, compiled = model.hidden_states, torch.compile(model.hidden_states, dynamic=False)
+    model.hidden_states = lambda xt, **where: (compiled if xt.shape == shape else plain)(xt, **where)
 
 
 def save_checkpoint(path, checkpoint):
@@ -420,7 +441,8 @@ class Reporter:
 def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MDM:
     """Trains model in place, and returns it. Pretraining and fine-tuning differ only in get_batch.
 
-    get_batch(split, index) -> x0, maskable: both (micro_batch_size, T), split 'train' or 'val'; index names the micro-batch
+    get_batch(split, index) -> x0, maskable: both (micro_batch_size, T) on the CPU, split 'train' or 'val'; index names the
+               micro-batch. A thread calls it ahead of time: what is random in it must come from a generator of its own
     meta       the data set's meta.json, kept in the checkpoints
     resume     a checkpoint dict to go on from: its optimizer state and step are taken up (its weights are in model already)
 
@@ -445,10 +467,11 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
     warmup_steps = round(cfg.warmup * max_steps)
 
     model.to(device)
-    net = torch.compile(model) if cfg.compile else model
-    ddp = net
+    if cfg.compile:
+        compile_blocks(model, (cfg.micro_batch_size, cfg.block_size))
+    ddp = model
     if world_size > 1:
-        ddp = DistributedDataParallel(net, device_ids=[device.index] if device.type == "cuda" else None)
+        ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
     optimizer = torch.optim.AdamW(
         model.parameters(),  # one group: every tensor decays
         lr=cfg.learning_rate,
@@ -503,6 +526,8 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
             handlers[signum] = signal.signal(signum, receive)
     stop = ctrl_c = False
     log_time, log_step = time.time(), start
+    micros = range(start * grad_accum, max_steps * grad_accum)
+    batches = one_ahead(get_batch, (micro * world_size + rank for micro in micros))
     try:
         for step in range(start, max_steps + 1):
             last_step = step == max_steps
@@ -510,7 +535,7 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
                 save("ckpt.pt", step)
             if (last_step or step % cfg.eval_interval == 0) and not (resume and step == start):
                 eval_time = time.time()
-                val_loss, val_se = evaluate(cfg, net, get_batch, device, rank, world_size)
+                val_loss, val_se = evaluate(cfg, model, get_batch, rank, world_size)
                 if not math.isfinite(val_loss):  # before it is saved
                     raise ValueError(f"the validation loss is {val_loss} at step {step}; lower learning_rate or use bfloat16")
                 is_best = val_loss < best_val_loss
@@ -530,11 +555,7 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
                 param_group["lr"] = lr
             micro_losses, indices = [], []
             for micro in range(grad_accum):
-                index = (step * grad_accum + micro) * world_size + rank
-                x0, maskable = get_batch("train", index)
-                if device.type == "cuda":  # pinned memory is copied while the GPU works
-                    x0, maskable = x0.pin_memory(), maskable.pin_memory()
-                x0, maskable = (tensor.to(device, non_blocking=device.type == "cuda") for tensor in (x0, maskable))
+                index, x0, maskable = next(batches)
                 torch.manual_seed(seed_for(cfg.seed, index))  # the masks, and dropout if you add some
                 syncs_now = world_size == 1 or micro == grad_accum - 1
                 with contextlib.nullcontext() if syncs_now else ddp.no_sync():
@@ -585,6 +606,7 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
                 losses = []
                 log_time, log_step = time.time(), done
     finally:
+        batches.close()
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
         if report:
@@ -645,8 +667,9 @@ def settle(cfg: TrainConfig, set_by: dict):
             settable = [*set_by, *(LENGTH_KEYS if lengths else [])]
             saved = {key: value for key, value in saved.items() if key not in RESUME_KEYS or key not in settable}
             saved.update(out_dir=cfg.out_dir, init_from="resume")
-        else:  # weights only: the architecture is the checkpoint's; the length of a sequence has no weights
-            saved = {key: checkpoint["model_config"][key] for key in MODEL_KEYS if key != "block_size" or key not in set_by}
+        else:  # weights only: the architecture is the checkpoint's; length of a sequence and way to compute have no weights
+            free = [key for key in ("block_size", "sink_attention") if key in set_by]
+            saved = {key: checkpoint["model_config"][key] for key in MODEL_KEYS if key not in free}
         refuse(cfg, set_by, saved, path)
         cfg = dataclasses.replace(cfg, **saved)
         set_by.update({key: path for key in saved if key not in set_by})
@@ -667,7 +690,7 @@ def start_model(cfg: TrainConfig, checkpoint, meta: dict) -> MDM:
     tokens_of = lambda some: [some["sha256"].get(split) for split in ("train", "val")]  # noqa: E731
     if trained_on and cfg.init_from == "resume" and tokens_of(trained_on) != tokens_of(meta):
         raise ValueError(f"cannot resume: data set {cfg.dataset} has other tokens now than when the checkpoint was saved")
-    checkpoint["model_config"]["block_size"] = cfg.block_size
+    checkpoint["model_config"].update(block_size=cfg.block_size, sink_attention=cfg.sink_attention)
     return MDM.from_checkpoint(checkpoint)
 
 

@@ -19,12 +19,13 @@ class Stub(torch.nn.Module):
     def __init__(self, nll_of_share, vocab_size=3):
         super().__init__()
         self.config, self.nll_of_share = SimpleNamespace(mask_id=vocab_size, vocab_size=vocab_size), nll_of_share
+        self.device = torch.device("cpu")
 
-    def forward(self, xt):
+    def forward(self, xt, only, targets):
         share = (xt == self.config.mask_id).double().mean(1)
         p = (-self.nll_of_share(share)).exp()  # of token 0, the only one in x0
-        logits = torch.stack((p.log(), ((1 - p) / 2).log(), ((1 - p) / 2).log()), -1)
-        return logits[:, None, :].expand(-1, xt.size(1), -1)
+        log_p = torch.stack((p.log(), ((1 - p) / 2).log(), ((1 - p) / 2).log()), -1)
+        return -log_p[only // xt.size(1), targets]
 
 
 def everything(B, T):
@@ -87,9 +88,9 @@ def test_random_length_share():
     lengths = []
 
     class Recorder(Stub):
-        def forward(self, xt):
+        def forward(self, xt, only, targets):
             lengths.append(xt.size(1))
-            return super().forward(xt)
+            return super().forward(xt, only, targets)
 
     x0, maskable = everything(2, 64)
     for _ in range(600):
@@ -167,6 +168,95 @@ def test_confidence_reveals_the_surest_first():
     assert order[0][p.argmax()]
 
 
+def trace(model, x, **options):
+    """x before and after every step of generate."""
+    states = [x]
+    filled, n_forward = generate(model, x, seeds=range(len(x)), on_step=states.append, **options)
+    assert len(states) == n_forward + 1
+    return states
+
+
+@pytest.mark.parametrize("threshold", [0.0, 0.15, 0.25, 1.0])
+def test_threshold_reveals_all_that_is_sure_enough(threshold):
+    """By hand: every hidden place whose likeliest token has more than that probability; where there is none, the surest."""
+    model = make_model()
+    states = trace(model, PROMPT, steps=10, threshold=threshold)
+    for before, after in zip(states, states[1:]):
+        p, tokens = model(before).double().softmax(dim=-1).max(dim=-1)
+        p = p.masked_fill(before != 11, -1)
+        wanted = (p > threshold) | (p == p.amax(dim=1, keepdim=True)) & (p > 0)
+        assert torch.equal(after, torch.where(wanted, tokens, before))
+    assert len(states) - 1 == {0.0: 1, 1.0: 7}.get(threshold, len(states) - 1)
+    assert len(trace(model, PROMPT, steps=2, threshold=1.0)) == 3  # steps are a limit: half of what is left, then the rest
+
+
+@pytest.mark.parametrize("block_length", [1, 4, 10, 99])
+def test_blocks_are_filled_from_left_to_right(block_length):
+    """By hand, one token a step: the surest of the leftmost block that has something hidden, counted from the row's start."""
+    model = make_model()
+    for before, after in zip(states := trace(model, PROMPT, steps=8, block_length=block_length), states[1:]):
+        p, tokens = model(before).double().softmax(dim=-1).max(dim=-1)
+        for row in range(2):
+            hidden = [i for i in range(10) if before[row, i] == 11]
+            if hidden:
+                block = [i for i in hidden if i // block_length == hidden[0] // block_length]
+                best = max(block, key=lambda i: p[row, i].item())
+                assert (after[row] != before[row]).nonzero()[:, 0].tolist() == [best] and after[row, best] == tokens[row, best]
+
+
+def test_blocks_and_few_steps():
+    """Seven hidden places in two steps: four from the left, though a block has three; then the other three."""
+    x = torch.full((1, 7), 11)
+    states = trace(make_model(), x, steps=2, block_length=3)
+    assert (states[1] != 11)[0, :3].all() and (states[1] != 11).sum() == 4 and len(states) == 3
+
+
+def test_prefix_cache(variant):
+    """Exact where nothing is left of the block; else an approximation, which computes the prefix once a block: by hand."""
+    model = make_model(**variant)
+    assert torch.equal(*(generate(model, PROMPT, steps=8, block_length=10, prefix_cache=c)[0] for c in (False, True)))
+    L, n_sink = 4, model.config.n_sink
+    states = trace(model, PROMPT[:1], steps=8, block_length=L, prefix_cache=True)
+    cached = None
+    for before, after in zip(states, states[1:]):
+        block = (before[0] == 11).nonzero()[0].item() // L
+        if block != cached:
+            model.hidden_states(before, store=(store := []))
+            cached, kv = block, [(k[:, :, : n_sink + block * L], v[:, :, : n_sink + block * L]) for k, v in store]
+        logits = model(before[:, block * L :], before=kv)[0]
+        p, tokens = logits.double().softmax(dim=-1).max(dim=-1)
+        p = p.masked_fill(before[0, block * L :] != 11, -1)[:L]
+        assert (after != before)[0].nonzero()[:, 0].tolist() == [block * L + p.argmax().item()]
+        assert after[0, block * L + p.argmax()] == tokens[p.argmax()]
+
+
+def test_prefix_cache_is_an_approximation():
+    model = make_model()
+    x = torch.full((1, 16), 11)
+    passes = lambda cache: [len(args[0]) for args in seen(model, x, steps=16, block_length=4, prefix_cache=cache)]  # noqa: E731
+    assert passes(True) == passes(False) == [1] * 16
+    lengths = [args[0].size(1) for args in seen(model, x, steps=16, block_length=4, prefix_cache=True)]
+    assert lengths == [16, 16, 16, 16, 16, 12, 12, 12, 16, 8, 8, 8, 16, 4, 4, 4]
+
+
+def seen(model, x, **options):
+    """The arguments of every forward pass of generate."""
+    calls = []
+    hook = model.register_forward_pre_hook(lambda module, args: calls.append(args))
+    generate(model, x, **options)
+    hook.remove()
+    return calls
+
+
+@pytest.mark.parametrize("cfg_scale", [0.0, 0.5])
+def test_sinks_are_computed_once_for_a_text(cfg_scale, monkeypatch):
+    model, calls = make_model(sink_attention="split"), []
+    real = model.sink_keys_values
+    monkeypatch.setattr(model, "sink_keys_values", lambda: calls.append(1) or real())
+    generate(model, PROMPT, steps=8, cfg_scale=cfg_scale)
+    assert calls == [1]
+
+
 def test_random_reverse_process_reveals_at_the_right_rate():
     """From t to s, (t - s) / t of the hidden tokens: uniformly over the steps, whatever the model's confidence."""
     x = torch.full((400, 10), 11)
@@ -219,9 +309,23 @@ def test_surest():
     assert surest(torch.tensor([0.3, 0.2]), 5).tolist() == [True, True]
 
 
-@pytest.mark.parametrize("options", [{"remasking": "greddy"}, {"steps": 0}, {"temperature": -1.0}, {"cfg_scale": -0.1}])
-def test_bad_options(options):
-    with pytest.raises(ValueError, match="1 seeds for 2 rows"):
-        generate(make_model(), PROMPT, steps=2, seeds=[1])
-    with pytest.raises(ValueError, match="remasking is 'greddy'|wanted steps >= 1"):
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"remasking": "greddy"}, "remasking is 'greddy'"),
+        ({"steps": 0}, "wanted steps >= 1"),
+        ({"temperature": -1.0}, "temperature >= 0"),
+        ({"cfg_scale": -0.1}, "cfg_scale >= 0"),
+        ({"seeds": [1]}, "1 seeds for 2 rows"),
+        ({"threshold": 1.5}, "wanted threshold in 0..1"),
+        ({"threshold": math.nan}, "wanted threshold in 0..1"),
+        ({"block_length": 0}, "block_length >= 1"),
+        ({"threshold": 0.9, "remasking": "random"}, "leave them out with remasking='random'"),
+        ({"block_length": 4, "remasking": "random"}, "leave them out with remasking='random'"),
+        ({"prefix_cache": True}, "prefix_cache needs a block_length"),
+        ({"prefix_cache": True, "block_length": 4, "cfg_scale": 1.0}, "without cfg_scale only"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
         generate(make_model(), PROMPT, **{"steps": 4, **options})

@@ -73,7 +73,7 @@ def test_loss_agrees_with_training(out_dir, monkeypatch, capsys):
     model, _, checkpoint = parts_of(out_dir)
     cfg = TrainConfig(**checkpoint["run_config"])
     folder = os.path.join(cfg.data_dir, "arithmetic")
-    mean, se = evaluate(cfg, model, token_batches(folder, checkpoint["meta"], cfg), torch.device("cpu"))
+    mean, se = evaluate(cfg, model, token_batches(folder, checkpoint["meta"], cfg))
     one = call(monkeypatch, out_dir, "--task=loss", "--limit=40", "--mc_num=1")
     assert (one["nats_per_token"], one["nats_per_token_se"]) == (pytest.approx(mean, rel=1e-6), pytest.approx(se, rel=1e-6))
     many = call(monkeypatch, out_dir, "--task=loss", "--limit=40", "--mc_num=16")
@@ -124,7 +124,7 @@ def test_loss_of_a_fine_tuned_model_is_that_of_responses(out_dir, monkeypatch):
     checkpoint.update(run_config=asdict(cfg), model=model.state_dict(), model_config=vars(model.config))
     save_checkpoint(out_dir / "ckpt.pt", checkpoint)
     get_batch, data = example_batches(os.path.join(data_dir, "arithmetic"), checkpoint["meta"], cfg)
-    mean, se = evaluate(cfg, model, get_batch, torch.device("cpu"))
+    mean, se = evaluate(cfg, model, get_batch)
     result = call(monkeypatch, out_dir, "--task=loss", "--limit=30", "--mc_num=1")
     assert (result["nats_per_token"], result["nats_per_token_se"]) == (pytest.approx(mean, rel=1e-6), pytest.approx(se, rel=1e-6))
     text, batches = load_tokenizer(checkpoint["meta"]["tokenizer"]), [get_batch("val", index) for index in range(6)]

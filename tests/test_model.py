@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from conftest import make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from model import MDM, MDMConfig
+import model as model_module
+from model import MDM, MDMConfig, weighted_nll
 
 
 def states(model, xt):
@@ -23,11 +25,6 @@ def states(model, xt):
     for hook in hooks:
         hook.remove()
     return out
-
-
-def sink_rows(model, state):
-    n = model.config.n_sink
-    return state[:, :n] if model.config.sink_position == "front" else state[:, -n:]
 
 
 def oracle(model, xt):
@@ -93,8 +90,9 @@ def test_sink_state_is_a_constant(flags):
     model = make_model(**flags)
     one, other = torch.randint(0, 12, (2, 9)), torch.randint(0, 12, (2, 9))
     for a, b in zip(states(model, one), states(model, other)):
-        torch.testing.assert_close(sink_rows(model, a), sink_rows(model, b), atol=1e-6, rtol=0)
-        torch.testing.assert_close(sink_rows(model, a)[0], sink_rows(model, a)[1], atol=1e-6, rtol=0)
+        a_sinks, b_sinks = (state[:, : model.config.n_sink] for state in (a, b))  # the first rows, also with positions at the end
+        torch.testing.assert_close(a_sinks, b_sinks, atol=1e-6, rtol=0)
+        torch.testing.assert_close(a_sinks[0], a_sinks[1], atol=1e-6, rtol=0)
         assert not torch.allclose(a, b)  # the content's states do differ
 
 
@@ -140,6 +138,121 @@ def test_attention_reads_both_directions(variant):
     changed = xt.clone()
     changed[0, 0] = (xt[0, 0] + 1) % 11
     assert (model(xt) - model(changed))[0, -1].abs().max() > 1e-4
+
+
+def both_ways(**flags):
+    return make_model(**flags), make_model(**flags, sink_attention="split")
+
+
+def test_split_equals_mask(variant):
+    """Logits, loss and the gradient of every parameter, with rows of equal and of different lengths."""
+    mask, split = both_ways(**variant)
+    xt, targets = torch.randint(0, 12, (3, 9)), torch.randint(0, 11, (3, 9))
+    for lengths in (None, torch.tensor([9, 4, 6])):
+        real = torch.ones(3, 9, dtype=torch.bool) if lengths is None else torch.arange(9) < lengths[:, None]
+        for model in (mask, split):
+            model.zero_grad()
+            model.logits = model(xt, lengths=lengths)[real]
+            F.cross_entropy(model.logits, targets[real]).backward()
+        torch.testing.assert_close(split.logits, mask.logits, atol=1e-5, rtol=1e-5)
+        for (name, p), (_, q) in zip(mask.named_parameters(), split.named_parameters()):
+            assert p.grad.norm() > 0 and (p.grad - q.grad).norm() < 1e-4 * p.grad.norm(), (name, lengths)
+
+
+def test_split_equals_mask_in_bfloat16(variant):
+    """They differ by no more than either does from float32."""
+    mask, split = both_ways(**variant)
+    xt = torch.randint(0, 12, (8, 16))
+    exact = mask(xt)
+    with torch.autocast("cpu", torch.bfloat16):
+        a, b = mask(xt), split(xt)
+    rounding = (a.float() - exact).square().mean().sqrt()
+    assert a.dtype == torch.bfloat16 and 0 < rounding < 0.1
+    assert (a.float() - b.float()).square().mean().sqrt() < 1.5 * rounding
+
+
+@pytest.mark.parametrize("flags", [{"n_sink": 1}, {"n_sink": 2, "sink_position": "end"}, {"sink_zero_value": True}])
+def test_sinks_may_be_computed_once(flags):
+    model = make_model(**flags, sink_attention="split")
+    sinks = model.sink_keys_values()
+    for T in (3, 16):
+        xt = torch.randint(0, 12, (2, T))
+        torch.testing.assert_close(model(xt, sinks=sinks), model(xt), atol=0, rtol=0)
+    with torch.no_grad():
+        model.sink += 1.0
+    assert (model(xt, sinks=sinks) - model(xt)).abs().max() > 1e-3  # they are what is used
+    assert make_model(n_sink=0, sink_attention="split").sink_keys_values() is None
+
+
+@pytest.mark.parametrize("way", ["mask", "split"])
+def test_a_pass_over_the_rest_of_a_text(variant, way):
+    """With keys and values of sinks and beginning given, the rest has the states that it has in the whole text."""
+    model = make_model(**variant, sink_attention=way)
+    n_sink, xt = model.config.n_sink, torch.randint(0, 12, (3, 12))
+    for lengths in (None, torch.tensor([12, 7, 9])):
+        real = torch.ones(3, 12, dtype=torch.bool) if lengths is None else torch.arange(12) < lengths[:, None]
+        whole = model.hidden_states(xt, lengths, store=(store := []))
+        for start in (0, 1, 5):
+            before = [(k[:, :, : n_sink + start], v[:, :, : n_sink + start]) for k, v in store]
+            rest = model.hidden_states(xt[:, start:], lengths, before=before)
+            torch.testing.assert_close(rest[real[:, start:]], whole[:, start:][real[:, start:]], atol=1e-5, rtol=1e-5)
+
+
+def test_no_mask_reaches_attention_in_split(monkeypatch):
+    """So that flash kernels may run; and the sinks' stream needs no attention at all."""
+    calls, real = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(
+        F,
+        "scaled_dot_product_attention",
+        lambda q, k, v, attn_mask: calls.append((q.shape, k.shape, attn_mask)) or real(q, k, v, attn_mask),
+    )
+    make_model(n_sink=2, sink_attention="split")(torch.randint(0, 12, (3, 9)))
+    assert calls == [((3, 2, 9, 8), (3, 2, 11, 8), None)] * 2
+
+
+def test_head_where_it_counts(variant):
+    """-log p at chosen places equals that of all logits, with its gradients, in one part and in many."""
+    model = make_model(**variant)
+    xt, places = torch.randint(0, 12, (3, 9)), torch.tensor([0, 3, 4, 8, 9, 20, 26])
+    targets = torch.randint(0, 11, (7,))
+    wanted = F.cross_entropy(model(xt).flatten(0, 1)[places], targets, reduction="none")
+    weights = torch.rand(7)
+    (wanted * weights).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    torch.testing.assert_close(model(xt, only=places), model(xt).flatten(0, 1)[places])
+    for at_once in (model_module.LOGITS_AT_ONCE, 3 * 11, 1):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(model_module, "LOGITS_AT_ONCE", at_once)
+            model.zero_grad()
+            nll = model(xt, only=places, targets=targets)
+            (nll * weights).sum().backward()
+        torch.testing.assert_close(nll, wanted, atol=1e-6, rtol=1e-6)
+        for name, p in model.named_parameters():
+            assert (p.grad - gradients[name]).norm() < 1e-5 * gradients[name].norm(), (name, at_once)
+    nothing = model(xt, only=places[:0], targets=targets[:0])
+    nothing.sum().backward()  # a batch in which nothing is hidden
+    assert nothing.shape == (0,)
+
+
+def test_loss_holds_few_logits_at_once(monkeypatch):
+    """No tensor with a row of V for each hidden token is ever made, neither forward nor backward."""
+    model = make_model(vocab_size=4096, n_sink=0)
+    monkeypatch.setattr(model_module, "LOGITS_AT_ONCE", 5 * 4096)
+    x0 = torch.randint(0, 4096, (8, 16))
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            if torch.is_tensor(out) and out.shape[1:] == (4096,) and len(out) != 16:  # 16: the head's own weight, C x V
+                largest = max(largest, out.size(0))
+            return out
+
+    everything = torch.ones_like(x0, dtype=torch.bool)
+    with Watch():
+        weighted_nll(model, x0, torch.full_like(x0, 4096), everything, torch.ones(8, 1)).sum().backward()
+    assert largest == 5
 
 
 def test_vanilla_has_nothing_extra():
@@ -188,7 +301,7 @@ def test_counts():
     assert model.num_params(non_embedding=False) == by_hand + 12 * 16 + 11 * 16 + 3 * 16
     assert c.table_params() == by_hand - c.n_layer * 16 * 16  # the table does not count the gate
     # 2 FLOPs a weight forward, 4 backward; attention: q k^T and weights v, each 2 T C FLOPs a token, three times in all
-    assert model.flops_per_token(10) == 6 * (by_hand + 11 * 16) + 3 * c.n_layer * 2 * 2 * 10 * 16
+    assert model.flops_per_token(10) == 6 * (by_hand + 11 * 16 / 2) + 3 * c.n_layer * 2 * 2 * 10 * 16  # the head: half the tokens
 
 
 @pytest.mark.parametrize(
@@ -198,7 +311,7 @@ def test_counts():
         ({"n_embd": 12, "n_head": 4}, "heads of even width"),
         ({"n_sink": -1}, "n_sink is -1"),
         ({"sink_position": "middle"}, "'front' or 'end'"),
-        ({"sink_attention": "split"}, "only 'mask' is implemented"),
+        ({"sink_attention": "flash"}, "'mask' or 'split'"),
         ({"n_layer": 0}, "n_layer is 0"),
     ],
 )
