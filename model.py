@@ -28,10 +28,10 @@ denoised. The cure is one more token, which attends only to itself while every t
 Because it sees nothing else, the sink's hidden state in every layer is the same for every text and every t: a constant that
 the model learns, a fixed place to leave surplus attention.
 
-TWO WAYS TO COMPUTE IT. sink_attention='mask' is the definition: sinks are rows of the sequence, and attention gets the mask M.
-'split' uses that a sink's state is a constant: its keys and values are computed once, apart from the text, and the text's
-queries attend to [sink K/V; text K/V] with no mask, so that the fastest kernels of attention may run. Same parameters, same
-numbers up to rounding.
+TWO WAYS TO COMPUTE IT. sink_attention='mask' is the definition: all rows go through attention, with the mask M. 'split' leaves
+the sinks' rows out of it: the text's queries attend to [sink K/V; text K/V], which needs no mask, so that the fastest kernels may
+run; and what a sink reads is its own value. The sinks' keys and values are constants, so sampling and evaluation compute them
+once (`sink_keys_values`). Same parameters, same numbers up to rounding.
 
 NAMES. x0 clean tokens, xt partly hidden tokens, both (B, T); t the noise level; p_mask the probability of being hidden;
 masked = is hidden, maskable = may be hidden; B batch, T content tokens, S = T + n_sink, C = n_embd, H heads, V vocabulary.
@@ -143,35 +143,40 @@ def apply_rope(x, cos, sin):
 class Attention(nn.Module):
     def __init__(self, config: MDMConfig):
         super().__init__()
-        self.n_head = config.n_head
-        self.sink_zero_value = config.sink_zero_value
+        self.config, self.n_head = config, config.n_head
         self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.gate = nn.Linear(config.n_embd, config.n_embd, bias=False) if config.gated_attention else None
 
-    def project(self, x, is_sink=None):
-        """x (B, S, C) -> q, k, v, each (B, H, S, d), not rotated yet. is_sink (S,) tells which rows are sinks; None: none."""
+    def project(self, x, n_sink=0):
+        """x (B, S, C), its first n_sink rows sinks -> q, k, v, each (B, H, S, d), not rotated yet."""
         B, S, C = x.shape
         q, k, v = self.qkv(x).view(B, S, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        if self.sink_zero_value and is_sink is not None:
-            v = v.masked_fill(is_sink[:, None], 0.0)
+        if self.config.sink_zero_value and n_sink:
+            v = F.pad(v[:, :, n_sink:], (0, 0, n_sink, 0))
         return q, k, v
 
     def output(self, x, y):
-        """What the heads have read, y (B, H, S, d), on its way back into the residual stream; x (B, S, C) is the layer's input."""
-        y = y.transpose(1, 2).reshape(x.shape)  # heads side by side
+        """What the heads have read, y (B, S, H, d), on its way back into the residual stream; x (B, S, C) is the layer's input."""
+        y = y.reshape(x.shape)  # heads side by side
         if self.gate is not None:
             y = y * torch.sigmoid(self.gate(x))
         return self.proj(y)
 
-    def forward(self, x, rope, is_sink=None, may_attend=None, before=None, store=None):
-        q, k, v = self.project(x, is_sink)
+    def forward(self, x, rope, n_sink=0, may_attend=None, before=None, store=None):
+        q, k, v = self.project(x, n_sink)
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if before is not None:  # keys and values of what is no row of x
             k, v = (torch.cat((past.expand(len(x), -1, -1, -1), own), dim=2) for past, own in zip(before, (k, v)))
         if store is not None:
             store.append((k, v))
-        return self.output(x, F.scaled_dot_product_attention(q, k, v, attn_mask=may_attend))
+        if n_sink and self.config.sink_attention == "split":
+            # Only the text's rows need attention. A softmax over one column is 1: what a sink reads is its own value.
+            y = F.scaled_dot_product_attention(q[:, :, n_sink:], k, v, attn_mask=may_attend)
+            y = torch.cat((v[:, :, :n_sink].transpose(1, 2), y.transpose(1, 2)), dim=1)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=may_attend).transpose(1, 2)
+        return self.output(x, y)
 
 
 class MLP(nn.Module):
@@ -250,7 +255,7 @@ class MDM(nn.Module):
         """What the last block gives for the content positions, (B, T, C).
 
         lengths   (B,) tokens of each row; what stands behind them is padding, which changes nothing before it
-        sinks     what sink_keys_values gave, where many passes share it; None: computed here
+        sinks     what sink_keys_values gave, for passes that share it; None: the sinks go through the layers with the text
         before    keys and values of the sinks and of the text left of xt, for each layer, as a pass over the whole text stored
                   them: then xt is the rest of that text alone
         store     a list, which gets each layer's keys and values (B, H, S, d): the sinks', then the text's
@@ -261,25 +266,24 @@ class MDM(nn.Module):
         if T > self.config.block_size:
             raise ValueError(f"sequence of {T} tokens exceeds block_size {self.config.block_size}")
         x = self.wte(xt)
-        is_sink = may_attend = None
-        rope = self.rotations(T, lengths)
-        if before is not None:
-            rope = [table[..., n_sink + start :, :] for table in rope]
-        elif n_sink and self.config.sink_attention == "split":
-            of_sinks = [table[..., :n_sink, :] for table in rope]
-            before = [(apply_rope(k, *of_sinks), v) for k, v in sinks or self.sink_keys_values()]
-            rope = [table[..., n_sink:, :] for table in rope]
-        elif n_sink:
+        n_rows, may_attend, rope = 0, None, self.rotations(T, lengths)  # n_rows: of sinks in x
+        if before is None and sinks is None:
+            n_rows = n_sink
+        elif before is None:
+            before = [(apply_rope(k, *(table[..., :n_sink, :] for table in rope)), v) for k, v in sinks]
+        rope = [table[..., n_sink + start - n_rows :, :] for table in rope]
+        if n_rows:
             x = torch.cat((self.sink.expand(len(x), -1, -1), x), dim=1)  # (B, S, C)
-            is_sink = torch.arange(n_sink + T, device=device) < n_sink
+        if n_rows and self.config.sink_attention == "mask":
             # Row i may attend to column j: a content row sees everything, a sink's row sees only itself (Eq. 5-6).
-            may_attend = ~is_sink[:, None] | torch.eye(n_sink + T, dtype=torch.bool, device=device)
+            is_content = torch.arange(n_sink + T, device=device) >= n_sink
+            may_attend = is_content[:, None] | torch.eye(n_sink + T, dtype=torch.bool, device=device)
         if lengths is not None:
             visible = torch.arange(start, T, device=device) < lengths[:, None]
             visible = F.pad(visible, (n_sink + start, 0), value=True)[:, None, None]  # (B, 1, 1, S): these columns
             may_attend = visible if may_attend is None else may_attend & visible
         for block, kv in zip(self.blocks, before or [None] * len(self.blocks)):
-            x = block(x, rope, is_sink, may_attend, kv, store)
+            x = block(x, rope, n_rows, may_attend, kv, store)
         return x[:, -xt.size(1) :]
 
     def rotations(self, T, lengths=None):
@@ -297,17 +301,16 @@ class MDM(nn.Module):
         return [table[place][:, None] for table in tables]
 
     def sink_keys_values(self):
-        """The sinks' keys (not rotated yet) and values in every layer, each (1, H, n_sink, d); None if the sinks are rows of the
-        sequence. A softmax over one column is 1, so what attention hands a sink is its own value."""
+        """The sinks' keys (not rotated yet) and values in every layer, each (1, H, n_sink, d), for many passes with the same
+        weights; None if there are no sinks, or if the mask of 'mask' needs them in the sequence."""
         if not self.config.n_sink or self.config.sink_attention == "mask":
             return None
-        x, is_sink = self.sink[None], torch.ones(self.config.n_sink, dtype=torch.bool, device=self.device)
-        keys_values = []
+        x, keys_values = self.sink[None], []
         for block in self.blocks:
             normed = block.norm_1(x)
-            _, k, v = block.attn.project(normed, is_sink)
+            _, k, v = block.attn.project(normed, self.config.n_sink)
             keys_values.append((k, v))
-            x = x + block.attn.output(normed, v)
+            x = x + block.attn.output(normed, v.transpose(1, 2))  # what a sink reads is its own value
             x = x + block.mlp(block.norm_2(x))
         return keys_values
 

@@ -200,7 +200,8 @@ def test_two_processes_and_any_batch_find_the_same(asked, monkeypatch, tmp_path)
 @pytest.mark.parametrize(
     "flag",
     "steps=5 length=60 temperature=1 cfg_scale=2 answer_steps=5 answer_length=50 answer_temperature=4 answer_cfg_scale=2 "
-    "remasking=random seed=1 limit=19 checkpoint=best.pt dtype=bfloat16".split(),
+    "remasking=random seed=1 limit=19 checkpoint=best.pt dtype=bfloat16 threshold=0.1 block_length=4 "
+    "block_length=4,prefix_cache=True".split(),
 )
 def test_every_option_changes_the_answers(asked, monkeypatch, flag):
     """The answers' own options with the oracle, whose thoughts are sure to end; the others with a model of random weights."""
@@ -211,6 +212,8 @@ def test_every_option_changes_the_answers(asked, monkeypatch, flag):
         checkpoint = checkpoint_of(out_dir)
         checkpoint["model"] = make_model(seed=1, vocab_size=257, block_size=64).state_dict()
         save_checkpoint(out_dir / "best.pt", checkpoint)
+    *base, flag = flag.split(",")  # what the option is an option of
+    flags += [f"--{key}" for key in base]
     (_, plain), (_, other) = call(monkeypatch, out_dir, *flags), call(monkeypatch, out_dir, *flags, f"--{flag}")
     assert records_of(plain) != records_of(other)
     if flag.startswith("answer_"):  # the thoughts are what they were

@@ -12,6 +12,7 @@ import torch
 from conftest import make_model
 
 from bench import one_at_a_time
+from configurator import parse
 from eval import EvalConfig, Trained, continuations, encode_pair, fit, greedy_matches, hidden_tokens, rolling_loglikelihoods, score
 from model import MDM, generate, guided_logits
 from prepare_data import load_tokenizer, make_tokenizer
@@ -375,10 +376,15 @@ def test_a_text_ends_before_its_end_of_text(trained, monkeypatch):
     assert record["text"] == " b"  # with its space
 
 
-@pytest.mark.parametrize("change", [{"temperature": 2.0}, {"steps": 2}, {"remasking": "random"}, {"cfg_scale": 3.0}, {"seed": 1}])
+@pytest.mark.parametrize(
+    "change",
+    "temperature=2 steps=2 remasking=random cfg_scale=3 seed=1 threshold=0.01 block_length=3 "
+    "block_length=6,prefix_cache=True".split(),
+)
 def test_every_option_changes_the_text(trained, change):
     requests = [asked("Answer:", 12, do_sample=True)] * 2 + [asked("Answer:", 12, repeat=1, do_sample=True)]
-    plain, other = (continuations(EvalConfig(**{"temperature": 1.5, **c}), trained, requests) for c in ({}, change))
+    *base, change = (f"--{flag}" for flag in ["temperature=1.5", *change.split(",")])
+    plain, other = (continuations(parse(EvalConfig, flags)[0], trained, requests) for flags in (base, [*base, change]))
     assert plain[0] == plain[1] != plain[2] and plain != other  # the second asking of the same draws anew
     requests = [asked("Answer:", 12, do_sample=True, temperature=3.0)]  # the task's own settings win
     assert continuations(EvalConfig(), trained, requests) == continuations(EvalConfig(temperature=0.7), trained, requests)

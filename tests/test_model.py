@@ -177,7 +177,7 @@ def test_sinks_may_be_computed_once(flags):
     sinks = model.sink_keys_values()
     for T in (3, 16):
         xt = torch.randint(0, 12, (2, T))
-        torch.testing.assert_close(model(xt, sinks=sinks), model(xt), atol=0, rtol=0)
+        torch.testing.assert_close(model(xt, sinks=sinks), model(xt), atol=1e-5, rtol=1e-5)
     with torch.no_grad():
         model.sink += 1.0
     assert (model(xt, sinks=sinks) - model(xt)).abs().max() > 1e-3  # they are what is used

@@ -85,10 +85,13 @@ def test_infilling_keeps_what_is_given(monkeypatch, capsys, out_dir):
 
 
 @pytest.mark.parametrize(
-    "flag", ["steps=3", "temperature=0", "remasking=random", "cfg_scale=3", "seed=1", "length=9", "prompt=x", "num_samples=2"]
+    "flag",
+    "steps=3 temperature=0 remasking=random cfg_scale=3 seed=1 length=9 prompt=x num_samples=2 threshold=0.01 block_length=4 "
+    "steps=30,num_samples=9,block_length=9,prefix_cache=True".split(),
 )
 def test_every_option_changes_the_text(monkeypatch, capsys, out_dir, flag):
-    base = ["--prompt=ab", "--num_samples=1", "--length=30", "--steps=10", "--temperature=0.9"]
+    *more, flag = flag.split(",")  # what the option is an option of
+    base = ["--prompt=ab", "--num_samples=1", "--length=30", "--steps=10", "--temperature=0.9", *(f"--{key}" for key in more)]
     plain = call(monkeypatch, capsys, out_dir, *base).out
     assert plain == call(monkeypatch, capsys, out_dir, *base).out
     assert plain != call(monkeypatch, capsys, out_dir, *base, f"--{flag}").out
@@ -159,7 +162,8 @@ def test_a_question_is_answered_in_two_stages(monkeypatch, capsys, out_dir):
     assert printed.out.endswith("#### 2\n---\nAnswer: <<\n(no room left)\n")
     (one, _, default, _), (two, seeds, first, second) = calls
     assert one == ["How many?"] and two == one * 2 and len(set(seeds)) == 2 and default["temperature"] == 0.1
-    assert first == second == {"steps": 5, "length": 30, "temperature": 0.4, "remasking": "random", "cfg_scale": 2.0}
+    wanted = {"steps": 5, "length": 30, "temperature": 0.4, "remasking": "random", "cfg_scale": 2.0}
+    assert first == second == wanted | {"threshold": None, "block_length": None, "prefix_cache": False}
 
 
 def test_a_question_to_a_model_that_knows_nothing(monkeypatch, capsys, out_dir):

@@ -111,14 +111,14 @@ def test_the_prompt_is_never_hidden_and_never_in_the_loss(few, monkeypatch, tmp_
         assert (~maskable).sum(1).min() > 5 and (masked == (xt != x0)).all()
     get_batch, _ = example_batches(few, load_meta(few), SFTConfig(block_size=64, micro_batch_size=8))
     x0, maskable = get_batch("train", 0)
-    model = make_model(vocab_size=load_meta(few)["vocab_size"], block_size=64)
+    model = make_model(vocab_size=load_meta(few)["vocab_size"], block_size=64, n_sink=0)
     losses = []
-    for error in (0.0, 5.0):
-        errs = lambda module, args, logits: logits + error * (~maskable)[:, :, None] * torch.randn(1, 1, logits.size(-1))  # noqa: E731, B023
-        with model.register_forward_hook(errs):
+    for where in (torch.zeros_like(maskable), ~maskable, maskable):
+        errs = lambda module, args, x: x + 5 * where[:, :, None] * torch.randn(1, 1, 16)  # noqa: E731, B023
+        with model.blocks[-1].register_forward_hook(errs):
             torch.manual_seed(1)
             losses.append(diffusion_loss(model, x0, maskable).item())
-    assert losses[0] == losses[1]
+    assert losses[0] == losses[1] != losses[2]
 
 
 def weights(out_dir):

@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -477,3 +478,64 @@ def test_float16_scales_the_loss(data_dir, tmp_path):
     model = run(data_dir, tmp_path, "--dtype=float16")
     assert load_checkpoint(tmp_path)["scaler"]["scale"] > 1
     assert all(p.isfinite().all() for p in model.parameters())
+
+
+def test_batches_are_made_one_ahead():
+    """In order, each once, the next one while this one is worked on; an error comes where its batch is due."""
+    made, worked_on = [], []
+
+    def get_batch(split, index):
+        if index == 9:
+            raise ValueError("batch 9 is bad")
+        made.append(index)
+        return torch.tensor(index), split
+
+    batches = train_module.one_ahead(get_batch, [4, 6, 8])
+    for index, x0, split in batches:
+        worked_on.append((index, x0.item(), split))
+        for _ in range(1000):  # up to ten seconds
+            if len(made) > len(worked_on) or len(made) == 3:
+                break
+            time.sleep(0.01)
+        assert len(made) == min(3, len(worked_on) + 1)
+    assert worked_on == [(4, 4, "train"), (6, 6, "train"), (8, 8, "train")] and made == [4, 6, 8]
+    batches = train_module.one_ahead(get_batch, [7, 9, 11])
+    assert next(batches)[0] == 7
+    with pytest.raises(ValueError, match="batch 9 is bad"):
+        next(batches)
+    assert list(train_module.one_ahead(get_batch, [])) == []
+
+
+def test_either_way_of_attention_goes_on_with_the_other_s_checkpoint(data_dir, tmp_path):
+    """And learns the same, up to rounding."""
+    mask = run(data_dir, tmp_path / "mask", "--sink_attention=mask")
+    split = run(data_dir, tmp_path / "split", "--sink_attention=split")
+    assert (mask.config.sink_attention, split.config.sink_attention) == ("mask", "split")
+    for (name, p), q in zip(mask.named_parameters(), split.parameters()):
+        torch.testing.assert_close(p, q, atol=2e-4, rtol=0, msg=name)
+    run(data_dir, tmp_path / "half", "--sink_attention=mask", "--max_steps=3")
+    both = run(data_dir, tmp_path / "half", "--init_from=resume", "--sink_attention=split", "--max_steps=6")
+    assert both.config.sink_attention == "split"
+    new = run(data_dir, tmp_path / "new", f"--init_from={tmp_path / 'mask' / 'ckpt.pt'}", "--sink_attention=split", "--max_steps=0")
+    assert new.config.sink_attention == "split" and torch.equal(new.sink, mask.sink)
+    assert load_checkpoint(tmp_path / "new")["model_config"]["sink_attention"] == "split"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["mask", "split"])
+def test_compiled_equals_plain(data_dir, tmp_path, way, monkeypatch):
+    """Also where some batches are short and the last rows of a validation are few; and no shape is compiled but the usual one."""
+    flags = [f"--sink_attention={way}", "--random_length=0.3", "--eval_seqs=6", "--max_steps=12"]
+    plain = run(data_dir, tmp_path / "plain", *flags)
+    shapes, real = [], torch.compile
+
+    def compile_and_watch(function, **options):
+        compiled = real(function, **options)
+        return lambda xt, **where: shapes.append(tuple(xt.shape)) or compiled(xt, **where)
+
+    monkeypatch.setattr(torch, "compile", compile_and_watch)
+    torch._dynamo.reset()
+    compiled = run(data_dir, tmp_path / "compiled", *flags, "--compile=True")
+    assert set(shapes) == {(4, 16)} and 10 < len(shapes) < 24 + 7 * 2  # 24 micro-batches, 7 validations of 4 and 2 sequences
+    for (name, p), q in zip(plain.named_parameters(), compiled.parameters()):
+        torch.testing.assert_close(p, q, atol=1e-3, rtol=0, msg=name)
