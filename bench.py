@@ -1,49 +1,272 @@
-"""Speed, as ratios of ways to do the same, measured in turns in one run.
+"""Speed and memory, as ratios of ways to do the same, measured in turns in one run.
 
-    python bench.py eval --data=piqa.jsonl                    # likelihood requests, against one request at a time
-    python bench.py eval --data=piqa.jsonl --out_dir=out/x    # with a trained model instead of random weights
+    python bench.py sink                                   # a training step: vanilla, sink as mask, sink apart (split), gate
+    python bench.py train --compile=True                   # a training step: the head everywhere or where tokens are hidden
+    python bench.py loss --vocab_size=50304 --batch_size=32   # head and loss alone: all logits at once, or in parts
+    python bench.py sample --out_dir=out/sft-arithmetic    # decoding rules: passes, speed and accuracy on the test problems
+    python bench.py eval --data=piqa.jsonl                 # likelihood requests, against one request at a time
+
+A step is forward and backward pass, without the optimizer. Every way has the same weights, texts and masks, and runs once to warm
+up. Then they take turns: seconds are medians, and a ratio is the median of the ratios to the first way in the same round. Memory is
+the peak of one step: on a GPU what torch allocates, on a CPU how much the process grows (in a process of its own).
 
 eval: a request is a choice of an item, scored by Monte Carlo. The yardstick is the plain loop: the draws of one request are one
 batch, the head runs at every place, coins decide what is hidden. Beside the speed stands the standard deviation of an estimate
 over seeds (root mean square over requests), because a way with less of it needs fewer draws.
 """
 
+import math
+import multiprocessing
+import os
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import configurator
-from eval import encode_pair, fit, read_items, score
-from model import MDM, MDMConfig, mask_tokens
+from eval import encode_pair, final_number, fit, read_items, read_problems, score
+from model import MDM, MDMConfig, mask_tokens, weighted_nll
 from prepare_data import load_tokenizer, make_tokenizer
 from sample import load_trained
-from train import autocast, setup_distributed
+from sft_gsm8k import solve
+from train import autocast, compile_model, peak_flops, seed_for, setup_distributed
 
 
 @dataclass
 class BenchConfig:
-    what: str = "eval"  # what to measure: eval
-    data: str | None = None  # eval: a .jsonl file of items with choices
-    preset: str = "6M"  # size of the model with random weights and GPT-2's vocabulary
-    n_sink: int = 1  # its sink tokens
-    out_dir: str | None = None  # instead of it, the model of this folder's ckpt.pt, with its own tokenizer
-    requests: int = 200  # how many to score
-    mc_num: int = 32  # draws of each
-    n_parts: int = 5  # parts of the requests, which each way scores in turn; speeds are medians over them
-    n_seeds: int = 8  # estimates of a request, for the standard deviation
-    batch_tokens: int = 4096  # tokens of a forward pass, padding included
+    what: str = "sink"  # what to measure: sink, train, loss, sample or eval
+    preset: str = "6M"  # size of the model with random weights
+    vocab_size: int = 32000  # its tokens; eval takes GPT-2's
+    batch_size: int = 2  # sequences of a step; sample: problems at once
+    block_size: int = 512  # their tokens
+    n_sink: int = 1  # sink tokens, where there are any
+    sink_attention: str = "mask"  # train, loss: mask or split; sink measures both
+    compile: bool = False  # sink, train: each way also with torch.compile
+    rounds: int = 20  # how often each way is timed
+    out_dir: str | None = None  # sample, eval: the model of this folder's ckpt.pt, with its own tokenizer
+    data: str | None = None  # eval: a .jsonl file of items with choices; sample: problems; None: those of the training data
+    requests: int = 200  # eval: how many to score
+    mc_num: int = 32  # eval: draws of each
+    n_parts: int = 5  # eval, sample: parts of the items, which each way takes in turn
+    n_seeds: int = 8  # eval: estimates of a request, for the standard deviation
+    batch_tokens: int = 4096  # eval: tokens of a forward pass, padding included
     device: str = "auto"  # auto: cuda, else mps, else cpu
     dtype: str = "auto"  # float32, bfloat16 or float16
 
     def __post_init__(self):
         if self.what not in BENCHES:
             raise ValueError(f"cannot measure {self.what!r}; there is {', '.join(BENCHES)}")
-        if min(self.requests, self.mc_num, self.n_parts, self.n_seeds - 1, self.batch_tokens) < 1:
-            raise ValueError("wanted requests, mc_num, n_parts and batch_tokens >= 1, and n_seeds >= 2")
+        for name in "batch_size block_size rounds requests mc_num n_parts batch_tokens".split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.n_seeds < 2:
+            raise ValueError("n_seeds is 1; a standard deviation needs at least 2")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A training step
+
+
+def make_step(cfg, device, flags, head="where hidden", compiled=False):
+    """(step, model): step() is one forward and backward pass of the variant that flags name, and returns the loss.
+
+    head    'where hidden' is the loss that training uses; 'everywhere' takes all logits and then the loss of the hidden ones;
+            'all at once' and 'in parts' are the last norm, head and loss alone, on states that are given"""
+    torch.manual_seed(0)
+    config = MDMConfig.preset(cfg.preset, vocab_size=cfg.vocab_size, block_size=cfg.block_size, **flags)
+    model = MDM(config).to(device)
+    x0 = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.block_size))
+    p_mask = (torch.arange(cfg.batch_size)[:, None] + 0.5) / cfg.batch_size  # evenly spread: half of the tokens are hidden
+    xt, masked = mask_tokens(x0, p_mask, torch.ones_like(x0, dtype=torch.bool), config.mask_id)
+    if compiled:
+        compile_model(model, xt.shape)
+    states = torch.randn(*x0.shape, config.n_embd, device=device, requires_grad=True)
+    if head in ("all at once", "in parts"):
+        model.hidden_states = lambda xt: states
+
+    def loss():
+        if head in ("where hidden", "in parts"):
+            return weighted_nll(model, x0, xt, masked, p_mask).sum()
+        target, logits = x0.to(device), model(xt.to(device)).float()
+        nll = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
+        return (nll * masked.to(device) / p_mask.to(device)).sum()
+
+    def step():
+        with autocast(device, cfg.dtype):
+            found = loss()
+        found.backward()
+        model.zero_grad(set_to_none=True)
+        return found.item()  # waits for a GPU
+
+    return step, model
+
+
+def memory(key):
+    """Bytes of this process: VmRSS (now) or VmHWM (most since it was reset); Linux only."""
+    with open("/proc/self/status") as file:
+        return next(1024 * int(line.split()[1]) for line in file if line.startswith(key))
+
+
+def growth(cfg, *way):
+    """By how many bytes a process grows in one step, at most. Run it in a new one, whose heap holds nothing that was freed."""
+    step, _ = make_step(cfg, torch.device("cpu"), *way)
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # resets VmHWM
+    before = memory("VmRSS")
+    step()
+    return memory("VmHWM") - before
+
+
+def peak_memory(cfg, device, step, way):
+    """Bytes that one step takes at most, beside what lasts; None where that cannot be told."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    if device.type != "cpu" or not os.path.exists("/proc/self/clear_refs"):
+        return None
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(growth, cfg, *way).result()
+
+
+class AttentionKernel(TorchDispatchMode):
+    """Records what scaled_dot_product_attention runs on; nothing if on plain matrix products."""
+
+    name = "math"
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.__name__.startswith("_scaled_dot_product_") and "backward" not in func.__name__:
+            self.name = func.__name__.removeprefix("_scaled_dot_product_").removesuffix(".default")
+        return func(*args, **(kwargs or {}))
+
+
+def take_turns(ways, rounds):
+    """Seconds of each way (a function) in each round."""
+    for way in ways.values():
+        way()
+    seconds = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def ratio(seconds, name, first):
+    """Median of the ratios to the first way, and about its standard error."""
+    ratios = [a / b for a, b in zip(seconds[name], seconds[first])]
+    middle = statistics.median(ratios)
+    spread = statistics.median(abs(r - middle) for r in ratios)  # of a normal distribution 0.67 sd
+    return middle, 1.25 * 1.48 * spread / math.sqrt(len(ratios))
+
+
+def bench_steps(cfg, device, ways):
+    """Times training steps, ways {name: arguments of make_step behind device}, and prints a table."""
+    kernels = {}
+    for name, way in ways.items():
+        with AttentionKernel() as kernel:
+            make_step(cfg, device, *way)[0]()
+        kernels[name] = kernels[f"{name}, compiled"] = kernel.name
+    if cfg.compile:
+        ways |= {f"{name}, compiled": (*way, *(["where hidden"] if len(way) == 1 else []), True) for name, way in ways.items()}
+    made = {name: make_step(cfg, device, *way) for name, way in ways.items()}
+    steps = {name: step for name, (step, _) in made.items()}
+    model = next(iter(made.values()))[1]
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
+    size = f"{model.num_params():,} non-embedding parameters, vocabulary {cfg.vocab_size:,}"
+    print(f"{size}, {cfg.batch_size} x {cfg.block_size} tokens, {where}, torch {torch.__version__}")
+    losses = {name: step() for name, step in steps.items()}
+    seconds, first, peak = take_turns(steps, cfg.rounds), next(iter(ways)), peak_flops(device)
+    print(f"{'':<28} {'ms':>8} {'time':>16} {'tokens/s':>9} {'MFU':>6} {'peak MB':>8} {'loss':>9}  attention")
+    for name, way in ways.items():
+        median, (middle, error) = statistics.median(seconds[name]), ratio(seconds, name, first)
+        rate = cfg.batch_size * cfg.block_size / median
+        mfu = f"{made[name][1].flops_per_token(cfg.block_size) * rate / peak:.1%}" if peak else "-"
+        most = peak_memory(cfg, device, steps[name], way)
+        most = "-" if most is None else f"{most / 1e6:,.0f}"
+        print(
+            f"{name:<28} {1e3 * median:>8.1f} {f'{middle:.3f} ± {error:.3f}x':>16} {rate:>9,.0f} {mfu:>6} {most:>8} "
+            f"{losses[name]:>9.6g}  {kernels[name]}"
+        )
+
+
+def bench_sink(cfg, device):
+    ways = {
+        "vanilla": {"n_sink": 0},
+        "sink, mask": {"n_sink": cfg.n_sink, "sink_attention": "mask"},
+        "sink, split": {"n_sink": cfg.n_sink, "sink_attention": "split"},
+        "gate": {"n_sink": 0, "gated_attention": True},
+    }
+    bench_steps(cfg, device, {name: (flags,) for name, flags in ways.items()})
+
+
+def bench_train(cfg, device):
+    flags = {"n_sink": cfg.n_sink, "sink_attention": cfg.sink_attention}
+    bench_steps(cfg, device, {"head everywhere": (flags, "everywhere"), "head where hidden": (flags, "where hidden")})
+
+
+def bench_loss(cfg, device):
+    ways = {"all logits at once": ({"n_sink": 0}, "all at once"), "where hidden, in parts": ({"n_sink": 0}, "in parts")}
+    bench_steps(cfg, device, ways)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Decoding
+
+
+def bench_sample(cfg, device):
+    """Fixed numbers of steps, and tokens as soon as they are sure; from left to right, and with what is left of a block kept."""
+    if cfg.out_dir is None:
+        raise ValueError("sample needs a model that answers problems: --out_dir=out/sft-arithmetic")
+    model, tokenizer, checkpoint = load_trained(cfg.out_dir, "ckpt.pt", device)
+    folder = f"{checkpoint['run_config']['data_dir']}/{checkpoint['meta']['name']}"
+    problems = read_problems(cfg.data or f"{folder}/test.txt", f"{folder}/download")
+    block_length = max(1, model.config.block_size // 4)
+    rules = {"one token a pass": {}}
+    rules |= {f"{steps} steps": {"steps": steps} for steps in (8, 4, 2, 1)}
+    rules |= {f"threshold {threshold}": {"threshold": threshold} for threshold in (0.5, 0.9, 0.99)}
+    for name, options in {"one token a pass": {}, "threshold 0.9": {"threshold": 0.9}}.items():
+        blocks = options | {"block_length": block_length}
+        rules[f"{name}, blocks of {block_length}"] = blocks
+        rules[f"{name}, blocks, prefix cache"] = blocks | {"prefix_cache": True}
+
+    def answer(part, options):
+        solved = []
+        for chunk in np.array_split(part, math.ceil(len(part) / cfg.batch_size)):
+            with autocast(device, cfg.dtype):
+                questions = [problems[i][0] for i in chunk]
+                solved += solve(model, tokenizer, questions, [seed_for(0, i) for i in chunk.tolist()], options, options)
+        right = [final_number(text or "") == problems[i][1] for i, (_, text, _) in zip(part, solved)]
+        return right, [passes for _, _, passes in solved]
+
+    found = {name: ([], []) for name in rules}
+    seconds = {name: [] for name in rules}
+    for part in np.array_split(np.arange(len(problems)), min(cfg.n_parts, len(problems))):
+        for name, options in rules.items():
+            start = time.perf_counter()
+            for all_parts, these in zip(found[name], answer(part, {"temperature": 0.1, **options})):
+                all_parts += these
+            seconds[name].append(time.perf_counter() - start)
+    first = next(iter(rules))
+    print(f"{len(problems):,} problems in batches of {cfg.batch_size}, temperature 0.1, seed 0, {device}")
+    print(f"{'':<38} {'passes':>7} {'problems/s':>10} {'speed':>7}  accuracy")
+    for name in rules:
+        right, passes = found[name]
+        accuracy, speed = np.mean(right), statistics.median(b / a for a, b in zip(seconds[name], seconds[first]))
+        error = math.sqrt(accuracy * (1 - accuracy) / len(right))
+        rate = len(right) / sum(seconds[name])
+        print(f"{name:<38} {np.mean(passes):>7.1f} {rate:>10.1f} {speed:>6.2f}x  {accuracy:.1%} ± {error:.1%}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Likelihood requests
 
 
 @torch.no_grad()
@@ -55,8 +278,8 @@ def one_at_a_time(model, pairs, mc_num, seed, dtype="auto"):
         maskable = torch.arange(x0.size(1)).expand_as(x0) >= len(context)
         t = (torch.rand((), generator=generator) + torch.arange(mc_num)[:, None] / mc_num) % 1
         xt, masked = mask_tokens(x0, t, maskable, model.config.mask_id, torch.rand(x0.shape, generator=generator))
-        with autocast(model.lm_head.weight.device, dtype):
-            logits = model(xt.to(model.lm_head.weight.device)).float().cpu()
+        with autocast(model.device, dtype):
+            logits = model(xt.to(model.device)).float().cpu()
         nll = F.cross_entropy(logits[masked], x0[masked], reduction="none") / t.expand_as(x0)[masked]
         nlls.append(nll.sum().item() / mc_num)
     return np.array(nlls)
@@ -108,7 +331,7 @@ def bench_eval(cfg, device):
         print(f"{name:<42} {statistics.median(rates[name]):>10.2f} {speed:>6.2f}x {sd:>9.2f} {mean:>11.2f}")
 
 
-BENCHES = {"eval": bench_eval}
+BENCHES = {"sink": bench_sink, "train": bench_train, "loss": bench_loss, "sample": bench_sample, "eval": bench_eval}
 
 
 def main():

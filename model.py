@@ -317,15 +317,14 @@ class MDM(nn.Module):
     def nll(self, x, targets):
         """-log p of targets (N,) where the last block gives x (N, C): (N,) float32. Memory does not grow with N * V: above
         LOGITS_AT_ONCE the backward pass computes the logits anew, part by part."""
-
-        def of_part(x, targets):
-            return F.cross_entropy(self.lm_head(self.ln_f(x)).float(), targets, reduction="none")
-
         n = max(1, LOGITS_AT_ONCE // self.config.vocab_size)
         if len(x) <= n:
-            return of_part(x, targets)
+            return self.nll_of_part(x, targets)
         parts = zip(x.split(n), targets.split(n))
-        return torch.cat([recompute(of_part, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
+        return torch.cat([recompute(self.nll_of_part, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
+
+    def nll_of_part(self, x, targets):
+        return F.cross_entropy(self.lm_head(self.ln_f(x)).float(), targets, reduction="none")
 
     def num_params(self, non_embedding: bool = True) -> int:
         """Number of parameters; by default, as in the table of sizes, without token and sink embeddings and output head."""

@@ -79,7 +79,7 @@ class TrainConfig:
     # machine
     device: str = "auto"  # auto: cuda, else mps, else cpu
     dtype: str = "auto"  # float32, bfloat16 or float16 (autocast); auto: bfloat16 where a GPU has it, else float32
-    compile: bool = False  # torch.compile of the blocks: a minute at the start, faster steps on a GPU
+    compile: bool = False  # torch.compile: a minute at the start, then faster steps
 
     def __post_init__(self):
         self.out_dir = self.out_dir or f"out/{self.dataset}"
@@ -337,12 +337,13 @@ def one_ahead(get_batch, indices):
             yield index, *batch.result()
 
 
-def compile_blocks(model, shape):
-    """Makes the model run compiled on texts of this shape (B, T), the many; what is shorter (the last rows of a validation, the
-    random lengths) runs as it is, because each new shape would cost a minute. The output head stays outside: the number of hidden
-    tokens is another every time."""
+def compile_model(model, shape):
+    """Makes the model train compiled on texts of this shape (B, T), the many. What is shorter (the last rows of a validation, the
+    random lengths) runs as it is, because each new shape would cost a minute. The number of hidden tokens is another every time;
+    the output head is compiled for any."""
     plain, compiled = model.hidden_states, torch.compile(model.hidden_states, dynamic=False)
     model.hidden_states = lambda xt, **where: (compiled if xt.shape == shape else plain)(xt, **where)
+    model.nll_of_part = torch.compile(model.nll_of_part, dynamic=True)
 
 
 def save_checkpoint(path, checkpoint):
@@ -468,7 +469,7 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
 
     model.to(device)
     if cfg.compile:
-        compile_blocks(model, (cfg.micro_batch_size, cfg.block_size))
+        compile_model(model, (cfg.micro_batch_size, cfg.block_size))
     ddp = model
     if world_size > 1:
         ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
