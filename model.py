@@ -546,8 +546,8 @@ def generate(
         seeds = torch.randint(2**31, (B,)).tolist()
     streams = [torch.Generator(place).manual_seed(seed) for seed in seeds]
     given, x, n_forward = x != mask_id, x.clone(), 0
-    steps_left = torch.full((B,), steps, device=device)
-    block = torch.arange(T, device=device) // (block_length or T)  # (T,) the block of each place
+    steps_left = torch.full((B,), min(steps, 2**62), device=device)
+    block = torch.arange(T, device=device) // min(block_length or T, T)  # (T,) the block of each place
     sinks = model.sink_keys_values()  # the same at every step
     cached_block, cached_rows, cache = None, None, []  # each layer's keys and values left of that block, for those rows
     while (hidden := x == mask_id).any():

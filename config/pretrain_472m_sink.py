@@ -9,6 +9,7 @@ out_dir = "out/472m-sink"
 preset = "472M"
 block_size = 2048
 n_sink = 1
+sink_attention = "split"  # the same as "mask", without a mask that keeps attention off the flash kernel
 
 batch_size = 256
 micro_batch_size = 8
