@@ -117,6 +117,19 @@ def test_loss_is_an_upper_bound_and_exact_in_the_limit():
     assert estimate.mean().item() == pytest.approx(nll.item(), abs=4 * estimate.std().item() / math.sqrt(2000))
 
 
+@pytest.mark.parametrize("way", ["mask", "split"])
+def test_a_step_asks_the_device_for_nothing(way):
+    """A model on a device without values ("meta"): whatever waits for one (.item(), the places where a condition holds) raises.
+    So on a GPU the host never waits for a micro-batch."""
+    model = make_model(sink_attention=way).to("meta")
+    x0, maskable = torch.randint(0, 11, (4, 16)), torch.ones(4, 16, dtype=torch.bool)
+    loss = diffusion_loss(model, x0, maskable, stratified=True, random_length=0.5)
+    loss.backward()
+    assert loss.is_meta and all(p.grad.is_meta for p in model.parameters())
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        loss.item()
+
+
 # ---- sampler
 
 PROMPT = torch.tensor([[11, 3, 11, 11, 5, 11, 11, 11, 2, 11], [1, 11, 11, 2, 11, 11, 11, 11, 11, 4]])
@@ -235,6 +248,11 @@ def test_prefix_cache_is_an_approximation():
     x = torch.full((1, 16), 11)
     passes = lambda cache: [len(args[0]) for args in seen(model, x, steps=16, block_length=4, prefix_cache=cache)]  # noqa: E731
     assert passes(True) == passes(False) == [1] * 16
+    x = torch.zeros(2, 16, dtype=torch.long)
+    x[0, [1, 9, 10]] = x[1, [8, 9]] = 11  # a row waits until the others have come to its block
+    shapes = [tuple(args[0].shape) for args in seen(model, x, steps=16, block_length=4, prefix_cache=True)]
+    assert shapes == [(1, 16), (2, 16), (2, 8)]
+    x = torch.full((1, 16), 11)
     lengths = [args[0].size(1) for args in seen(model, x, steps=16, block_length=4, prefix_cache=True)]
     assert lengths == [16, 16, 16, 16, 16, 12, 12, 12, 16, 8, 8, 8, 16, 4, 4, 4]
 
