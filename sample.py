@@ -147,15 +147,17 @@ def main():
     start, opening, end = start_of_text(cfg, meta, tokenizer, model.config)
     x = start.expand(cfg.num_samples, -1).to(device)
     show = Show(start, tokenizer, mask_id, opening) if cfg.show else None
+    eot_id = None if end is None else meta["eot_id"]  # what a model writes behind the end of a document is not wanted
     with autocast(device, cfg.dtype):
-        x, n_forward = generate(model, x, **options, on_step=show)
+        x, n_forward = generate(model, x, **options, eot_id=eot_id, on_step=show)
     seconds = time.time() - start_time
 
+    n_tokens = 0
     for i, row in enumerate(x.tolist()):
-        if end is not None and meta["eot_id"] in row[end:]:  # the document ends here; behind it the model began another one
-            row = row[: row.index(meta["eot_id"], end)]
+        if eot_id in row[end:]:
+            row = row[: row.index(eot_id, end)]
         print(("---\n" if i else "") + tokenizer.decode(row[opening:]))
-    n_tokens = int((start == mask_id).sum()) * cfg.num_samples
+        n_tokens += int((start[0, : len(row)] == mask_id).sum())
     rate = f"{n_tokens / seconds:,.0f} tokens/s{' (slowed down to be watched)' if cfg.show else ''}"
     print(f"{n_tokens} tokens in {seconds:.2f} s, {rate}, {n_forward} forward passes of {cfg.num_samples} rows", file=sys.stderr)
 

@@ -206,7 +206,7 @@ def test_threshold_reveals_all_that_is_sure_enough(threshold):
 @pytest.mark.parametrize("block_length", [1, 4, 10, 99])
 @pytest.mark.parametrize("threshold", [None, 0.15])
 def test_blocks_are_filled_from_left_to_right(block_length, threshold):
-    """By hand: of the leftmost block that has something hidden, counted from the row's start, the surest and what is sure enough."""
+    """By hand: of the leftmost block (counted from the row's start) with something hidden, the surest and what is sure enough."""
     model = make_model()
     options = {"steps": 8, "block_length": block_length, "threshold": threshold}
     for before, after in zip(states := trace(model, PROMPT, **options), states[1:]):

@@ -13,11 +13,13 @@ import torch
 from conftest import make_model
 
 import sample
+from model import MDM, generate
 from prepare_data import load_tokenizer
 from sample import SampleConfig, Show, encode_prompt, start_of_text
 from train import save_checkpoint
 
 MASK = 257  # mask_id of a model with the byte vocabulary
+forward = MDM.forward
 
 
 @pytest.fixture
@@ -77,6 +79,25 @@ def test_output(monkeypatch, capsys, out_dir):
     samples = printed.out.split("---\n")
     assert len(samples) == 4 and all(s.startswith("Tom has ") and "<|endoftext|>" not in s for s in samples)
     assert re.fullmatch(r"48 tokens in [\d.]+ s, [\d,]+ tokens/s, 5 forward passes of 4 rows\n", printed.err)
+
+
+def test_a_text_that_has_ended_is_not_computed_any_further(monkeypatch, capsys, out_dir, tokenizer):
+    """The same texts as when every place is filled and what is behind the end is cut off, and only what is printed is counted."""
+    checkpoint = torch.load(out_dir / "ckpt.pt", weights_only=True)
+    checkpoint["model"]["lm_head.weight"][256] *= 4  # makes end-of-text likely in some places
+    save_checkpoint(out_dir / "ckpt.pt", checkpoint)
+    model, x = MDM.from_checkpoint(str(out_dir)), torch.tensor([[256, 97, 98] + [MASK] * 29]).expand(40, -1)
+    torch.manual_seed(0)
+    filled, _ = generate(model, x, steps=32, temperature=5.0)
+    rows = [row[1 : row.index(256, 1)] if 256 in row[1:] else row[1:] for row in filled.tolist()]
+    assert 2 < sum(len(row) < 31 for row in rows) < 40
+    rows_computed = []
+    monkeypatch.setattr(MDM, "forward", lambda self, x, **where: rows_computed.append(len(x)) or forward(self, x, **where))
+    flags = ["--prompt=ab", "--num_samples=40", "--steps=32", "--temperature=5"]
+    printed = call(monkeypatch, capsys, out_dir, *flags)
+    assert printed.out == "---\n".join(tokenizer.decode(row) + "\n" for row in rows)
+    assert printed.err.startswith(f"{sum(len(row) - 2 for row in rows)} tokens in ")
+    assert rows_computed[0] == 40 and rows_computed[-1] < 40
 
 
 def test_infilling_keeps_what_is_given(monkeypatch, capsys, out_dir):
