@@ -224,7 +224,8 @@ def test_responses_do_not_depend_on_the_batch():
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(0, 11, (1 + i % 15,), generator=generator).tolist() for i in range(64)]
     random = {"remasking": "random", "temperature": 0.5, "cfg_scale": 0.5, "steps": 12}
-    for length, options in (20, {"temperature": 0.8, "steps": 256}), (20, random), (17, {"steps": 5}):
+    waiting = {"block_length": 4, "prefix_cache": True, "steps": 20}  # rows wait for each other, but that is no pass
+    for length, options in (20, {"temperature": 0.8, "steps": 256}), (20, random), (17, {"steps": 5}), (20, waiting):
         together, passes = respond(model, prompts, 3, list(range(64)), length=length, **options)
         assert len({len(response) for response in together}) > 5
         for i in range(0, 64, 5):
