@@ -2,19 +2,21 @@
 
     python bench.py sink                                   # a training step: vanilla, sink as mask, sink apart (split), gate
     python bench.py train --compile=True                   # a training step: the head everywhere or where tokens are hidden
-    python bench.py loss --vocab_size=50304 --batch_size=32   # head and loss alone: all logits at once, or in parts
+    python bench.py loss --vocab_size=50304 --batch_size=32   # head and loss alone: at all places, at the hidden ones, in parts
     python bench.py sample --out_dir=out/sft-arithmetic    # decoding rules: passes, speed and accuracy on the test problems
     python bench.py eval --data=piqa.jsonl                 # likelihood requests, against one request at a time
 
 A step is forward and backward pass, without the optimizer. Every way has the same weights, texts and masks, and runs once to warm
 up. Then they take turns: seconds are medians, and a ratio is the median of the ratios to the first way in the same round. Memory is
-the peak of one step: on a GPU what torch allocates, on a CPU how much the process grows (in a process of its own).
+the peak of one step, beside what lasts: on a GPU what torch allocates, on a CPU (Linux) how much a process of its own grows.
 
 eval: a request is a choice of an item, scored by Monte Carlo. The yardstick is the plain loop: the draws of one request are one
 batch, the head runs at every place, coins decide what is hidden. Beside the speed stands the standard deviation of an estimate
 over seeds (root mean square over requests), because a way with less of it needs fewer draws.
 """
 
+import ctypes
+import gc
 import math
 import multiprocessing
 import os
@@ -45,8 +47,8 @@ class BenchConfig:
     batch_size: int = 2  # sequences of a step; sample: problems at once
     block_size: int = 512  # their tokens
     n_sink: int = 1  # sink tokens, where there are any
-    sink_attention: str = "mask"  # train, loss: mask or split; sink measures both
-    compile: bool = False  # sink, train: each way also with torch.compile
+    sink_attention: str = "mask"  # train: mask or split; sink measures both
+    compile: bool = False  # sink, train, loss: each way also with torch.compile
     rounds: int = 20  # how often each way is timed
     out_dir: str | None = None  # sample, eval: the model of this folder's ckpt.pt, with its own tokenizer
     data: str | None = None  # eval: a .jsonl file of items with choices; sample: problems; None: those of the training data
@@ -75,25 +77,28 @@ class BenchConfig:
 def make_step(cfg, device, flags, head="where hidden", compiled=False):
     """(step, model): step() is one forward and backward pass of the variant that flags name, and returns the loss.
 
-    head    'where hidden' is the loss that training uses; 'everywhere' takes all logits and then the loss of the hidden ones;
-            'all at once' and 'in parts' are the last norm, head and loss alone, on states that are given"""
-    torch.manual_seed(0)
-    config = MDMConfig.preset(cfg.preset, vocab_size=cfg.vocab_size, block_size=cfg.block_size, **flags)
-    model = MDM(config).to(device)
-    x0 = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.block_size))
+    head    'where hidden' is the loss that training uses; 'everywhere' takes the loss of all tokens and then that of the hidden
+            ones; 'at all places', 'at hidden places' (at once) and 'in parts' (as in training) run the last norm, head and loss
+            alone, on states that are given"""
+    generator = torch.Generator().manual_seed(0)
+    x0 = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.block_size), generator=generator)
     p_mask = (torch.arange(cfg.batch_size)[:, None] + 0.5) / cfg.batch_size  # evenly spread: half of the tokens are hidden
-    xt, masked = mask_tokens(x0, p_mask, torch.ones_like(x0, dtype=torch.bool), config.mask_id)
+    noise, everywhere = torch.rand(x0.shape, generator=generator), torch.ones_like(x0, dtype=torch.bool)
+    xt, masked = mask_tokens(x0, p_mask, everywhere, cfg.vocab_size, noise)
+    torch.manual_seed(0)
+    model = MDM(MDMConfig.preset(cfg.preset, vocab_size=cfg.vocab_size, block_size=cfg.block_size, **flags)).to(device)
     if compiled:
         compile_model(model, xt.shape)
-    states = torch.randn(*x0.shape, config.n_embd, device=device, requires_grad=True)
-    if head in ("all at once", "in parts"):
+    states = torch.randn(*x0.shape, model.config.n_embd, device=device, requires_grad=True)
+    if head in ("at all places", "at hidden places", "in parts"):
         model.hidden_states = lambda xt: states
+    if head == "at hidden places":
+        model.nll = model.nll_of_part
 
     def loss():
-        if head in ("where hidden", "in parts"):
+        if head not in ("everywhere", "at all places"):
             return weighted_nll(model, x0, xt, masked, p_mask).sum()
-        target, logits = x0.to(device), model(xt.to(device)).float()
-        nll = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none").view_as(target)
+        nll = model.nll_of_part(model.hidden_states(xt.to(device)).flatten(0, 1), x0.flatten().to(device)).view(x0.shape)
         return (nll * masked.to(device) / p_mask.to(device)).sum()
 
     def step():
@@ -113,8 +118,11 @@ def memory(key):
 
 
 def growth(cfg, *way):
-    """By how many bytes a process grows in one step, at most. Run it in a new one, whose heap holds nothing that was freed."""
+    """By how many bytes a process grows in one step, at most. Run it in a process of its own."""
     step, _ = make_step(cfg, torch.device("cpu"), *way)
+    step()  # compiles, and makes what lasts
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what is free goes back to the system
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # resets VmHWM
     before = memory("VmRSS")
@@ -168,7 +176,8 @@ def ratio(seconds, name, first):
 
 
 def bench_steps(cfg, device, ways):
-    """Times training steps, ways {name: arguments of make_step behind device}, and prints a table."""
+    """Times training steps, ways {name: arguments of make_step behind device}, and prints a table. The kernel of attention is that
+    of the way that is not compiled."""
     kernels = {}
     for name, way in ways.items():
         with AttentionKernel() as kernel:
@@ -188,7 +197,7 @@ def bench_steps(cfg, device, ways):
     for name, way in ways.items():
         median, (middle, error) = statistics.median(seconds[name]), ratio(seconds, name, first)
         rate = cfg.batch_size * cfg.block_size / median
-        mfu = f"{made[name][1].flops_per_token(cfg.block_size) * rate / peak:.1%}" if peak else "-"
+        mfu = f"{made[name][1].flops_per_token(cfg.block_size) * rate / peak:.1%}" if peak and cfg.what != "loss" else "-"
         most = peak_memory(cfg, device, steps[name], way)
         most = "-" if most is None else f"{most / 1e6:,.0f}"
         print(
@@ -213,8 +222,7 @@ def bench_train(cfg, device):
 
 
 def bench_loss(cfg, device):
-    ways = {"all logits at once": ({"n_sink": 0}, "all at once"), "where hidden, in parts": ({"n_sink": 0}, "in parts")}
-    bench_steps(cfg, device, ways)
+    bench_steps(cfg, device, {head: ({"n_sink": 0}, head) for head in ("at all places", "at hidden places", "in parts")})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -229,10 +237,11 @@ def bench_sample(cfg, device):
     folder = f"{checkpoint['run_config']['data_dir']}/{checkpoint['meta']['name']}"
     problems = read_problems(cfg.data or f"{folder}/test.txt", f"{folder}/download")
     block_length = max(1, model.config.block_size // 4)
-    rules = {"one token a pass": {}}
+    one = {"steps": model.config.block_size}
+    rules = {"one token a pass": one}
     rules |= {f"{steps} steps": {"steps": steps} for steps in (8, 4, 2, 1)}
-    rules |= {f"threshold {threshold}": {"threshold": threshold} for threshold in (0.5, 0.9, 0.99)}
-    for name, options in {"one token a pass": {}, "threshold 0.9": {"threshold": 0.9}}.items():
+    rules |= {f"threshold {threshold}": one | {"threshold": threshold} for threshold in (0.5, 0.9, 0.99)}
+    for name, options in {"one token a pass": one, "threshold 0.9": one | {"threshold": 0.9}}.items():
         blocks = options | {"block_length": block_length}
         rules[f"{name}, blocks of {block_length}"] = blocks
         rules[f"{name}, blocks, prefix cache"] = blocks | {"prefix_cache": True}

@@ -37,7 +37,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import configurator
-from model import MDM, generate, guided_logits, sample_tokens, surest
+from model import MDM, check_decoding, generate, guided_logits, sample_tokens, surest
 from prepare_data import CORPORA, Source
 from sample import load_trained
 from sft_gsm8k import SFTConfig, example_batches, solve
@@ -98,6 +98,18 @@ class EvalConfig:
         for name, wanted in {"nll_type": ("mc", "chain_rule"), "mc_masking": ("exact", "coins")}.items():
             if getattr(self, name) not in wanted:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {wanted[0]!r} or {wanted[1]!r}")
+        for _, options in self.decoding():
+            check_decoding(**options)
+
+    def decoding(self):
+        """(length, options of generate) for thoughts and harness texts, and for answers."""
+        shared = {key: getattr(self, key) for key in ("remasking", "threshold", "block_length", "prefix_cache")}
+        stages = []
+        for prefix in ("", "answer_"):
+            own = {key: getattr(self, prefix + key) for key in ("steps", "length", "temperature", "cfg_scale")}
+            own = {key: getattr(self, key) if value is None else value for key, value in own.items()}
+            stages.append((own.pop("length"), own | shared))
+        return stages
 
 
 # Settings that make a difference to each kind of task, and those that change no result
@@ -400,8 +412,7 @@ def continuations(cfg, trained, requests):
             x[row, : len(prompts[i])] = torch.tensor(prompts[i])
         with autocast(trained.device, cfg.dtype):
             filled, _ = generate(
-                model, x.to(trained.device), cfg.steps, temperatures[first], cfg.remasking, cfg.cfg_scale,
-                cfg.threshold, cfg.block_length, cfg.prefix_cache, eot_id=eot,
+                model, x.to(trained.device), **cfg.decoding()[0][1] | {"temperature": temperatures[first]}, eot_id=eot,
                 seeds=[seed_for(cfg.seed, zlib.crc32(np.array([requests[i][2], *prompts[i]]).tobytes())) for i in batch],
                 lengths=torch.tensor([lengths[i] for i in batch], device=trained.device),
             )  # fmt: skip
@@ -653,9 +664,7 @@ def read_problems(address, download_dir):
 def answer_problems(cfg, trained, problems):
     """Job of gsm8k: thoughts and answer of each (number, question, gold). They follow from the problem and its number, not from
     batch_size or the number of processes."""
-    keys = ("steps", "length", "temperature", "cfg_scale")
-    first = {key: getattr(cfg, key) for key in (*keys, "remasking", "threshold", "block_length", "prefix_cache")}
-    second = first | {key: getattr(cfg, f"answer_{key}") for key in keys if getattr(cfg, f"answer_{key}") is not None}
+    first, second = ({"length": length, **options} for length, options in cfg.decoding())
     questions, seeds = [question for _, question, _ in problems], [seed_for(cfg.seed, number) for number, _, _ in problems]
     with autocast(trained.device, cfg.dtype):
         solved = solve(trained.model, trained.tokenizer, questions, seeds, first, second)

@@ -30,8 +30,8 @@ the model learns, a fixed place to leave surplus attention.
 
 TWO WAYS TO COMPUTE IT. sink_attention='mask' is the definition: all rows go through attention, with the mask M. 'split' leaves
 the sinks' rows out of it: the text's queries attend to [sink K/V; text K/V], which needs no mask, so that the fastest kernels may
-run; and what a sink reads is its own value. The sinks' keys and values are constants, so sampling and evaluation compute them
-once (`sink_keys_values`). Same parameters, same numbers up to rounding.
+run; and what a sink reads is its own value. The sinks' keys and values are constants, so `generate`, and whatever makes many
+passes with the same weights, computes them once (`sink_keys_values`). Same parameters, same numbers up to rounding.
 
 NAMES. x0 clean tokens, xt partly hidden tokens, both (B, T); t the noise level; p_mask the probability of being hidden;
 masked = is hidden, maskable = may be hidden; B batch, T content tokens, S = T + n_sink, C = n_embd, H heads, V vocabulary.
@@ -58,7 +58,7 @@ PRESETS = {
     "1028M": (20, 14, 1792), "1233M": (24, 14, 1792), "1476M": (22, 16, 2048), "1678M": (25, 16, 2048), "2121M": (28, 17, 2176),
 }  # fmt: skip
 
-LOGITS_AT_ONCE = 2**25  # how many the loss holds in memory; of more, it computes parts anew in the backward pass
+LOGITS_AT_ONCE = 2**26  # how many the loss holds in memory; of more, it computes parts anew in the backward pass
 
 
 @dataclass
@@ -284,7 +284,7 @@ class MDM(nn.Module):
             may_attend = visible if may_attend is None else may_attend & visible
         for block, kv in zip(self.blocks, before or [None] * len(self.blocks)):
             x = block(x, rope, n_rows, may_attend, kv, store)
-        return x[:, -xt.size(1) :]
+        return x[:, n_rows:]
 
     def rotations(self, T, lengths=None):
         """cos and sin for the sinks and for a text of T tokens behind them, (S, d/2), or (B, 1, S, d/2) if rows differ.
@@ -501,6 +501,22 @@ def surest(confidence, k):
     return chosen
 
 
+def check_decoding(
+    steps, temperature=0.0, remasking="confidence", cfg_scale=0.0, threshold=None, block_length=None, prefix_cache=False
+):
+    """ValueError if options of generate are out of range, or do not go together."""
+    if remasking not in ("confidence", "random"):
+        raise ValueError(f"remasking is {remasking!r}; it must be 'confidence' or 'random'")
+    if remasking == "random" and (threshold is not None or block_length is not None):
+        raise ValueError("threshold and block_length choose by confidence; leave them out with remasking='random'")
+    if prefix_cache and (block_length is None or cfg_scale):
+        raise ValueError("prefix_cache needs a block_length, and works without cfg_scale only")
+    if not (steps >= 1 and 0 <= temperature < math.inf and 0 <= cfg_scale < math.inf):
+        raise ValueError(f"wanted steps >= 1, temperature >= 0, cfg_scale >= 0; got {steps}, {temperature}, {cfg_scale}")
+    if threshold is not None and not 0 <= threshold <= 1 or block_length is not None and block_length < 1:
+        raise ValueError(f"wanted threshold in 0..1 and block_length >= 1; got {threshold}, {block_length}")
+
+
 @torch.no_grad()
 def generate(
     model, x, steps, temperature=0.0, remasking="confidence", cfg_scale=0.0, threshold=None, block_length=None, prefix_cache=False,
@@ -528,18 +544,9 @@ def generate(
 
     Returns the filled rows (B, T) and the number of forward passes. Raises ValueError for options out of range.
     """
-    if remasking not in ("confidence", "random"):
-        raise ValueError(f"remasking is {remasking!r}; it must be 'confidence' or 'random'")
-    if remasking == "random" and (threshold is not None or block_length is not None):
-        raise ValueError("threshold and block_length choose by confidence; leave them out with remasking='random'")
-    if prefix_cache and (block_length is None or cfg_scale):
-        raise ValueError("prefix_cache needs a block_length, and works without cfg_scale only")
+    check_decoding(steps, temperature, remasking, cfg_scale, threshold, block_length, prefix_cache)
     if seeds is not None and len(seeds) != len(x):
         raise ValueError(f"{len(seeds)} seeds for {len(x)} rows; wanted one for each")
-    if not (steps >= 1 and 0 <= temperature < math.inf and 0 <= cfg_scale < math.inf):
-        raise ValueError(f"wanted steps >= 1, temperature >= 0, cfg_scale >= 0; got {steps}, {temperature}, {cfg_scale}")
-    if threshold is not None and not 0 <= threshold <= 1 or block_length is not None and block_length < 1:
-        raise ValueError(f"wanted threshold in 0..1 and block_length >= 1; got {threshold}, {block_length}")
     (B, T), device, mask_id = x.shape, x.device, model.config.mask_id
     place = torch.device("cpu") if device.type == "mps" else device  # decisions take float64, which MPS lacks
     if seeds is None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 
 import configurator
-from model import MDM, generate, load_checkpoint
+from model import MDM, check_decoding, generate, load_checkpoint
 from prepare_data import load_tokenizer
 from sft_gsm8k import solve
 from train import autocast, seed_for, setup_distributed
@@ -53,6 +53,12 @@ class SampleConfig:
         self.temperature = (0.1 if asks else 0.7) if self.temperature is None else self.temperature
         if self.num_samples < 1 or self.seed < 0:
             raise ValueError(f"wanted num_samples >= 1 and seed >= 0; got {self.num_samples} and {self.seed}")
+        check_decoding(**self.decoding())
+
+    def decoding(self):
+        """Options of generate."""
+        keys = "steps temperature remasking cfg_scale threshold block_length prefix_cache"
+        return {key: getattr(self, key) for key in keys.split()}
 
 
 def load_trained(out_dir, name, device):
@@ -127,8 +133,7 @@ def main():
     model, tokenizer, checkpoint = load_trained(cfg.out_dir, cfg.checkpoint, device)
     meta, mask_id = checkpoint["meta"], model.config.mask_id
     torch.manual_seed(cfg.seed)
-    options = "steps temperature remasking cfg_scale threshold block_length prefix_cache"
-    options = {key: getattr(cfg, key) for key in options.split()}
+    options = cfg.decoding()
     start_time = time.time()
     if cfg.question is not None:
         show = Show(torch.full((1, model.config.block_size), mask_id), tokenizer, mask_id, 0) if cfg.show else None

@@ -10,7 +10,6 @@ a resumed run continues exactly, two processes do the work of one, and two varia
 `train` is the one training loop; what is particular to a task is its get_batch(split, index) -> x0, maskable.
 """
 
-import concurrent.futures
 import contextlib
 import dataclasses
 import json
@@ -20,7 +19,9 @@ import platform
 import signal
 import subprocess
 import sys
+import threading
 import time
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -246,7 +247,8 @@ def autocast(device, dtype: str):
     if dtype == "auto":
         has_bf16 = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
         dtype = "bfloat16" if has_bf16 else "float32"
-    return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32")
+    # no cache of cast weights: with it, the gradients of the head's parts would be summed in half precision
+    return torch.autocast(device.type, getattr(torch, dtype), enabled=dtype != "float32", cache_enabled=False)
 
 
 # Dense peak of half-precision matrix products, FLOP/s, by the vendors' data sheets
@@ -327,22 +329,35 @@ def evaluate(cfg, model, get_batch, rank=0, world_size=1):
 
 def one_ahead(get_batch, indices):
     """(index, x0, maskable) of training micro-batches. While one is worked on, a thread already makes the next one."""
-    with concurrent.futures.ThreadPoolExecutor(max_workers=1) as pool:
-        index, batch = None, None
-        for coming in indices:
-            index, batch, done, result = coming, pool.submit(get_batch, "train", coming), index, batch
-            if result is not None:
-                yield done, *result.result()
-        if batch is not None:
-            yield index, *batch.result()
+
+    def start(index):
+        def make():
+            try:
+                batch.set_result((index, *get_batch("train", index)))
+            except BaseException as error:  # raised again where the batch is due
+                batch.set_exception(error)
+
+        batch = Future()
+        threading.Thread(target=make, daemon=True).start()  # daemon: nobody waits for it at the end
+        return batch
+
+    coming = None
+    for index in indices:
+        batch = coming and coming.result()
+        coming = start(index)
+        if batch:
+            yield batch
+    if coming:
+        yield coming.result()
 
 
 def compile_model(model, shape):
     """Makes the model train compiled on texts of this shape (B, T), the many. What is shorter (the last rows of a validation, the
     random lengths) runs as it is, because each new shape would cost a minute. The number of hidden tokens is another every time;
     the output head is compiled for any."""
+    model.wte.forward = torch.compiler.disable(model.wte.forward)  # torch 2.6 on a CPU: wrong gradient where tokens repeat
     plain, compiled = model.hidden_states, torch.compile(model.hidden_states, dynamic=False)
-    model.hidden_states = lambda xt, **where: (compiled if xt.shape == shape else plain)(xt, **where)
+    model.hidden_states = lambda xt, *args, **where: (compiled if xt.shape == shape else plain)(xt, *args, **where)
     model.nll_of_part = torch.compile(model.nll_of_part, dynamic=True)
 
 
@@ -472,7 +487,8 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
         compile_model(model, (cfg.micro_batch_size, cfg.block_size))
     ddp = model
     if world_size > 1:
-        ddp = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
+        device_ids = [device.index] if device.type == "cuda" else None
+        ddp = DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)  # the rotations are the same anywhere
     optimizer = torch.optim.AdamW(
         model.parameters(),  # one group: every tensor decays
         lr=cfg.learning_rate,
@@ -607,7 +623,6 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
                 losses = []
                 log_time, log_step = time.time(), done
     finally:
-        batches.close()
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
         if report:

@@ -20,7 +20,7 @@ def test_the_ways_compute_the_same(monkeypatch):
     """Loss and gradients of a step, whichever way it is computed; the loss alone, all at once or in parts."""
     monkeypatch.setattr("model.LOGITS_AT_ONCE", 7 * 50)
     steps = [({"n_sink": 2}, "everywhere"), ({"n_sink": 2}, "where hidden"), (SPLIT, "everywhere"), (SPLIT, "where hidden")]
-    for ways in (steps, [({"n_sink": 0}, "all at once"), ({"n_sink": 0}, "in parts")]):
+    for ways in (steps, [({"n_sink": 0}, head) for head in ("at all places", "at hidden places", "in parts")]):
         losses, gradients = [], []
         for way in ways:
             step, model = make_step(BenchConfig(**TINY), torch.device("cpu"), *way)
@@ -47,14 +47,23 @@ def test_the_table(what, first, second, monkeypatch, capsys):
 
 
 def test_memory_of_a_step():
-    """A step of the loss over 1,500 hidden of 3,000 places and 20,000 tokens: float32 logits, their log-softmax and gradient."""
+    """Of the loss of 3,000 places, half of them hidden, and 20,000 tokens: float32 logits, their log-softmax and its gradient."""
     if not os.path.exists("/proc/self/clear_refs"):
         pytest.skip("no /proc/self/clear_refs: Linux only")
     cfg = BenchConfig(**{**TINY, "vocab_size": 20000, "block_size": 750})
-    way = ({"n_sink": 0}, "all at once")
-    found = bench.peak_memory(cfg, torch.device("cpu"), None, way)
+    found = {
+        head: bench.peak_memory(cfg, torch.device("cpu"), None, ({"n_sink": 0}, head)) for head in ("at all places", "in parts")
+    }
     logits = 4 * 750 * 20000 * 4
-    assert 2 * logits < found < 4 * logits
+    assert 2 * logits < found["at all places"] < 4 * logits and found["in parts"] < 0.6 * found["at all places"]
+
+
+def test_texts_and_masks_are_the_same_for_every_way(monkeypatch):
+    seen = []
+    monkeypatch.setattr(bench, "weighted_nll", lambda model, *batch: seen.append(batch) or model.lm_head.weight.sum())
+    for flags in ({"n_sink": 0}, SPLIT, {"n_sink": 0, "gated_attention": True}):
+        make_step(BenchConfig(**TINY), torch.device("cpu"), flags)[0]()
+    assert all(torch.equal(a, b) for other in seen[1:] for a, b in zip(seen[0], other))
 
 
 def test_ratios():

@@ -221,6 +221,20 @@ def test_every_option_changes_the_answers(asked, monkeypatch, flag):
     assert len(json.loads((out_dir / "results.json").read_text())) == 2  # neither has taken the other's place
 
 
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"prefix_cache": True}, "prefix_cache needs a block_length"),
+        ({"prefix_cache": True, "block_length": 4, "answer_cfg_scale": 1.0}, "without cfg_scale only"),  # not after the thoughts
+        ({"threshold": 2.0}, "wanted threshold in 0..1"),
+        ({"remasking": "greddy"}, "remasking is 'greddy'"),
+    ],
+)
+def test_options_that_do_not_go_together_are_told_before_the_work(options, message):
+    with pytest.raises(ValueError, match=message):
+        EvalConfig(**options)
+
+
 def test_questions_and_thoughts_without_room(asked, monkeypatch):
     """Counted as wrong, and told apart from wrong answers."""
     out_dir, _ = asked

@@ -390,6 +390,17 @@ def test_every_option_changes_the_text(trained, change):
     assert continuations(EvalConfig(), trained, requests) == continuations(EvalConfig(temperature=0.7), trained, requests)
 
 
+def test_sinks_are_computed_once_for_many_passes(monkeypatch):
+    model, calls = make_model(sink_attention="split", block_size=32), []
+    real, pairs = model.sink_keys_values, [([1, 2], [3, 4, 5]), ([6], [7, 8, 9, 1])]
+    wanted = score(make_model(block_size=32), pairs)
+    monkeypatch.setattr(model, "sink_keys_values", lambda: calls.append(1) or real())
+    passes = []
+    model.register_forward_pre_hook(lambda module, args, kwargs: passes.append(kwargs["sinks"]), with_kwargs=True)
+    np.testing.assert_allclose(score(model, pairs, batch_tokens=8), wanted, rtol=1e-5)
+    assert calls == [1] and len(passes) > 5 and all(sinks is passes[0] for sinks in passes)
+
+
 def test_padding_is_invisible(variant):
     """Rows of 1 to 16 tokens side by side, whatever stands behind them, also in gradients; the head at chosen places alone."""
     model: MDM = make_model(**variant)

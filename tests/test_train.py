@@ -507,6 +507,30 @@ def test_batches_are_made_one_ahead():
     assert list(train_module.one_ahead(get_batch, [])) == []
 
 
+def test_nobody_waits_for_a_batch_that_is_not_wanted():
+    """As when a second Ctrl-C comes while the next batch takes long; and what fails is not followed by one more batch."""
+    made = []
+
+    def get_batch(split, index):
+        made.append(index)
+        time.sleep(60 if index == 1 else 0)
+        if index == 3:
+            raise ValueError("bad")
+        return index, split
+
+    batches = train_module.one_ahead(get_batch, [0, 1])
+    start = time.monotonic()
+    next(batches)
+    batches.close()
+    assert time.monotonic() - start < 5
+    made.clear()
+    batches = train_module.one_ahead(get_batch, [2, 3, 4])
+    next(batches)
+    with pytest.raises(ValueError, match="bad"):
+        next(batches)
+    assert made == [2, 3]
+
+
 def test_either_way_of_attention_goes_on_with_the_other_s_checkpoint(data_dir, tmp_path):
     """And learns the same, up to rounding."""
     mask = run(data_dir, tmp_path / "mask", "--sink_attention=mask")
