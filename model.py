@@ -265,12 +265,10 @@ class MDM(nn.Module):
         T = start + xt.size(1)
         if T > self.config.block_size:
             raise ValueError(f"sequence of {T} tokens exceeds block_size {self.config.block_size}")
-        x = self.wte(xt)
-        n_rows, may_attend, rope = 0, None, self.rotations(T, lengths)  # n_rows: of sinks in x
-        if before is None and sinks is None:
-            n_rows = n_sink
-        elif before is None:
+        x, may_attend, rope = self.wte(xt), None, self.rotations(T, lengths)
+        if before is None and sinks is not None:
             before = [(apply_rope(k, *(table[..., :n_sink, :] for table in rope)), v) for k, v in sinks]
+        n_rows = n_sink if before is None else 0  # of x that are sinks
         rope = [table[..., n_sink + start - n_rows :, :] for table in rope]
         if n_rows:
             x = torch.cat((self.sink.expand(len(x), -1, -1), x), dim=1)  # (B, S, C)
@@ -294,11 +292,9 @@ class MDM(nn.Module):
         n_sink, tables = self.config.n_sink, (self.rope_cos, self.rope_sin)
         if self.config.sink_position == "front":
             return [table[: n_sink + T] for table in tables]
-        place = torch.arange(-n_sink, T, device=self.device)
-        if lengths is None or not n_sink:
-            return [table[torch.where(place < 0, place + n_sink + T, place)] for table in tables]
-        place = torch.where(place < 0, place + n_sink + lengths[:, None], place)
-        return [table[place][:, None] for table in tables]
+        place, end = torch.arange(-n_sink, T, device=self.device), T if lengths is None else lengths[:, None]
+        place = torch.where(place < 0, place + n_sink + end, place)  # (S,) or (B, S)
+        return [table[place] if lengths is None else table[place][:, None] for table in tables]
 
     def sink_keys_values(self):
         """The sinks' keys (not rotated yet) and values in every layer, each (1, H, n_sink, d), for many passes with the same
