@@ -31,12 +31,11 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import configurator
-from eval import encode_pair, final_number, fit, read_items, read_problems, score
+from eval import EvalConfig, Trained, answer_problems, encode_pair, fit, read_items, read_problems, score
 from model import MDM, MDMConfig, mask_tokens, weighted_nll
 from prepare_data import load_tokenizer, make_tokenizer
 from sample import load_trained
-from sft_gsm8k import solve
-from train import autocast, compile_model, peak_flops, seed_for, setup_distributed
+from train import autocast, compile_model, peak_flops, setup_distributed
 
 
 @dataclass
@@ -176,33 +175,34 @@ def ratio(seconds, name, first):
 
 
 def bench_steps(cfg, device, ways):
-    """Times training steps, ways {name: arguments of make_step behind device}, and prints a table. The kernel of attention is that
+    """Times training steps, ways {name: (flags, head) of make_step}, and prints a table. The kernel of attention is that
     of the way that is not compiled."""
-    kernels = {}
-    for name, way in ways.items():
-        with AttentionKernel() as kernel:
-            make_step(cfg, device, *way)[0]()
-        kernels[name] = kernels[f"{name}, compiled"] = kernel.name
-    if cfg.compile:
-        ways |= {f"{name}, compiled": (*way, *(["where hidden"] if len(way) == 1 else []), True) for name, way in ways.items()}
-    made = {name: make_step(cfg, device, *way) for name, way in ways.items()}
-    steps = {name: step for name, (step, _) in made.items()}
-    model = next(iter(made.values()))[1]
+    made, losses, kernels = {}, {}, {}
+    for compiled in (False, True)[: 1 + cfg.compile]:
+        for name, way in ways.items():
+            label = f"{name}, compiled" if compiled else name
+            step, model = make_step(cfg, device, *way, compiled)
+            made[label] = step, model, (*way, compiled)
+            if compiled:
+                losses[label], kernels[label] = step(), kernels[name]
+            else:
+                with AttentionKernel() as kernels[label]:
+                    losses[label] = step()
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
-    size = f"{model.num_params():,} non-embedding parameters, vocabulary {cfg.vocab_size:,}"
+    first, peak = next(iter(ways)), peak_flops(device)
+    size = f"{made[first][1].num_params():,} non-embedding parameters, vocabulary {cfg.vocab_size:,}"
     print(f"{size}, {cfg.batch_size} x {cfg.block_size} tokens, {where}, torch {torch.__version__}")
-    losses = {name: step() for name, step in steps.items()}
-    seconds, first, peak = take_turns(steps, cfg.rounds), next(iter(ways)), peak_flops(device)
+    seconds = take_turns({label: step for label, (step, _, _) in made.items()}, cfg.rounds)
     print(f"{'':<28} {'ms':>8} {'time':>16} {'tokens/s':>9} {'MFU':>6} {'peak MB':>8} {'loss':>9}  attention")
-    for name, way in ways.items():
+    for name, (step, model, way) in made.items():
         median, (middle, error) = statistics.median(seconds[name]), ratio(seconds, name, first)
         rate = cfg.batch_size * cfg.block_size / median
-        mfu = f"{made[name][1].flops_per_token(cfg.block_size) * rate / peak:.1%}" if peak and cfg.what != "loss" else "-"
-        most = peak_memory(cfg, device, steps[name], way)
+        mfu = f"{model.flops_per_token(cfg.block_size) * rate / peak:.1%}" if peak and cfg.what != "loss" else "-"
+        most = peak_memory(cfg, device, step, way)
         most = "-" if most is None else f"{most / 1e6:,.0f}"
         print(
             f"{name:<28} {1e3 * median:>8.1f} {f'{middle:.3f} ± {error:.3f}x':>16} {rate:>9,.0f} {mfu:>6} {most:>8} "
-            f"{losses[name]:>9.6g}  {kernels[name]}"
+            f"{losses[name]:>9.6g}  {kernels[name].name}"
         )
 
 
@@ -213,7 +213,7 @@ def bench_sink(cfg, device):
         "sink, split": {"n_sink": cfg.n_sink, "sink_attention": "split"},
         "gate": {"n_sink": 0, "gated_attention": True},
     }
-    bench_steps(cfg, device, {name: (flags,) for name, flags in ways.items()})
+    bench_steps(cfg, device, {name: (flags, "where hidden") for name, flags in ways.items()})
 
 
 def bench_train(cfg, device):
@@ -233,11 +233,11 @@ def bench_sample(cfg, device):
     """Fixed numbers of steps, and tokens as soon as they are sure; from left to right, and with what is left of a block kept."""
     if cfg.out_dir is None:
         raise ValueError("sample needs a model that answers problems: --out_dir=out/sft-arithmetic")
-    model, tokenizer, checkpoint = load_trained(cfg.out_dir, "ckpt.pt", device)
-    folder = f"{checkpoint['run_config']['data_dir']}/{checkpoint['meta']['name']}"
-    problems = read_problems(cfg.data or f"{folder}/test.txt", f"{folder}/download")
-    block_length = max(1, model.config.block_size // 4)
-    one = {"steps": model.config.block_size}
+    trained = Trained(*load_trained(cfg.out_dir, "ckpt.pt", device), rank=0, world_size=1)
+    folder = f"{trained.checkpoint['run_config']['data_dir']}/{trained.checkpoint['meta']['name']}"
+    problems = [(i, *problem) for i, problem in enumerate(read_problems(cfg.data or f"{folder}/test.txt", f"{folder}/download"))]
+    block_size = trained.model.config.block_size
+    block_length, one = max(1, block_size // 4), {"steps": block_size}
     rules = {"one token a pass": one}
     rules |= {f"{steps} steps": {"steps": steps} for steps in (8, 4, 2, 1)}
     rules |= {f"threshold {threshold}": one | {"threshold": threshold} for threshold in (0.5, 0.9, 0.99)}
@@ -246,32 +246,22 @@ def bench_sample(cfg, device):
         rules[f"{name}, blocks of {block_length}"] = blocks
         rules[f"{name}, blocks, prefix cache"] = blocks | {"prefix_cache": True}
 
-    def answer(part, options):
-        solved = []
-        for chunk in np.array_split(part, math.ceil(len(part) / cfg.batch_size)):
-            with autocast(device, cfg.dtype):
-                questions = [problems[i][0] for i in chunk]
-                solved += solve(model, tokenizer, questions, [seed_for(0, i) for i in chunk.tolist()], options, options)
-        right = [final_number(text or "") == problems[i][1] for i, (_, text, _) in zip(part, solved)]
-        return right, [passes for _, _, passes in solved]
-
-    found = {name: ([], []) for name in rules}
+    records = {name: [] for name in rules}
     seconds = {name: [] for name in rules}
     for part in np.array_split(np.arange(len(problems)), min(cfg.n_parts, len(problems))):
         for name, options in rules.items():
-            start = time.perf_counter()
-            for all_parts, these in zip(found[name], answer(part, {"temperature": 0.1, **options})):
-                all_parts += these
+            start, how = time.perf_counter(), EvalConfig(temperature=0.1, dtype=cfg.dtype, **options)
+            for chunk in np.array_split(part, math.ceil(len(part) / cfg.batch_size)):
+                records[name] += answer_problems(how, trained, [problems[i] for i in chunk])
             seconds[name].append(time.perf_counter() - start)
     first = next(iter(rules))
     print(f"{len(problems):,} problems in batches of {cfg.batch_size}, temperature 0.1, seed 0, {device}")
     print(f"{'':<38} {'passes':>7} {'problems/s':>10} {'speed':>7}  accuracy")
     for name in rules:
-        right, passes = found[name]
-        accuracy, speed = np.mean(right), statistics.median(b / a for a, b in zip(seconds[name], seconds[first]))
-        error = math.sqrt(accuracy * (1 - accuracy) / len(right))
-        rate = len(right) / sum(seconds[name])
-        print(f"{name:<38} {np.mean(passes):>7.1f} {rate:>10.1f} {speed:>6.2f}x  {accuracy:.1%} ± {error:.1%}")
+        accuracy, passes = (np.mean([record[key] for record in records[name]]) for key in ("correct", "forward_passes"))
+        error = math.sqrt(accuracy * (1 - accuracy) / len(problems))
+        rate, (speed, _) = len(problems) / sum(seconds[name]), ratio(seconds, first, name)
+        print(f"{name:<38} {passes:>7.1f} {rate:>10.1f} {speed:>6.2f}x  {accuracy:.1%} ± {error:.1%}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -335,7 +325,7 @@ def bench_eval(cfg, device):
     plain = next(iter(ways))
     print(f"{'':<42} {'requests/s':>10} {'speed':>7} {'sd, nats':>9} {'mean, nats':>11}")
     for name in ways:
-        speed = statistics.median(a / b for a, b in zip(rates[name], rates[plain]))
+        speed, _ = ratio(rates, name, plain)
         sd, mean = np.sqrt(estimates[name].var(axis=0, ddof=1).mean()), estimates[name].mean()
         print(f"{name:<42} {statistics.median(rates[name]):>10.2f} {speed:>6.2f}x {sd:>9.2f} {mean:>11.2f}")
 

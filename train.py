@@ -103,8 +103,9 @@ class TrainConfig:
 
 MODEL_KEYS = [f.name for f in dataclasses.fields(MDMConfig) if f.name != "vocab_size"]
 # What may be set anew when a run is resumed; any other key must keep its value.
-RESUME_KEYS = "out_dir init_from data_dir max_steps train_flops epochs eval_interval log_interval wandb device compile".split()
-RESUME_KEYS.append("sink_attention")  # computes the same
+RESUME_KEYS = """
+    out_dir init_from data_dir max_steps train_flops epochs eval_interval log_interval wandb device compile sink_attention
+""".split()
 # Each sets the length of a run; of those that a config has (epochs is fine-tuning's), whichever is set counts.
 LENGTH_KEYS = ["max_steps", "train_flops", "epochs"]
 
