@@ -4,6 +4,9 @@
     python eval.py --task=gsm8k --out_dir=out/sft-arithmetic                      # answers the data set's test problems
     python eval.py --task=piqa.jsonl --out_dir=out/x --nll_type=chain_rule        # a file of questions with choices or targets
     python eval.py --task=hellaswag,arc_easy:cfg_scale=0.6 --out_dir=out/x        # lm-evaluation-harness (pip install lm-eval)
+    python eval.py --task=sinks --out_dir=out/x --compare=out/y --plot=True       # where attention goes, step by step
+    python eval.py --task=sink_changes --out_dir=out/x                            # bound with the sinks moved, zeroed, removed
+    python eval.py --task=runs --out_dir=out/ablation                             # table of the runs below a folder
     torchrun --standalone --nproc_per_node=8 eval.py config/eval_paper.py --out_dir=out/472m-sink
 
 Tasks are separated by commas, and each may have settings of its own behind colons. A .jsonl file has one item a line, either
@@ -19,6 +22,7 @@ import difflib
 import functools
 import glob
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -37,11 +41,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import configurator
-from model import MDM, check_decoding, generate, guided_logits, sample_tokens, surest
+from model import MDM, apply_rope, check_decoding, generate, guided_logits, sample_tokens, surest
 from prepare_data import CORPORA, Source
 from sample import load_trained
 from sft_gsm8k import SFTConfig, example_batches, solve
 from train import (
+    LENGTH_KEYS,
+    RESUME_KEYS,
     TrainConfig,
     autocast,
     close_distributed,
@@ -58,19 +64,22 @@ from train import (
 
 @dataclass
 class EvalConfig:
-    task: str = "loss"  # loss, gsm8k, files.jsonl or tasks of lm-evaluation-harness: name:key=value:key=value,name,...
+    task: str = "loss"  # loss, gsm8k, sinks, sink_changes, files.jsonl or the harness's, name:key=value:key=value,name,...; or runs
     out_dir: str = "out/arithmetic"  # folder of the checkpoint
     checkpoint: str = "ckpt.pt"  # ckpt.pt (the latest) or best.pt (lowest validation loss)
-    data: str | None = None  # loss: a prepared folder; gsm8k: file, folder or URL of problems; None: those of the training data
+    data: str | None = None  # gsm8k: file, folder or URL of problems; else a prepared folder; None: those of the training data
     include_path: str | None = None  # harness: folder with task definitions (YAML) of your own
-    limit: int | None = None  # only the first so many items (loss: so many sequences, evenly spread)
+    limit: int | None = None  # only the first so many items (validation sequences: evenly spread; sinks: 16 if not set)
     # likelihood
     nll_type: str = "mc"  # mc: Monte-Carlo bound, mc_num draws; chain_rule: left to right, a pass for each token
     mc_num: int = 32  # draws of the noise for each request, or sequence of loss (the paper: 1024)
     mc_masking: str = "exact"  # exact: a draw hides an exact number of tokens; coins: each by chance t, as the authors do
     cfg_scale: float = 0.0  # w of classifier-free guidance towards context, question or prompt; else than 0, twice the work
     batch_tokens: int = 4096  # tokens of a forward pass, padding included; changes no result, but for rounding
-    plot: bool = False  # loss: draw it over t into out_dir (pip install matplotlib)
+    plot: bool = False  # loss, sinks: draw pictures into out_dir (pip install matplotlib)
+    # sinks
+    compare: str | None = None  # folder of a second checkpoint, to be shown beside the first
+    prompt_length: int = 32  # so many tokens of each validation sequence are given, the others written; 0: free text
     # generation
     batch_size: int = 64  # items of a process in a round; changes no result, but for rounding
     steps: int = 256  # denoising steps of thoughts, or of the harness's texts; a row needs no more than it has tokens
@@ -92,7 +101,7 @@ class EvalConfig:
         for name in "limit batch_size batch_tokens mc_num steps length answer_steps answer_length".split():
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in "seed cfg_scale temperature".split():
+        for name in "seed cfg_scale temperature prompt_length".split():
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative, nor infinite")
         for name, wanted in {"nll_type": ("mc", "chain_rule"), "mc_masking": ("exact", "coins")}.items():
@@ -120,6 +129,8 @@ RELEVANT = {
     "gsm8k": f"length cfg_scale seed {DECODING} answer_steps answer_length answer_temperature answer_cfg_scale",
     "file": LIKELIHOOD,
     "harness": f"{LIKELIHOOD} {DECODING}",
+    "sinks": f"prompt_length seed {DECODING.replace(' prefix_cache', '')}",
+    "sink_changes": "mc_num seed",
 }
 RELEVANT = {kind: ["checkpoint", "limit", "dtype", *keys.split()] for kind, keys in RELEVANT.items()}
 NEUTRAL = {
@@ -127,11 +138,13 @@ NEUTRAL = {
     "gsm8k": "data batch_size",
     "file": "batch_size batch_tokens",
     "harness": "include_path batch_size batch_tokens",
+    "sinks": "data compare plot batch_size batch_tokens",
+    "sink_changes": "data batch_size batch_tokens",
 }
 
 
 def kind_of(task):
-    return task if task in ("loss", "gsm8k") else "file" if task.endswith(".jsonl") else "harness"
+    return task if task in ("loss", "gsm8k", "sinks", "sink_changes") else "file" if task.endswith(".jsonl") else "harness"
 
 
 def plan(cfg, set_by):
@@ -706,6 +719,324 @@ def gsm8k(cfg, trained):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# --task=sinks: where attention goes while a text is denoised (the paper, 4.4 and A.3)
+
+
+def attention_weights(q, k, may_attend=None):
+    """softmax(q k^T / sqrt(d) + M) (Eq. 5): the share of each key (column) in what a query (row) reads, (B, H, S, S). Computed here
+    alone: training and sampling use scaled_dot_product_attention, which keeps no weights."""
+    scores = q @ k.transpose(-2, -1) / math.sqrt(q.size(-1))
+    if may_attend is not None:
+        scores = scores.masked_fill(~may_attend, -math.inf)
+    return scores.softmax(dim=-1)
+
+
+@torch.no_grad()
+def look_at_attention(model, xt, layers=()):
+    """What the model's attention does on texts xt (B, T), all in float32 and on the CPU:
+
+    mass    (n_layer, B, S): attention that each position gets, mean over heads and over the text's queries; its sum over S is 1
+    norms   (n_layer, B, S): L2 norm of each position's value vector, mean over heads
+    maps    {layer: (B, S, S)} for the given layers: the weights, mean over heads
+    error   largest difference between what a layer gives with these weights and what it gave with SDPA, relative to the latter
+
+    The first n_sink of the S positions are the sink tokens, and the others the text, wherever sink_position puts the sinks."""
+    mass, norms, maps, errors = [], [], {}, []
+
+    def look(attention, args, output):
+        x, rope, n_sink, may_attend, *_ = args
+        q, k, v = attention.project(x, n_sink)
+        weights = attention_weights(apply_rope(q, *rope), apply_rope(k, *rope), may_attend)
+        if n_sink and attention.config.sink_attention == "split":  # whose sinks read their own values
+            weights[:, :, :n_sink] = torch.eye(x.size(1), device=x.device)[:n_sink]
+        errors.append((attention.output(x, (weights @ v).transpose(1, 2)) - output).abs().max() / output.abs().max())
+        if len(mass) in layers:
+            maps[len(mass)] = weights.mean(dim=1).cpu()
+        mass.append(weights[:, :, n_sink:].mean(dim=(1, 2)))
+        norms.append(v.norm(dim=-1).mean(dim=1))
+
+    hooks = [block.attn.register_forward_hook(look) for block in model.blocks]
+    try:
+        model.hidden_states(xt)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(mass).cpu(), torch.stack(norms).cpu(), maps, max(errors).item()
+
+
+def follow_sink(mass, norms, hidden, config):
+    """The sink of one layer at each step of a trajectory: the position that gets most attention. Lists over the steps.
+
+    mass, norms (steps, S) as in look_at_attention; hidden (steps, T), which tokens of the text were [MASK].
+    A position is counted from the text's first token; sink tokens have -n_sink..-1 in front, and T.. at the end."""
+    n_sink, (steps, S) = config.n_sink, mass.shape
+    place = np.arange(S) - n_sink
+    if config.sink_position == "end":
+        place[:n_sink] += S
+    top, every = mass.argmax(axis=1), np.arange(steps)
+    found = {
+        "position": place[top],
+        "mass": mass[every, top],
+        "moved_by": np.abs(np.diff(place[top])),  # since the step before: one less than steps
+        "hidden": (top >= n_sink) & hidden[every, top - n_sink],
+        "norm": norms[every, top],
+        "norm_of_others": np.array([np.median(np.delete(norms[step], top[step])) for step in every]),
+        "text_mass": mass[:, n_sink:].max(axis=1),  # of the token of the text that gets most
+        "sink_mass": mass[:, :n_sink].sum(axis=1),  # of all sink tokens
+        "sink_norm": norms[:, :n_sink].mean(axis=1) if n_sink else np.zeros(steps),
+        "text_norm": np.median(norms[:, n_sink:], axis=1),
+    }
+    return {key: [round(x, 6) for x in values.tolist()] for key, values in found.items()}
+
+
+def states(record, mask_id):
+    """What the model saw at each step of a trajectory, (steps, T)."""
+    tokens, step = np.array(record["tokens"]), np.array(record["step"])
+    return torch.from_numpy(np.where(step < np.arange(step.max() + 1)[:, None], tokens, mask_id))
+
+
+def trajectories(cfg, trained, rows):
+    """Job of sinks: writes the hidden part of validation sequences, then looks at the attention of each step."""
+    get_batch, model, mask_id = validation(trained, cfg.data, cfg.limit)[0], trained.model, trained.model.config.mask_id
+    x0, maskable = (torch.cat(tensors) for tensors in zip(*(get_batch("val", row) for row in rows)))
+    maskable &= torch.arange(x0.size(1)) >= cfg.prompt_length
+    if not maskable.any(dim=1).all():
+        raise ValueError(f"prompt_length {cfg.prompt_length} leaves nothing to write of {x0.size(1)} tokens; lower it")
+    x, after = torch.where(maskable, mask_id, x0).to(trained.device), []
+    with autocast(trained.device, cfg.dtype):
+        seeds = [seed_for(cfg.seed, row) for row in rows]
+        x, _ = generate(model, x, **cfg.decoding()[0][1], seeds=seeds, on_step=lambda xt: after.append((xt == mask_id).cpu()))
+    step = torch.where(maskable, torch.stack(after).sum(dim=0), -1)  # at which a token was revealed; -1: given
+    records = [{"tokens": tokens, "step": own} for tokens, own in zip(x.tolist(), step.tolist())]
+    at_once = max(1, cfg.batch_tokens // x.size(1))
+    for record in records:
+        xt = states(record, mask_id)
+        seen = [look_at_attention(model, part.to(trained.device)) for part in xt.split(at_once)]
+        mass, norms = (torch.cat(parts, dim=1).numpy() for parts in list(zip(*seen))[:2])
+        record["error"] = max(error for *_, error in seen)
+        record["layers"] = [follow_sink(*layer, (xt == mask_id).numpy(), model.config) for layer in zip(mass, norms)]
+    return records
+
+
+def summarize_sinks(records):
+    """For each layer means over steps, then over prompts with their standard errors."""
+    layers = []
+    for of_prompts in zip(*(record["layers"] for record in records)):
+        columns = collections.defaultdict(list)
+        for found in ({key: np.array(values) for key, values in of_prompt.items()} for of_prompt in of_prompts):
+            for key in ("mass", "hidden", "moved_by", "text_mass", "sink_mass"):
+                columns[key].append(found[key].mean() if found[key].size else 0.0)
+            columns["moved"].append((found["moved_by"] > 0).mean() if found["moved_by"].size else 0.0)
+            columns["norm_ratio"].append((found["norm"] / found["norm_of_others"]).mean())
+            columns["sink_norm_ratio"].append((found["sink_norm"] / found["text_norm"]).mean())
+        layers.append(means(columns))
+    return layers
+
+
+def print_sinks(folder, layers, n_sink):
+    titles = {"mass": "top position gets", "moved": "it moved", "moved_by": "by", "hidden": "is [MASK]", "norm_ratio": "value norm"}
+    if n_sink:
+        titles |= {"sink_mass": "sink tokens get", "sink_norm_ratio": "value norm", "text_mass": "top of text gets"}
+    print(f"\n{folder}: means over steps, ± standard error over prompts; value norms relative to the median of the others")
+    print("layer " + "".join(f"{title:>18}" for title in titles.values()))
+    for number, layer in enumerate(layers):
+        print(f"{number:>5} " + "".join(f"{with_error(layer, key, 3):>18}" for key in titles))
+
+
+def sinks(cfg, trained):
+    """Follows attention through denoising trajectories, of one model or of two side by side. Returns the name of the measurement
+    and its result; writes out_dir/sinks.json, and with plot three pictures."""
+    plt = import_pyplot() if cfg.plot else None  # what is missing is told before the work
+    cfg = dataclasses.replace(cfg, limit=cfg.limit or 16)
+    runs = {cfg.out_dir: trained}
+    if cfg.compare:
+        if trained.world_size > 1:
+            raise ValueError("compare works in one process; leave out torchrun")
+        runs[cfg.compare] = Trained(*load_trained(cfg.compare, cfg.checkpoint, trained.device), 0, 1)
+        first, second = ((one.model.config.block_size, validation(one, cfg.data, cfg.limit)[2]) for one in runs.values())
+        if first != second:
+            raise ValueError(f"{cfg.compare} has another block_size or other data than {cfg.out_dir}; compare needs the same texts")
+    _, n_rows, data_sha256 = validation(trained, cfg.data, cfg.limit)
+    results, found = [], {}
+    for folder, one in runs.items():
+        own = dataclasses.replace(cfg, out_dir=folder)
+        name, records, facts = measure(own, one, trajectories, list(range(n_rows)), data_sha256, unit="prompt")
+        layers, error = summarize_sinks(records), max(record["error"] for record in records)
+        results.append((name, {"layers": layers, "recomputed_error": error, **facts}))
+        found[folder] = {"n_sink": one.model.config.n_sink, "layers": layers, "prompts": records}
+        print_sinks(folder, layers, one.model.config.n_sink)
+        print(f"evenly spread, a position would get {1 / (one.model.config.n_sink + len(records[0]['tokens'])):.4f}; ", end="")
+        print(f"what is read with recomputed weights differs from SDPA's by {error:.0e} of it at most")
+    path = os.path.join(cfg.out_dir, "sinks.json")
+    with open(path, "w") as file:
+        json.dump(found, file)
+    print(f"{path}: every step of every layer")
+    if plt:
+        plot_maps(plt, runs, found, os.path.join(cfg.out_dir, "sinks_maps.png"))
+        plot_paths(plt, found, os.path.join(cfg.out_dir, "sinks_paths.png"))
+        plot_norms(plt, runs, found, os.path.join(cfg.out_dir, "sinks_norms.png"))
+    return results[0]
+
+
+def save_plot(figure, path):
+    figure.savefig(path, dpi=100, bbox_inches="tight")
+    print(f"{path}: a picture")
+
+
+def early_and_late(record, mask_id):
+    """The steps at an eighth and at seven eighths of a trajectory, and what the model saw there, (2, T)."""
+    last = max(record["step"])
+    steps = last // 8, last - last // 8
+    return steps, states(record, mask_id)[list(steps)]
+
+
+def plot_maps(plt, runs, found, path):
+    """Attention maps of the first prompt at an early and a late step, in the layer where a token of the text gets most."""
+    without = min(found.values(), key=lambda run: run["n_sink"])  # there is the moving sink to be seen, if anywhere
+    layer = int(np.argmax([of_layer["text_mass"] for of_layer in without["layers"]]))
+    figure, axes = plt.subplots(len(runs), 2, figsize=(9, 4 * len(runs)), squeeze=False, layout="constrained")
+    for row, (folder, one) in zip(axes, runs.items()):
+        first = -one.model.config.n_sink - 0.5
+        steps, xt = early_and_late(found[folder]["prompts"][0], one.model.config.mask_id)
+        maps = look_at_attention(one.model, xt.to(one.device), layers=(layer,))[2][layer].numpy()
+        for panel, step, weights in zip(row, steps, maps):
+            end = first + len(weights)
+            image = panel.imshow(weights, norm="log", vmin=1e-3, vmax=1, cmap="magma", extent=(first, end, end, first))
+            panel.set(title=f"{folder}, layer {layer}, step {step}", xlabel="is read (sink tokens: left of 0)", ylabel="reads")
+    figure.colorbar(image, ax=axes, label="attention, mean over heads", shrink=0.6)
+    save_plot(figure, path)
+
+
+def plot_paths(plt, found, path):
+    """The position that gets most attention at every step of the first prompt's trajectory, layer by layer."""
+    n_layer = max(len(run["layers"]) for run in found.values())
+    n_rows = -(-n_layer // 3)
+    figure, axes = plt.subplots(n_rows, 3, figsize=(10, 2 * n_rows + 0.5), sharex=True, sharey=True, layout="constrained")
+    for layer, panel in enumerate(axes.flat):
+        for folder, run in found.items():
+            if layer < len(run["layers"]):
+                panel.plot(run["prompts"][0]["layers"][layer]["position"], label=folder, linewidth=1)
+        panel.set_title(f"layer {layer}" if layer < n_layer else "")
+    figure.supxlabel("denoising step")
+    figure.supylabel("position that gets most attention")
+    figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    save_plot(figure, path)
+
+
+def plot_norms(plt, runs, found, path):
+    """Value norms at an early and a late step of the first four prompts (the paper's Figure 1)."""
+    figure, axes = plt.subplots(1, len(runs), figsize=(5.5 * len(runs), 3.6), sharey=True, squeeze=False, layout="constrained")
+    jitter = np.random.default_rng(0)
+    for panel, (folder, one) in zip(axes[0], runs.items()):
+        n_sink = one.model.config.n_sink
+        xt = torch.cat([early_and_late(record, one.model.config.mask_id)[1] for record in found[folder]["prompts"][:4]])
+        mass, norms, _, _ = look_at_attention(one.model, xt.to(one.device))
+        text_top = norms[:, :, n_sink:].gather(2, mass[:, :, n_sink:].argmax(dim=2, keepdim=True))
+        groups = {"text": (norms[:, :, n_sink:], "0.7", 2), "gets most of the text": (text_top, "tab:red", 14)}
+        if n_sink:
+            groups["sink token"] = norms[:, :, :n_sink], "tab:blue", 14
+        for label, (values, color, size) in groups.items():
+            values = values.flatten(1).numpy()  # (n_layer, points)
+            x = np.arange(len(values))[:, None] + jitter.uniform(-0.3, 0.3, values.shape)
+            panel.scatter(x, values, s=size, color=color, linewidths=0, label=label)
+        panel.set(title=folder, xlabel="layer", ylabel="value norm, mean over heads")
+        panel.legend(markerscale=2)
+    panel.set_ylim(bottom=0)
+    save_plot(figure, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --task=sink_changes: which property of a trained model's sinks matters?
+
+CHANGES = ("none", "moved to the other end", "embedding: noise of its norm", "values: zero", "removed")
+
+
+@functools.lru_cache(maxsize=1)
+def with_changed_sinks(trained, change, seed):
+    config, weights, flags = trained.model.config, trained.model.state_dict(), {}
+    if change == "moved to the other end":
+        flags["sink_position"] = "end" if config.sink_position == "front" else "front"
+    elif change == "embedding: noise of its norm":
+        noise = torch.randn(weights["sink"].shape, generator=torch.Generator().manual_seed(seed)).to(trained.device)
+        weights["sink"] = noise * (weights["sink"].norm(dim=1) / noise.norm(dim=1))[:, None]
+    elif change == "values: zero":
+        flags["sink_zero_value"] = True
+    elif change == "removed":
+        flags["n_sink"] = 0
+        del weights["sink"]
+    model = MDM(dataclasses.replace(config, **flags)).to(trained.device)
+    model.load_state_dict(weights)
+    return dataclasses.replace(trained, model=model)
+
+
+def changed_bounds(cfg, trained, items):
+    """Job of sink_changes: mc_num draws of the bound for each (change, validation sequence)."""
+    records = []
+    for change, group in itertools.groupby(items, key=lambda item: item[0]):
+        records += bounds(cfg, with_changed_sinks(trained, change, cfg.seed), [row for _, row in group])
+    return records
+
+
+def sink_changes(cfg, trained):
+    """Bound of the model with other sinks than it was trained with, on the same sequences and masks, and its difference to the
+    bound without a change. Returns the name of the measurement and its result."""
+    if not trained.model.config.n_sink:
+        raise ValueError(f"the model of {cfg.out_dir} has no sink tokens to change; train one with n_sink=1")
+    _, n_rows, data_sha256 = validation(trained, cfg.data, cfg.limit)
+    items = [(change, row) for change in CHANGES for row in range(n_rows)]
+    name, records, facts = measure(cfg, trained, changed_bounds, items, data_sha256, unit="sequence")
+    nats = np.array([np.mean(record["nll"]) for record in records]).reshape(len(CHANGES), n_rows)
+    nats /= np.mean([record["tokens"] for record in records])
+    table = [{"change": change, **means({"nats_per_token": own, "more": own - nats[0]})} for change, own in zip(CHANGES, nats)]
+    print(f"{'change of the sinks':<32}{'nats per token':>20}{'more than without':>20}")
+    for row in table:
+        print(f"{row['change']:<32}{with_error(row, 'nats_per_token'):>20}{with_error(row, 'more'):>20}")
+    return name, {"changes": table, **facts}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# --task=runs: what training with other settings gave
+
+
+def tabulate_runs(folder):
+    """Prints the last validation bounds of the runs in folder/*/log.jsonl: a row for each kind of run, named by whatever the runs
+    differ in but the seed; means over seeds with standard errors, also of the differences to the first row's runs of the same
+    seeds, which saw the same texts and masks."""
+    kinds = collections.defaultdict(dict)  # {settings as JSON: {seed: bound}}
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*", "log.jsonl"))):
+        try:
+            with open(path) as file:
+                lines = [json.loads(line) for line in file if line.endswith("\n")]
+            starts, validations = ([line for line in lines if key in line] for key in ("config", "val_loss"))
+            if not validations:
+                continue
+            settings = {**starts[-1]["config"], "init_from": starts[0]["config"]["init_from"], "step": validations[-1]["step"]}
+            settings |= {key: starts[-1][key] for key in ("commit", "data_sha256")}
+        except (ValueError, TypeError, KeyError, IndexError) as error:
+            raise ValueError(f"{path} is no log of train.py ({error!r}); move it away") from error
+        seed = settings.pop("seed")
+        same = {key: value for key, value in settings.items() if key not in RESUME_KEYS or key in (*LENGTH_KEYS, "init_from")}
+        kind = kinds[json.dumps(same)]
+        if seed in kind:
+            raise ValueError(f"{path} is a second run of seed {seed} with the same settings and commit; move one of them away")
+        kind[seed] = validations[-1]["val_loss"]
+    if not kinds:
+        raise ValueError(f"no run with a validation in {folder}/*/log.jsonl; train some with --out_dir={folder}/name")
+    settings = [json.loads(kind) for kind in kinds]
+    columns = [key for key in settings[0] if len({json.dumps(each.get(key)) for each in settings}) > 1]
+    rows = sorted((tuple(str(each.get(key))[:20] for key in columns), i) for i, each in enumerate(settings))
+    widths = [2 + max(len(values[i]) for values, _ in [(columns, 0), *rows]) for i in range(len(columns))]
+    in_columns = lambda texts: "".join(text.ljust(width) for text, width in zip(texts, widths))  # noqa: E731
+    print(f"{in_columns(columns)}{'seeds':>5}{'validation bound':>20}{'against the first':>20}")
+    by_seed = list(kinds.values())
+    first = by_seed[rows[0][1]]
+    for values, i in rows:
+        own, more = by_seed[i], [by_seed[i][seed] - first[seed] for seed in by_seed[i] if seed in first]
+        texts = [with_error(means({"bound": numbers}), "bound") if numbers else "-" for numbers in (list(own.values()), more)]
+        print(f"{in_columns(values)}{len(own):>5}{texts[0]:>20}{texts[1] if own is not first else '':>20}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # --task=<any other>: tasks of lm-evaluation-harness
 
 
@@ -830,13 +1161,20 @@ def write_results(path, results):
     os.replace(path + ".tmp", path)
 
 
-def with_error(result, key):
+def with_error(result, key, digits=4):
     error = result.get(f"{key}_se")
-    return f"{result[key]:.4f}" + (f" ± {error:.4f}" if error is not None else "")
+    return f"{result[key]:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
+
+
+KINDS = {"loss": loss, "gsm8k": gsm8k, "file": file, "harness": harness, "sinks": sinks, "sink_changes": sink_changes}
 
 
 def main():
     cfg, set_by = configurator.parse(EvalConfig)
+    if cfg.task == "runs":
+        if idle := set_by.keys() - {"task", "out_dir", "device"}:
+            raise ValueError(f"--task=runs makes no use of {', '.join(sorted(idle))}; leave it out")
+        return tabulate_runs(cfg.out_dir)
     tasks = plan(cfg, set_by)
     # the other processes wait while rank 0 downloads data sets or computes the harness's metrics
     rank, world_size, device = setup_distributed(cfg.device, timeout=datetime.timedelta(hours=6))
@@ -862,7 +1200,7 @@ def evaluate_tasks(cfg, tasks, trained):
     names = []
     for task in tasks:
         try:
-            name, result = {"loss": loss, "gsm8k": gsm8k, "file": file, "harness": harness}[kind_of(task.task)](task, trained)
+            name, result = KINDS[kind_of(task.task)](task, trained)
         except KeyboardInterrupt:
             print("interrupted; the same command goes on where it stopped")
             raise
