@@ -5,6 +5,7 @@ python -m pytest tests/test_sinks.py
 
 import json
 import math
+import statistics
 import sys
 from dataclasses import asdict, replace
 
@@ -78,13 +79,13 @@ def test_looking_changes_nothing_and_its_error_is_honest(monkeypatch):
 )
 def test_a_known_sink_is_found(flags, at, positions, monkeypatch):
     """q, k, v by hand: at step s, row at[s] gets 9 times as much as any other from every query; its values have the norm 5 in
-    one head and 1 in the other, the others 12 and 8."""
+    one head and 1 in the other, those of another row r have 12 + 2r and 8."""
     config = MDMConfig(block_size=4, vocab_size=5, n_layer=1, n_head=2, n_embd=8, **flags)
     model, S = make_model(**asdict(config)), 4 + config.n_sink
     model.rope_cos.fill_(1), model.rope_sin.zero_()  # no rotation
     q, k, v = torch.zeros(3, len(at), 2, S, 4)
     q[..., 1] = math.sqrt(4)
-    v[:, 0, :, 2], v[:, 1, :, 3] = 12, -8
+    v[:, 0, :, 2], v[:, 1, :, 3] = 12 + 2 * torch.arange(S), -8
     for step, row in enumerate(at):
         k[step, :, row, 1] = math.log(9)
         v[step, 0, row], v[step, 1, row] = torch.tensor([3.0, 0, 4, 0]), torch.tensor([0, -1.0, 0, 0])
@@ -100,17 +101,20 @@ def test_a_known_sink_is_found(flags, at, positions, monkeypatch):
     assert found["mass"] == pytest.approx([share] * 4, abs=1e-6)
     assert found["moved_by"] == [abs(b - a) for a, b in zip(positions, positions[1:])]
     assert found["hidden"] == [not sink and bool(hidden[step, row - n]) for step, (row, sink) in enumerate(zip(at, is_sink))]
-    assert found["norm"] == [3.0] * 4 and found["norm_of_others"] == [10.0] * 4 and found["text_norm"] == [10.0] * 4
+    rows = [[3 if r == row else 10 + r for r in range(S)] for row in at]  # norms at each step, mean of the heads
+    assert found["norm"] == [3.0] * 4
+    assert found["norm_of_others"] == [statistics.median(10 + r for r in range(S) if r != row) for row in at]
+    assert found["text_norm"] == [statistics.median(norms[n:]) for norms in rows]
+    assert found["sink_norm"] == pytest.approx([sum(norms[:n]) / n if n else 0 for norms in rows], abs=1e-6)
     assert found["text_mass"] == pytest.approx([others if sink else share for sink in is_sink], abs=1e-6)
     assert found["sink_mass"] == pytest.approx([(n - 1) * others + share if sink else n * others for sink in is_sink], abs=1e-6)
-    assert found["sink_norm"] == pytest.approx([(10 * n - 7 * sink) / n if n else 0 for sink in is_sink])
 
 
 def test_summary():
     """Two prompts of one layer, by hand: means over steps, then over prompts."""
     one = {
         "mass": [0.5, 0.7, 0.9],
-        "moved_by": [0, 4],
+        "moved_by": [0, 1],
         "hidden": [True, False, False],
         "norm": [1, 1, 4],
         "norm_of_others": [2, 2, 4],
@@ -119,7 +123,7 @@ def test_summary():
     two = {"mass": [0.3], "moved_by": [], "hidden": [True], "norm": [3], "norm_of_others": [2]}
     two |= {"text_mass": [0.2], "sink_mass": [0.0], "sink_norm": [1], "text_norm": [1]}
     (layer,) = eval_module.summarize_sinks([{"layers": [one]}, {"layers": [two]}])
-    wanted = {"mass": (0.7, 0.3), "hidden": (1 / 3, 1), "moved_by": (2, 0), "moved": (0.5, 0), "text_mass": (0.2, 0.2)}
+    wanted = {"mass": (0.7, 0.3), "hidden": (1 / 3, 1), "moved_by": (0.5, 0), "moved": (0.5, 0), "text_mass": (0.2, 0.2)}
     wanted |= {"sink_mass": (0.6, 0), "norm_ratio": (2 / 3, 1.5), "sink_norm_ratio": (1 / 3, 1)}
     for key, (a, b) in wanted.items():
         assert layer[key] == pytest.approx((a + b) / 2), key
