@@ -16,6 +16,7 @@ added to out_dir/results.json. With several processes rank 0 runs the task, and 
 """
 
 import collections
+import copy
 import dataclasses
 import datetime
 import difflib
@@ -79,7 +80,7 @@ class EvalConfig:
     plot: bool = False  # loss, sinks: draw pictures into out_dir (pip install matplotlib)
     # sinks
     compare: str | None = None  # folder of a second checkpoint, to be shown beside the first
-    prompt_length: int = 32  # so many tokens of each validation sequence are given, the others written; 0: free text
+    prompt_length: int | None = None  # tokens given of each validation sequence; 0: free text; None: 32, or fine-tuning's question
     # generation
     batch_size: int = 64  # items of a process in a round; changes no result, but for rounding
     steps: int = 256  # denoising steps of thoughts, or of the harness's texts; a row needs no more than it has tokens
@@ -102,7 +103,7 @@ class EvalConfig:
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in "seed cfg_scale temperature prompt_length".split():
-            if not 0 <= getattr(self, name) < math.inf:
+            if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative, nor infinite")
         for name, wanted in {"nll_type": ("mc", "chain_rule"), "mc_masking": ("exact", "coins")}.items():
             if getattr(self, name) not in wanted:
@@ -129,7 +130,7 @@ RELEVANT = {
     "gsm8k": f"length cfg_scale seed {DECODING} answer_steps answer_length answer_temperature answer_cfg_scale",
     "file": LIKELIHOOD,
     "harness": f"{LIKELIHOOD} {DECODING}",
-    "sinks": f"prompt_length seed {DECODING.replace(' prefix_cache', '')}",
+    "sinks": "prompt_length seed steps temperature remasking threshold block_length",
     "sink_changes": "mc_num seed",
 }
 RELEVANT = {kind: ["checkpoint", "limit", "dtype", *keys.split()] for kind, keys in RELEVANT.items()}
@@ -143,8 +144,11 @@ NEUTRAL = {
 }
 
 
+OWN_TASKS = "loss, gsm8k, sinks, sink_changes, runs, file.jsonl"
+
+
 def kind_of(task):
-    return task if task in ("loss", "gsm8k", "sinks", "sink_changes") else "file" if task.endswith(".jsonl") else "harness"
+    return task if task in RELEVANT else "file" if task.endswith(".jsonl") else "harness"
 
 
 def plan(cfg, set_by):
@@ -153,7 +157,9 @@ def plan(cfg, set_by):
     for entry in cfg.task.split(","):
         name, *own = entry.strip().split(":")
         if not name:
-            raise ValueError(f"task {entry!r} has no name; wanted loss, gsm8k, file.jsonl or a task of lm-evaluation-harness")
+            raise ValueError(f"task {entry!r} has no name; wanted {OWN_TASKS} or a task of lm-evaluation-harness")
+        if name == "runs":
+            raise ValueError("task runs measures no model; call it alone")
         values = {}
         for setting in own:
             key, _, text = setting.partition("=")
@@ -174,7 +180,7 @@ def plan(cfg, set_by):
 def settings_of(cfg):
     """What the result of a task depends on, besides weights and data."""
     keys = RELEVANT[kind_of(cfg.task)]
-    if cfg.nll_type == "chain_rule":
+    if "nll_type" in keys and cfg.nll_type == "chain_rule":
         keys = [key for key in keys if not key.startswith("mc_")]
     return {"task": cfg.task, **{key: getattr(cfg, key) for key in keys}}
 
@@ -507,19 +513,34 @@ def validation(trained, data, limit):
     return get_batch, cfg.eval_seqs, meta["sha256"]
 
 
+def validation_rows(cfg, trained, rows):
+    """x0 and maskable (n, T) of these validation sequences."""
+    get_batch = validation(trained, cfg.data, cfg.limit)[0]
+    return [torch.cat(tensors) for tensors in zip(*(get_batch("val", row) for row in rows))]
+
+
 def bounds(cfg, trained, rows):
     """Job of loss: mc_num draws of the bound of each validation sequence."""
-    get_batch, n_rows, _ = validation(trained, cfg.data, cfg.limit)
+    n_rows = validation(trained, cfg.data, cfg.limit)[1]
     text, eot = trained.tokenizer, trained.tokenizer.eot_token
     n_bytes = torch.tensor([0 if i == eot else len(text.decode_single_token_bytes(i)) for i in range(text.n_vocab)])
     at_once, records = max(1, cfg.batch_tokens // trained.model.config.block_size), []
     for chunk in (rows[i : i + at_once] for i in range(0, len(rows), at_once)):
-        x0, maskable = (torch.cat(tensors) for tensors in zip(*(get_batch("val", row) for row in chunk)))
+        x0, maskable = validation_rows(cfg, trained, chunk)
         nll, t = validation_nll(trained.model, x0, maskable, np.array(chunk), n_rows, cfg.mc_num, cfg.dtype)
         for row, (ids, counted) in enumerate(zip(x0, maskable)):
             sizes = {"tokens": int(counted.sum()), "bytes": int(n_bytes[ids[counted]].sum())}
             records.append({**sizes, "t": t[:, row].tolist(), "nll": nll[:, row].tolist()})
     return records
+
+
+def bound_of(records, others=None):
+    """Nats per token and standard error of records of `bounds`; of their difference to others of the same sequences and masks."""
+    tokens, t, nll = (torch.tensor([record[key] for record in records], dtype=torch.float64) for key in ("tokens", "t", "nll"))
+    if others is not None:
+        nll = nll - torch.tensor([record["nll"] for record in others], dtype=torch.float64)
+    order = t[:, 0].argsort()  # t and nll are (sequences, mc_num)
+    return mean_and_error(nll.mean(dim=1)[order], tokens[order])
 
 
 def loss(cfg, trained):
@@ -528,8 +549,7 @@ def loss(cfg, trained):
     _, n_rows, data_sha256 = validation(trained, cfg.data, cfg.limit)
     name, records, facts = measure(cfg, trained, bounds, list(range(n_rows)), data_sha256, unit="sequence")
     tokens, n_bytes, t, nll = (np.array([r[key] for r in records], float) for key in ("tokens", "bytes", "t", "nll"))
-    order = torch.from_numpy(t[:, 0].argsort())  # t and nll are (sequences, mc_num)
-    nats, se = mean_and_error(torch.from_numpy(nll.mean(axis=1))[order], torch.from_numpy(tokens)[order])
+    nats, se = bound_of(records)
     bits = tokens.sum() / n_bytes.sum() / math.log(2)
     over_t = []
     for i in range(10):
@@ -569,14 +589,13 @@ def import_pyplot():
 def plot_over_t(plt, over_t, path):
     t = [(part["from"] + part["to"]) / 2 for part in over_t]
     nats, se = ([part[f"nats_per_hidden_token{end}"] or 0 for part in over_t] for end in ("", "_se"))
-    plt.figure(figsize=(6, 4))
+    figure = plt.figure(figsize=(6, 4))
     plt.errorbar(t, nats, se, marker="o", capsize=3)
     plt.xlabel("noise level t (share of hidden tokens)")
     plt.ylabel("nats per hidden token")
     plt.xlim(0, 1)
     plt.grid(alpha=0.3)
-    plt.savefig(path, dpi=120, bbox_inches="tight")
-    plt.close()
+    save_plot(plt, figure, path)
     print(f"{path}: the table above as a picture")
 
 
@@ -732,47 +751,51 @@ def attention_weights(q, k, may_attend=None):
 
 
 @torch.no_grad()
-def look_at_attention(model, xt, layers=()):
-    """What the model's attention does on texts xt (B, T), all in float32 and on the CPU:
+def look_at_attention(model, xt, batch_tokens=4096, layer=None):
+    """What the model's attention does on texts xt (B, T), in float32, results on the CPU:
 
     mass    (n_layer, B, S): attention that each position gets, mean over heads and over the text's queries; its sum over S is 1
     norms   (n_layer, B, S): L2 norm of each position's value vector, mean over heads
-    maps    {layer: (B, S, S)} for the given layers: the weights, mean over heads
     error   largest difference between what a layer gives with these weights and what it gave with SDPA, relative to the latter
+    maps    (B, S, S): the weights of one layer, mean over heads; None if no layer is named
 
     The first n_sink of the S positions are the sink tokens, and the others the text, wherever sink_position puts the sinks."""
-    mass, norms, maps, errors = [], [], {}, []
+    mass, norms, maps, errors = [[] for _ in model.blocks], [[] for _ in model.blocks], [], []
 
-    def look(attention, args, output):
+    def look(number, attention, args, output):
         x, rope, n_sink, may_attend, *_ = args
         q, k, v = attention.project(x, n_sink)
         weights = attention_weights(apply_rope(q, *rope), apply_rope(k, *rope), may_attend)
         if n_sink and attention.config.sink_attention == "split":  # whose sinks read their own values
             weights[:, :, :n_sink] = torch.eye(x.size(1), device=x.device)[:n_sink]
         errors.append((attention.output(x, (weights @ v).transpose(1, 2)) - output).abs().max() / output.abs().max())
-        if len(mass) in layers:
-            maps[len(mass)] = weights.mean(dim=1).cpu()
-        mass.append(weights[:, :, n_sink:].mean(dim=(1, 2)))
-        norms.append(v.norm(dim=-1).mean(dim=1))
+        mass[number].append(weights[:, :, n_sink:].mean(dim=(1, 2)).cpu())
+        norms[number].append(v.norm(dim=-1).mean(dim=1).cpu())
+        if number == layer:
+            maps.append(weights.mean(dim=1).cpu())
 
-    hooks = [block.attn.register_forward_hook(look) for block in model.blocks]
+    hooks = [block.attn.register_forward_hook(functools.partial(look, i)) for i, block in enumerate(model.blocks)]
+    precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # no TF32
     try:
-        model.hidden_states(xt)
+        for part in xt.split(max(1, batch_tokens // xt.size(1))):
+            model.hidden_states(part.to(model.device))
     finally:
+        torch.set_float32_matmul_precision(precision)
         for hook in hooks:
             hook.remove()
-    return torch.stack(mass).cpu(), torch.stack(norms).cpu(), maps, max(errors).item()
+    mass, norms = (torch.stack([torch.cat(parts) for parts in layers]) for layers in (mass, norms))
+    return mass, norms, max(errors).item(), torch.cat(maps) if maps else None
 
 
 def follow_sink(mass, norms, hidden, config):
     """The sink of one layer at each step of a trajectory: the position that gets most attention. Lists over the steps.
 
     mass, norms (steps, S) as in look_at_attention; hidden (steps, T), which tokens of the text were [MASK].
-    A position is counted from the text's first token; sink tokens have -n_sink..-1 in front, and T.. at the end."""
+    A position is counted from the text's first token; all sink tokens count as -1 in front, as T at the end."""
     n_sink, (steps, S) = config.n_sink, mass.shape
     place = np.arange(S) - n_sink
-    if config.sink_position == "end":
-        place[:n_sink] += S
+    place[:n_sink] = -1 if config.sink_position == "front" else S - n_sink
     top, every = mass.argmax(axis=1), np.arange(steps)
     found = {
         "position": place[top],
@@ -782,10 +805,10 @@ def follow_sink(mass, norms, hidden, config):
         "norm": norms[every, top],
         "norm_of_others": np.array([np.median(np.delete(norms[step], top[step])) for step in every]),
         "text_mass": mass[:, n_sink:].max(axis=1),  # of the token of the text that gets most
-        "sink_mass": mass[:, :n_sink].sum(axis=1),  # of all sink tokens
-        "sink_norm": norms[:, :n_sink].mean(axis=1) if n_sink else np.zeros(steps),
         "text_norm": np.median(norms[:, n_sink:], axis=1),
     }
+    if n_sink:
+        found |= {"sink_mass": mass[:, :n_sink].sum(axis=1), "sink_norm": norms[:, :n_sink].mean(axis=1)}  # of all sink tokens
     return {key: [round(x, 6) for x in values.tolist()] for key, values in found.items()}
 
 
@@ -797,24 +820,27 @@ def states(record, mask_id):
 
 def trajectories(cfg, trained, rows):
     """Job of sinks: writes the hidden part of validation sequences, then looks at the attention of each step."""
-    get_batch, model, mask_id = validation(trained, cfg.data, cfg.limit)[0], trained.model, trained.model.config.mask_id
-    x0, maskable = (torch.cat(tensors) for tensors in zip(*(get_batch("val", row) for row in rows)))
-    maskable &= torch.arange(x0.size(1)) >= cfg.prompt_length
+    if not rows:
+        return []
+    model, mask_id, records = trained.model, trained.model.config.mask_id, []
+    x0, maskable = validation_rows(cfg, trained, rows)
+    given = (0 if "epochs" in trained.checkpoint["run_config"] else 32) if cfg.prompt_length is None else cfg.prompt_length
+    maskable = maskable & (torch.arange(x0.size(1)) >= given)
     if not maskable.any(dim=1).all():
-        raise ValueError(f"prompt_length {cfg.prompt_length} leaves nothing to write of {x0.size(1)} tokens; lower it")
+        raise ValueError(f"prompt_length {given} leaves nothing to write of {x0.size(1)} tokens; lower it")
     x, after = torch.where(maskable, mask_id, x0).to(trained.device), []
+    options = cfg.decoding()[0][1] | {"cfg_scale": 0.0, "prefix_cache": False}  # which another task may have set
     with autocast(trained.device, cfg.dtype):
         seeds = [seed_for(cfg.seed, row) for row in rows]
-        x, _ = generate(model, x, **cfg.decoding()[0][1], seeds=seeds, on_step=lambda xt: after.append((xt == mask_id).cpu()))
+        x, _ = generate(model, x, **options, seeds=seeds, on_step=lambda xt: after.append((xt == mask_id).cpu()))
     step = torch.where(maskable, torch.stack(after).sum(dim=0), -1)  # at which a token was revealed; -1: given
-    records = [{"tokens": tokens, "step": own} for tokens, own in zip(x.tolist(), step.tolist())]
-    at_once = max(1, cfg.batch_tokens // x.size(1))
-    for record in records:
+    for tokens, own in zip(x.tolist(), step.tolist()):
+        record = {"tokens": tokens, "step": own}
         xt = states(record, mask_id)
-        seen = [look_at_attention(model, part.to(trained.device)) for part in xt.split(at_once)]
-        mass, norms = (torch.cat(parts, dim=1).numpy() for parts in list(zip(*seen))[:2])
-        record["error"] = max(error for *_, error in seen)
-        record["layers"] = [follow_sink(*layer, (xt == mask_id).numpy(), model.config) for layer in zip(mass, norms)]
+        mass, norms, record["error"], _ = look_at_attention(model, xt, cfg.batch_tokens)
+        hidden = (xt == mask_id).numpy()
+        record["layers"] = [follow_sink(*layer, hidden, model.config) for layer in zip(mass.numpy(), norms.numpy())]
+        records.append(record)
     return records
 
 
@@ -824,87 +850,91 @@ def summarize_sinks(records):
     for of_prompts in zip(*(record["layers"] for record in records)):
         columns = collections.defaultdict(list)
         for found in ({key: np.array(values) for key, values in of_prompt.items()} for of_prompt in of_prompts):
-            for key in ("mass", "hidden", "moved_by", "text_mass", "sink_mass"):
-                columns[key].append(found[key].mean() if found[key].size else 0.0)
-            columns["moved"].append((found["moved_by"] > 0).mean() if found["moved_by"].size else 0.0)
-            columns["norm_ratio"].append((found["norm"] / found["norm_of_others"]).mean())
-            columns["sink_norm_ratio"].append((found["sink_norm"] / found["text_norm"]).mean())
+            moved_by = found["moved_by"] if found["moved_by"].size else np.zeros(1)
+            steps = found | {"moved_by": moved_by, "moved": moved_by > 0, "norm_ratio": found["norm"] / found["norm_of_others"]}
+            if "sink_norm" in found:
+                steps["sink_norm_ratio"] = found["sink_norm"] / found["text_norm"]
+            for key, values in steps.items():
+                columns[key].append(values.mean())
         layers.append(means(columns))
     return layers
 
 
-def print_sinks(folder, layers, n_sink):
-    titles = {"mass": "top position gets", "moved": "it moved", "moved_by": "by", "hidden": "is [MASK]", "norm_ratio": "value norm"}
-    if n_sink:
-        titles |= {"sink_mass": "sink tokens get", "sink_norm_ratio": "value norm", "text_mass": "top of text gets"}
-    print(f"\n{folder}: means over steps, ± standard error over prompts; value norms relative to the median of the others")
-    print("layer " + "".join(f"{title:>18}" for title in titles.values()))
-    for number, layer in enumerate(layers):
-        print(f"{number:>5} " + "".join(f"{with_error(layer, key, 3):>18}" for key in titles))
+def print_sinks(folder, run, n_positions):
+    titles = {"mass": "top position gets", "moved": "share of moves", "moved_by": "places a step", "hidden": "is [MASK]"}
+    titles |= {"norm_ratio": "norm / others"}
+    if run["n_sink"]:
+        titles |= {"sink_mass": "sink tokens get", "sink_norm_ratio": "norm / text", "text_mass": "top of text gets"}
+    print(f"\n{folder}: means over steps, ± standard error over prompts; norms of values, over the median")
+    print("layer" + "".join(f"{title:>18}" for title in titles.values()))
+    for number, layer in enumerate(run["layers"]):
+        print(f"{number:>5}" + "".join(f"{with_error(layer, key, 3):>18}" for key in titles))
+    print(f"evenly spread, a position would get {1 / n_positions:.4f}; ", end="")
+    print(f"what is read with the recomputed weights differs from SDPA's by {run['error']:.0e} of it at most")
 
 
 def sinks(cfg, trained):
     """Follows attention through denoising trajectories, of one model or of two side by side. Returns the name of the measurement
-    and its result; writes out_dir/sinks.json, and with plot three pictures."""
+    and its result. Writes sinks.json (each prompt's steps), sinks.npz (of the first prompt mass and value norm of every position,
+    step and layer), and with plot three pictures."""
     plt = import_pyplot() if cfg.plot else None  # what is missing is told before the work
-    cfg = dataclasses.replace(cfg, limit=cfg.limit or 16)
-    runs = {cfg.out_dir: trained}
+    cfg, runs = dataclasses.replace(cfg, limit=cfg.limit or 16), {cfg.out_dir: trained}
+    rows = list(range(validation(trained, cfg.data, cfg.limit)[1]))
     if cfg.compare:
-        if trained.world_size > 1:
-            raise ValueError("compare works in one process; leave out torchrun")
+        if trained.world_size > 1 or os.path.realpath(cfg.compare) == os.path.realpath(cfg.out_dir):
+            raise ValueError("compare takes another folder than out_dir, and one process; leave it out, or torchrun")
         runs[cfg.compare] = Trained(*load_trained(cfg.compare, cfg.checkpoint, trained.device), 0, 1)
-        first, second = ((one.model.config.block_size, validation(one, cfg.data, cfg.limit)[2]) for one in runs.values())
-        if first != second:
-            raise ValueError(f"{cfg.compare} has another block_size or other data than {cfg.out_dir}; compare needs the same texts")
-    _, n_rows, data_sha256 = validation(trained, cfg.data, cfg.limit)
-    results, found = [], {}
+        texts = [[part.tolist() for part in validation_rows(cfg, one, rows)] for one in runs.values()]
+        if texts[0] != texts[1]:
+            raise ValueError(f"{cfg.compare} has other validation sequences than {cfg.out_dir}; compare needs the same texts")
+    found, first = {}, {}
     for folder, one in runs.items():
-        own = dataclasses.replace(cfg, out_dir=folder)
-        name, records, facts = measure(own, one, trajectories, list(range(n_rows)), data_sha256, unit="prompt")
-        layers, error = summarize_sinks(records), max(record["error"] for record in records)
-        results.append((name, {"layers": layers, "recomputed_error": error, **facts}))
-        found[folder] = {"n_sink": one.model.config.n_sink, "layers": layers, "prompts": records}
-        print_sinks(folder, layers, one.model.config.n_sink)
-        print(f"evenly spread, a position would get {1 / (one.model.config.n_sink + len(records[0]['tokens'])):.4f}; ", end="")
-        print(f"what is read with recomputed weights differs from SDPA's by {error:.0e} of it at most")
-    path = os.path.join(cfg.out_dir, "sinks.json")
-    with open(path, "w") as file:
-        json.dump(found, file)
-    print(f"{path}: every step of every layer")
+        config = one.model.config
+        own = dataclasses.replace(
+            cfg, out_dir=folder, batch_size=max(1, min(cfg.batch_size, cfg.batch_tokens // config.block_size))
+        )
+        name, records, facts = measure(own, one, trajectories, rows, validation(one, cfg.data, cfg.limit)[2], unit="prompt")
+        error = max(record["error"] for record in records)
+        found[folder] = {"name": name, "n_sink": config.n_sink, "layers": summarize_sinks(records), "error": error, **facts}
+        print_sinks(folder, found[folder], config.n_sink + config.block_size)
+        found[folder]["prompts"] = records
+        mass, norms, _, _ = look_at_attention(one.model, states(records[0], config.mask_id), cfg.batch_tokens)
+        first[folder] = mass.numpy(), norms.numpy()
+        np.savez_compressed(os.path.join(folder, "sinks.npz"), mass=mass, norms=norms)
+    write_results(os.path.join(cfg.out_dir, "sinks.json"), found)
     if plt:
         plot_maps(plt, runs, found, os.path.join(cfg.out_dir, "sinks_maps.png"))
         plot_paths(plt, found, os.path.join(cfg.out_dir, "sinks_paths.png"))
-        plot_norms(plt, runs, found, os.path.join(cfg.out_dir, "sinks_norms.png"))
-    return results[0]
-
-
-def save_plot(figure, path):
-    figure.savefig(path, dpi=100, bbox_inches="tight")
-    print(f"{path}: a picture")
-
-
-def early_and_late(record, mask_id):
-    """The steps at an eighth and at seven eighths of a trajectory, and what the model saw there, (2, T)."""
-    last = max(record["step"])
-    steps = last // 8, last - last // 8
-    return steps, states(record, mask_id)[list(steps)]
+        plot_norms(plt, found, first, os.path.join(cfg.out_dir, "sinks_norms.png"))
+    print(f"added sinks.json, sinks.npz{' and sinks_*.png' if plt else ''} to {cfg.out_dir}")
+    result = found[cfg.out_dir]
+    return result["name"], {key: value for key, value in result.items() if key not in ("name", "prompts")}
 
 
 def plot_maps(plt, runs, found, path):
-    """Attention maps of the first prompt at an early and a late step, in the layer where a token of the text gets most."""
-    without = min(found.values(), key=lambda run: run["n_sink"])  # there is the moving sink to be seen, if anywhere
-    layer = int(np.argmax([of_layer["text_mass"] for of_layer in without["layers"]]))
-    figure, axes = plt.subplots(len(runs), 2, figsize=(9, 4 * len(runs)), squeeze=False, layout="constrained")
-    for row, (folder, one) in zip(axes, runs.items()):
-        first = -one.model.config.n_sink - 0.5
-        steps, xt = early_and_late(found[folder]["prompts"][0], one.model.config.mask_id)
-        maps = look_at_attention(one.model, xt.to(one.device), layers=(layer,))[2][layer].numpy()
-        for panel, step, weights in zip(row, steps, maps):
-            end = first + len(weights)
-            image = panel.imshow(weights, norm="log", vmin=1e-3, vmax=1, cmap="magma", extent=(first, end, end, first))
-            panel.set(title=f"{folder}, layer {layer}, step {step}", xlabel="is read (sink tokens: left of 0)", ylabel="reads")
+    """Attention of the first prompt's tokens at an eighth and at seven eighths of its steps, in the layer where one token of the
+    text gets most (in the model without sinks, if there is one). Sink tokens are drawn wider than others."""
+    without = min(found.values(), key=lambda run: run["n_sink"])
+    n_layer = min(len(run["layers"]) for run in found.values())
+    layer = int(np.argmax([of_layer["text_mass"] for of_layer in without["layers"][:n_layer]]))
+    figure, axes = plt.subplots(2, len(runs), figsize=(4.6 * len(runs), 8), squeeze=False, layout="constrained")
+    for column, (folder, one) in zip(axes.T, runs.items()):
+        n_sink, record = found[folder]["n_sink"], found[folder]["prompts"][0]
+        last = max(record["step"])
+        steps = [last // 8, last - last // 8]
+        weights = look_at_attention(one.model, states(record, one.model.config.mask_id)[steps], layer=layer)[3][:, n_sink:].numpy()
+        sinks, text = weights[:, :, :n_sink], weights[:, :, n_sink:]
+        T, at_end = text.shape[-1], one.model.config.sink_position == "end"
+        sinks = np.repeat(sinks, max(1, T // 40), axis=2)
+        left, right = (0, sinks.shape[-1]) if at_end else (sinks.shape[-1], 0)
+        for panel, step, *parts in zip(column, steps, *((text, sinks) if at_end else (sinks, text))):
+            image = panel.imshow(
+                np.concatenate(parts, axis=1).clip(0.1 / T), norm="log", vmin=0.1 / T, vmax=1, cmap="magma",
+                extent=(-left - 0.5, T + right - 0.5, T - 0.5, -0.5),
+            )  # fmt: skip
+            panel.set(title=f"{folder}, layer {layer}, step {step}", xlabel="is read", ylabel="reads")
     figure.colorbar(image, ax=axes, label="attention, mean over heads", shrink=0.6)
-    save_plot(figure, path)
+    save_plot(plt, figure, path)
 
 
 def plot_paths(plt, found, path):
@@ -913,59 +943,65 @@ def plot_paths(plt, found, path):
     n_rows = -(-n_layer // 3)
     figure, axes = plt.subplots(n_rows, 3, figsize=(10, 2 * n_rows + 0.5), sharex=True, sharey=True, layout="constrained")
     for layer, panel in enumerate(axes.flat):
+        panel.set_title(f"layer {layer}")
+        panel.set_visible(layer < n_layer)
         for folder, run in found.items():
             if layer < len(run["layers"]):
                 panel.plot(run["prompts"][0]["layers"][layer]["position"], label=folder, linewidth=1)
-        panel.set_title(f"layer {layer}" if layer < n_layer else "")
     figure.supxlabel("denoising step")
     figure.supylabel("position that gets most attention")
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
-    save_plot(figure, path)
+    save_plot(plt, figure, path)
 
 
-def plot_norms(plt, runs, found, path):
-    """Value norms at an early and a late step of the first four prompts (the paper's Figure 1)."""
-    figure, axes = plt.subplots(1, len(runs), figsize=(5.5 * len(runs), 3.6), sharey=True, squeeze=False, layout="constrained")
+def plot_norms(plt, found, first, path):
+    """Value norms at eight steps of the first prompt, those of the most-read token of each step and of sinks coloured (the paper's
+    Figure 1)."""
+    figure, axes = plt.subplots(1, len(found), figsize=(5.5 * len(found), 3.6), sharey=True, squeeze=False, layout="constrained")
     jitter = np.random.default_rng(0)
-    for panel, (folder, one) in zip(axes[0], runs.items()):
-        n_sink = one.model.config.n_sink
-        xt = torch.cat([early_and_late(record, one.model.config.mask_id)[1] for record in found[folder]["prompts"][:4]])
-        mass, norms, _, _ = look_at_attention(one.model, xt.to(one.device))
-        text_top = norms[:, :, n_sink:].gather(2, mass[:, :, n_sink:].argmax(dim=2, keepdim=True))
-        groups = {"text": (norms[:, :, n_sink:], "0.7", 2), "gets most of the text": (text_top, "tab:red", 14)}
+    for panel, (folder, (mass, norms)) in zip(axes[0], first.items()):
+        n_sink, some = found[folder]["n_sink"], np.linspace(0, mass.shape[1] - 1, 8).astype(int)
+        sinks, text = np.split(norms[:, some], [n_sink], axis=2)  # (n_layer, 8, n_sink), (n_layer, 8, T)
+        most_read = np.take_along_axis(text, mass[:, some, n_sink:].argmax(axis=2)[..., None], axis=2)
+        groups = {"tokens of the text": (text, "0.7", 2), "the most-read of them": (most_read, "tab:red", 14)}
         if n_sink:
-            groups["sink token"] = norms[:, :, :n_sink], "tab:blue", 14
+            groups["sink token"] = sinks, "tab:blue", 14
         for label, (values, color, size) in groups.items():
-            values = values.flatten(1).numpy()  # (n_layer, points)
+            values = values.reshape(len(values), -1)  # (n_layer, points)
             x = np.arange(len(values))[:, None] + jitter.uniform(-0.3, 0.3, values.shape)
             panel.scatter(x, values, s=size, color=color, linewidths=0, label=label)
-        panel.set(title=folder, xlabel="layer", ylabel="value norm, mean over heads")
+        panel.set(title=folder, xlabel="layer", ylabel="norm of the value, mean over heads", xticks=range(len(norms)))
         panel.legend(markerscale=2)
     panel.set_ylim(bottom=0)
-    save_plot(figure, path)
+    save_plot(plt, figure, path)
+
+
+def save_plot(plt, figure, path):
+    figure.savefig(path, dpi=100, bbox_inches="tight")
+    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# --task=sink_changes: which property of a trained model's sinks matters?
+# --task=sink_changes: what of a trained model's sinks matters to it?
 
-CHANGES = ("none", "moved to the other end", "embedding: noise of its norm", "values: zero", "removed")
+CHANGES = ["none", "moved to the other end", *(f"embedding: noise of its norm, {i}" for i in (1, 2, 3)), "values: zero", "removed"]
 
 
 @functools.lru_cache(maxsize=1)
 def with_changed_sinks(trained, change, seed):
-    config, weights, flags = trained.model.config, trained.model.state_dict(), {}
+    """A copy whose sinks differ in one thing from those that the model was trained with."""
+    model = copy.deepcopy(trained.model)
+    config = model.config
     if change == "moved to the other end":
-        flags["sink_position"] = "end" if config.sink_position == "front" else "front"
-    elif change == "embedding: noise of its norm":
-        noise = torch.randn(weights["sink"].shape, generator=torch.Generator().manual_seed(seed)).to(trained.device)
-        weights["sink"] = noise * (weights["sink"].norm(dim=1) / noise.norm(dim=1))[:, None]
+        config.sink_position = "end" if config.sink_position == "front" else "front"
+    elif change.startswith("embedding"):
+        noise = torch.randn(model.sink.shape, generator=torch.Generator().manual_seed(seed_for(seed, int(change[-1]))))
+        noise = noise.to(model.device)
+        model.sink.data = noise * (model.sink.norm(dim=1) / noise.norm(dim=1))[:, None]
     elif change == "values: zero":
-        flags["sink_zero_value"] = True
+        config.sink_zero_value = True
     elif change == "removed":
-        flags["n_sink"] = 0
-        del weights["sink"]
-    model = MDM(dataclasses.replace(config, **flags)).to(trained.device)
-    model.load_state_dict(weights)
+        config.n_sink = 0
     return dataclasses.replace(trained, model=model)
 
 
@@ -985,12 +1021,13 @@ def sink_changes(cfg, trained):
     _, n_rows, data_sha256 = validation(trained, cfg.data, cfg.limit)
     items = [(change, row) for change in CHANGES for row in range(n_rows)]
     name, records, facts = measure(cfg, trained, changed_bounds, items, data_sha256, unit="sequence")
-    nats = np.array([np.mean(record["nll"]) for record in records]).reshape(len(CHANGES), n_rows)
-    nats /= np.mean([record["tokens"] for record in records])
-    table = [{"change": change, **means({"nats_per_token": own, "more": own - nats[0]})} for change, own in zip(CHANGES, nats)]
-    print(f"{'change of the sinks':<32}{'nats per token':>20}{'more than without':>20}")
-    for row in table:
-        print(f"{row['change']:<32}{with_error(row, 'nats_per_token'):>20}{with_error(row, 'more'):>20}")
+    table = []
+    print(f"{'change of the sinks':<32}{'nats per token':>20}{'more than unchanged':>22}")
+    for change, start in zip(CHANGES, range(0, len(items), n_rows)):
+        own, difference = bound_of(records[start : start + n_rows]), bound_of(records[start : start + n_rows], records[:n_rows])
+        row = dict(zip(("nats_per_token", "nats_per_token_se", "more", "more_se"), own + difference))
+        print(f"{change:<32}{with_error(row, 'nats_per_token'):>20}{with_error(row, 'more'):>22}")
+        table.append({"change": change, **row})
     return name, {"changes": table, **facts}
 
 
@@ -999,9 +1036,9 @@ def sink_changes(cfg, trained):
 
 
 def tabulate_runs(folder):
-    """Prints the last validation bounds of the runs in folder/*/log.jsonl: a row for each kind of run, named by whatever the runs
-    differ in but the seed; means over seeds with standard errors, also of the differences to the first row's runs of the same
-    seeds, which saw the same texts and masks."""
+    """Prints the last validation bounds (nats per token) of the runs in folder/*/log.jsonl: a row for each kind of run, named by
+    whatever the runs differ in but the seed; means over seeds with standard errors, also of the differences to the first row's
+    runs of the same seeds, which saw the same texts and masks. Rows are in the order of the folders' names."""
     kinds = collections.defaultdict(dict)  # {settings as JSON: {seed: bound}}
     for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*", "log.jsonl"))):
         try:
@@ -1024,16 +1061,15 @@ def tabulate_runs(folder):
         raise ValueError(f"no run with a validation in {folder}/*/log.jsonl; train some with --out_dir={folder}/name")
     settings = [json.loads(kind) for kind in kinds]
     columns = [key for key in settings[0] if len({json.dumps(each.get(key)) for each in settings}) > 1]
-    rows = sorted((tuple(str(each.get(key))[:20] for key in columns), i) for i, each in enumerate(settings))
-    widths = [2 + max(len(values[i]) for values, _ in [(columns, 0), *rows]) for i in range(len(columns))]
+    names = [[str(each.get(key)) for key in columns] for each in settings]
+    widths = [2 + max(map(len, texts)) for texts in zip(columns, *names)]
     in_columns = lambda texts: "".join(text.ljust(width) for text, width in zip(texts, widths))  # noqa: E731
-    print(f"{in_columns(columns)}{'seeds':>5}{'validation bound':>20}{'against the first':>20}")
-    by_seed = list(kinds.values())
-    first = by_seed[rows[0][1]]
-    for values, i in rows:
-        own, more = by_seed[i], [by_seed[i][seed] - first[seed] for seed in by_seed[i] if seed in first]
-        texts = [with_error(means({"bound": numbers}), "bound") if numbers else "-" for numbers in (list(own.values()), more)]
-        print(f"{in_columns(values)}{len(own):>5}{texts[0]:>20}{texts[1] if own is not first else '':>20}")
+    print(f"{in_columns(columns)}{'seeds':>5}{'validation bound':>20}{'more than the first':>22}")
+    first = next(iter(kinds.values()))
+    for name, kind in zip(names, kinds.values()):
+        more = [kind[seed] - first[seed] for seed in kind if seed in first and kind is not first]
+        own, more = (with_error(means({"": numbers}), "") if numbers else "" for numbers in (list(kind.values()), more))
+        print(f"{in_columns(name)}{len(kind):>5}{own:>20}{more:>22}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1057,7 +1093,7 @@ def harness(cfg, trained):
         from lm_eval.models.utils import normalize_gen_kwargs
         from lm_eval.utils import handle_non_serializable, make_table
     except ImportError as error:
-        what = f"task {cfg.task!r} is none of loss, gsm8k, file.jsonl, so it is taken for one of lm-evaluation-harness"
+        what = f"task {cfg.task!r} is none of {OWN_TASKS}, so it is taken for one of lm-evaluation-harness"
         raise ValueError(f"{what}, which cannot be imported ({error}); pip install lm-eval") from None
 
     class HarnessModel(LM):
