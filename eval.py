@@ -122,33 +122,25 @@ class EvalConfig:
         return stages
 
 
-# Settings that make a difference to each kind of task, and those that change no result
-LIKELIHOOD = "nll_type mc_num mc_masking cfg_scale seed"
-DECODING = "steps temperature remasking threshold block_length prefix_cache"
-RELEVANT = {
-    "loss": "mc_num",
-    "gsm8k": f"length cfg_scale seed {DECODING} answer_steps answer_length answer_temperature answer_cfg_scale",
-    "file": LIKELIHOOD,
-    "harness": f"{LIKELIHOOD} {DECODING}",
-    "sinks": "prompt_length seed steps temperature remasking threshold block_length",
-    "sink_changes": "mc_num seed",
+# For each kind of task the settings that make a difference to it, and those that change no result
+COMMON, LIKELIHOOD = "checkpoint limit dtype", "nll_type mc_num mc_masking cfg_scale seed"
+DECODING = "steps temperature remasking threshold block_length"
+SETTINGS = {
+    "loss": ("mc_num", "data plot batch_size batch_tokens"),
+    "gsm8k": (
+        f"length cfg_scale seed {DECODING} prefix_cache answer_steps answer_length answer_temperature answer_cfg_scale",
+        "data batch_size",
+    ),
+    "sinks": (f"prompt_length seed {DECODING}", "data compare plot batch_size batch_tokens"),
+    "sink_changes": ("mc_num seed", "data batch_size batch_tokens"),
+    "file": (LIKELIHOOD, "batch_size batch_tokens"),
+    "harness": (f"{LIKELIHOOD} {DECODING} prefix_cache", "include_path batch_size batch_tokens"),
 }
-RELEVANT = {kind: ["checkpoint", "limit", "dtype", *keys.split()] for kind, keys in RELEVANT.items()}
-NEUTRAL = {
-    "loss": "data plot batch_size batch_tokens",
-    "gsm8k": "data batch_size",
-    "file": "batch_size batch_tokens",
-    "harness": "include_path batch_size batch_tokens",
-    "sinks": "data compare plot batch_size batch_tokens",
-    "sink_changes": "data batch_size batch_tokens",
-}
-
-
 OWN_TASKS = "loss, gsm8k, sinks, sink_changes, runs, file.jsonl"
 
 
 def kind_of(task):
-    return task if task in RELEVANT else "file" if task.endswith(".jsonl") else "harness"
+    return task if task in SETTINGS else "file" if task.endswith(".jsonl") else "harness"
 
 
 def plan(cfg, set_by):
@@ -166,7 +158,7 @@ def plan(cfg, set_by):
             configurator.check_key(EvalConfig, key, f"task {name}")
             values[key] = configurator.convert(EvalConfig, key, text, f"task {name}")
         task = dataclasses.replace(cfg, **values | {"task": name})
-        keys = {*settings_of(task), *NEUTRAL[kind_of(name)].split()} - {"task"}
+        keys = {*settings_of(task), *SETTINGS[kind_of(name)][1].split()} - {"task"}
         if not values.keys() <= keys:
             raise ValueError(f"task {entry.strip()} makes no use of {', '.join(values.keys() - keys)}; leave it out")
         tasks.append(task)
@@ -179,7 +171,7 @@ def plan(cfg, set_by):
 
 def settings_of(cfg):
     """What the result of a task depends on, besides weights and data."""
-    keys = RELEVANT[kind_of(cfg.task)]
+    keys = f"{COMMON} {SETTINGS[kind_of(cfg.task)][0]}".split()
     if "nll_type" in keys and cfg.nll_type == "chain_rule":
         keys = [key for key in keys if not key.startswith("mc_")]
     return {"task": cfg.task, **{key: getattr(cfg, key) for key in keys}}

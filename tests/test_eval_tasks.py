@@ -317,7 +317,9 @@ def test_errors_end_all_processes(out_dir):
 
 def test_without_the_harness(out_dir, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(ValueError, match="task 'piqa' is none of loss, gsm8k, sinks, sink_changes, runs, file.jsonl, .* pip install lm-eval"):
+    with pytest.raises(
+        ValueError, match="task 'piqa' is none of loss, gsm8k, sinks, sink_changes, runs, file.jsonl, .* pip install lm-eval"
+    ):
         call(monkeypatch, out_dir, "--task=piqa")
 
 

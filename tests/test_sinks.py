@@ -274,15 +274,17 @@ def test_pictures(out_dir, monkeypatch):
         spy = lambda self, *args, _name=name, _real=real, **how: drawn[_name].append(args) or _real(self, *args, **how)  # noqa: E731
         monkeypatch.setattr(Axes, name, spy)
     vanilla = out_dir.parent / "vanilla"
+    checkpoint = torch.load(vanilla / "ckpt.pt", weights_only=True)
+    checkpoint["model"]["blocks.1.attn.qkv.weight"] *= 4  # attention that is sharp in this layer
+    save_checkpoint(vanilla / "ckpt.pt", checkpoint)
     call(monkeypatch, out_dir, "--task=sinks", f"--compare={vanilla}", "--limit=2", "--prompt_length=8", "--plot=True")
     assert all((out_dir / f"sinks_{name}.png").stat().st_size > 10_000 for name in ("maps", "paths", "norms"))
     found = json.loads((out_dir / "sinks.json").read_text())
     models = {folder: load(Path(folder)).model for folder in found}
 
-    layer = int(np.argmax([of_layer["text_mass"] for of_layer in found[str(vanilla)]["layers"]]))
     maps = iter(drawn["imshow"])
     for folder, model in models.items():
-        weights = look_at_attention(model, states(found[folder]["prompts"][0], model.config.mask_id), layer=layer)[3]
+        weights = look_at_attention(model, states(found[folder]["prompts"][0], model.config.mask_id), layer=1)[3]
         for step in (1, 14):  # of 16 steps, 0 to 15
             np.testing.assert_allclose(next(maps)[0], weights[step, model.config.n_sink :].clip(0.1 / 24), atol=1e-6)
     lines = [run["prompts"][0]["layers"][i]["position"] for i in (0, 1) for run in found.values()]
@@ -390,7 +392,7 @@ def test_bounds_of_changed_sinks(out_dir, monkeypatch, capsys):
     vanilla.load_state_dict({k: v for k, v in trained.model.state_dict().items() if k != "sink"})
     alone = eval_module.bounds(cfg, replace(trained, model=vanilla), list(range(9)))
     np.testing.assert_allclose([record["nll"] for record in alone], [record["nll"] for record in records[-9:]], rtol=1e-5)
-    call(monkeypatch, out_dir, "--task=sink_changes", "--limit=9", "--mc_num=3", "--seed=1")
+    call(monkeypatch, out_dir, "--task=sink_changes", "--limit=9", "--mc_num=3", "--seed=1", f"--data={load_data(out_dir)}")
     assert len(list(out_dir.glob("sink_changes-*.jsonl"))) == 2  # other noise is another measurement
 
 
