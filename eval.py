@@ -796,6 +796,7 @@ def follow_sink(mass, norms, hidden, config):
         "hidden": (top >= n_sink) & hidden[every, top - n_sink],
         "norm": norms[every, top],
         "norm_of_others": np.array([np.median(np.delete(norms[step], top[step])) for step in every]),
+        "masks_get": (mass[:, n_sink:] * hidden).sum(axis=1) / (hidden.sum(axis=1) / S),  # all [MASK]s; 1 is an even share
         "text_mass": mass[:, n_sink:].max(axis=1),  # of the token of the text that gets most
         "text_norm": np.median(norms[:, n_sink:], axis=1),
     }
@@ -853,22 +854,29 @@ def summarize_sinks(records):
 
 
 def print_sinks(folder, run, n_positions):
-    titles = {"mass": "top position gets", "moved": "share of moves", "moved_by": "places a step", "hidden": "is [MASK]"}
-    titles |= {"norm_ratio": "norm / others"}
+    titles = {"mass": "top gets", "moved": "moves", "moved_by": "places", "hidden": "is [MASK]", "norm_ratio": "its norm"}
+    titles["masks_get"] = "[MASK]s get"
     if run["n_sink"]:
-        titles |= {"sink_mass": "sink tokens get", "sink_norm_ratio": "norm / text", "text_mass": "top of text gets"}
-    print(f"\n{folder}: means over steps, ± standard error over prompts; norms of values, over the median")
-    print("layer" + "".join(f"{title:>18}" for title in titles.values()))
+        titles |= {"sink_mass": "sinks get", "sink_norm_ratio": "their norm", "text_mass": "text's top gets"}
+    print(f"\n{folder}\nlayer" + "".join(f"{title:>17}" for title in titles.values()))
     for number, layer in enumerate(run["layers"]):
-        print(f"{number:>5}" + "".join(f"{with_error(layer, key, 3):>18}" for key in titles))
-    print(f"evenly spread, a position would get {1 / n_positions:.4f}; ", end="")
-    print(f"what is read with the recomputed weights differs from SDPA's by {run['error']:.0e} of it at most")
+        print(f"{number:>5}" + "".join(f"{with_error(layer, key, 3):>17}" for key in titles))
+    print(
+        f"Means over steps, ± standard error over {run['n']:,} prompts. top: the position that gets most attention; an even share is"
+    )
+    print(
+        f"{1 / n_positions:.4f}. moves: share of steps at which it is another; places: how far it moves a step; is [MASK]: share of"
+    )
+    print(
+        "steps. [MASK]s get: all of them, over their even share. norms: of values, over the median of the others (sinks: of the text)."
+    )
+    print(f"What is read with the recomputed weights differs from SDPA's by {run['error']:.0e} of it at most.")
 
 
 def sinks(cfg, trained):
     """Follows attention through denoising trajectories, of one model or of two side by side. Returns the name of the measurement
     and its result. Writes sinks.json (each prompt's steps), sinks.npz (of the first prompt mass and value norm of every position,
-    step and layer), and with plot three pictures."""
+    step and layer, and what was hidden), and with plot three pictures."""
     plt = import_pyplot() if cfg.plot else None  # what is missing is told before the work
     cfg, runs = dataclasses.replace(cfg, limit=cfg.limit or 16), {cfg.out_dir: trained}
     rows = list(range(validation(trained, cfg.data, cfg.limit)[1]))
@@ -890,9 +898,11 @@ def sinks(cfg, trained):
         found[folder] = {"name": name, "n_sink": config.n_sink, "layers": summarize_sinks(records), "error": error, **facts}
         print_sinks(folder, found[folder], config.n_sink + config.block_size)
         found[folder]["prompts"] = records
-        mass, norms, _, _ = look_at_attention(one.model, states(records[0], config.mask_id), cfg.batch_tokens)
-        first[folder] = mass.numpy(), norms.numpy()
-        np.savez_compressed(os.path.join(folder, "sinks.npz"), mass=mass, norms=norms)
+        xt = states(records[0], config.mask_id)
+        hidden = xt == config.mask_id
+        mass, norms, _, _ = look_at_attention(one.model, xt, cfg.batch_tokens)
+        first[folder] = mass.numpy(), norms.numpy(), hidden.numpy()
+        np.savez_compressed(os.path.join(folder, "sinks.npz"), mass=mass, norms=norms, hidden=hidden)
     write_results(os.path.join(cfg.out_dir, "sinks.json"), found)
     if plt:
         plot_maps(plt, runs, found, os.path.join(cfg.out_dir, "sinks_maps.png"))
@@ -947,15 +957,15 @@ def plot_paths(plt, found, path):
 
 
 def plot_norms(plt, found, first, path):
-    """Value norms at eight steps of the first prompt, those of the most-read token of each step and of sinks coloured (the paper's
-    Figure 1)."""
+    """Value norms at eight steps of the first prompt, with the most-read token of each step (the paper's Figure 1)."""
     figure, axes = plt.subplots(1, len(found), figsize=(5.5 * len(found), 3.6), sharey=True, squeeze=False, layout="constrained")
     jitter = np.random.default_rng(0)
-    for panel, (folder, (mass, norms)) in zip(axes[0], first.items()):
+    for panel, (folder, (mass, norms, hidden)) in zip(axes[0], first.items()):
         n_sink, some = found[folder]["n_sink"], np.linspace(0, mass.shape[1] - 1, 8).astype(int)
         sinks, text = np.split(norms[:, some], [n_sink], axis=2)  # (n_layer, 8, n_sink), (n_layer, 8, T)
         most_read = np.take_along_axis(text, mass[:, some, n_sink:].argmax(axis=2)[..., None], axis=2)
-        groups = {"tokens of the text": (text, "0.7", 2), "the most-read of them": (most_read, "tab:red", 14)}
+        groups = {"visible tokens": (text[:, ~hidden[some]], "0.7", 2), "[MASK]s": (text[:, hidden[some]], "tab:orange", 2)}
+        groups["most-read token of the text"] = most_read, "tab:red", 14
         if n_sink:
             groups["sink token"] = sinks, "tab:blue", 14
         for label, (values, color, size) in groups.items():

@@ -113,6 +113,9 @@ def test_a_known_sink_is_found(flags, at, positions, monkeypatch):
     assert found["norm_of_others"] == [statistics.median(10 + r for r in range(S) if r != row) for row in at]
     assert found["text_norm"] == [statistics.median(norms[n:]) for norms in rows]
     assert found["text_mass"] == pytest.approx([others if sink else share for sink in is_sink], abs=1e-6)
+    by_row = [[share if r == row else others for r in range(n, S)] for row in at]
+    wanted = [sum(m for m, is_mask in zip(*pair) if is_mask) / (sum(pair[1]) / S) for pair in zip(by_row, hidden.tolist())]
+    assert found["masks_get"] == pytest.approx(wanted, abs=1e-5)
     if not n:
         assert not {"sink_mass", "sink_norm"} & found.keys()
         return
@@ -129,12 +132,18 @@ def test_summary():
         "norm": [1, 1, 4],
         "norm_of_others": [2, 2, 4],
     }
-    one |= {"text_mass": [0.1, 0.1, 0.4], "sink_mass": [0.5, 0.5, 0.8], "sink_norm": [1, 1, 1], "text_norm": [2, 4, 4]}
+    one |= {
+        "masks_get": [2, 4, 3],
+        "text_mass": [0.1, 0.1, 0.4],
+        "sink_mass": [0.5, 0.5, 0.8],
+        "sink_norm": [1, 1, 1],
+        "text_norm": [2, 4, 4],
+    }
     two = {"mass": [0.3], "moved_by": [], "hidden": [True], "norm": [3], "norm_of_others": [2]}
-    two |= {"text_mass": [0.2], "sink_mass": [0.0], "sink_norm": [1], "text_norm": [1]}
+    two |= {"masks_get": [5], "text_mass": [0.2], "sink_mass": [0.0], "sink_norm": [1], "text_norm": [1]}
     (layer,) = eval_module.summarize_sinks([{"layers": [one]}, {"layers": [two]}])
     wanted = {"mass": (0.7, 0.3), "hidden": (1 / 3, 1), "moved_by": (0.5, 0), "moved": (0.5, 0), "text_mass": (0.2, 0.2)}
-    wanted |= {"sink_mass": (0.6, 0), "norm_ratio": (2 / 3, 1.5), "sink_norm_ratio": (1 / 3, 1)}
+    wanted |= {"masks_get": (3, 5), "sink_mass": (0.6, 0), "norm_ratio": (2 / 3, 1.5), "sink_norm_ratio": (1 / 3, 1)}
     for key, (a, b) in wanted.items():
         assert layer[key] == pytest.approx((a + b) / 2), key
         assert layer[f"{key}_se"] == pytest.approx(abs(a - b) / 2), key  # sd of two is |a - b| / sqrt(2), over sqrt(2)
@@ -227,13 +236,13 @@ def test_two_checkpoints_side_by_side(out_dir, monkeypatch, capsys):
     call(monkeypatch, out_dir, "--task=sinks", f"--compare={vanilla}", "--limit=3", "--prompt_length=8", "--steps=4")
     found, out = json.loads((out_dir / "sinks.json").read_text()), capsys.readouterr().out
     assert list(found) == [str(out_dir), str(vanilla)] and [run["n_sink"] for run in found.values()] == [1, 0]
-    columns = "mass moved moved_by hidden norm_ratio sink_mass sink_norm_ratio text_mass".split()
+    columns = "mass moved moved_by hidden norm_ratio masks_get sink_mass sink_norm_ratio text_mass".split()
     for folder, run in found.items():
         assert len(run["prompts"]) == 3 and run["layers"] == eval_module.summarize_sinks(run["prompts"])
-        own = columns if run["n_sink"] else columns[:5]
+        own = columns if run["n_sink"] else columns[:6]
         wanted = [[i, *(layer[f"{key}{end}"] for key in own for end in ("", "_se"))] for i, layer in enumerate(run["layers"])]
-        np.testing.assert_allclose(table_of(out, f"{folder}: means"), wanted, atol=6e-4)
-        assert f"evenly spread, a position would get {1 / (24 + run['n_sink']):.4f}" in out
+        np.testing.assert_allclose(table_of(out, f"{folder}\nlayer"), wanted, atol=6e-4)
+        assert f"an even share is\n{1 / (24 + run['n_sink']):.4f}." in out
         mass, trained = np.load(Path(folder) / "sinks.npz")["mass"], load(Path(folder))
         looked = look_at_attention(trained.model, states(run["prompts"][0], trained.model.config.mask_id))
         np.testing.assert_allclose(mass, looked[0], atol=1e-6)
@@ -295,8 +304,11 @@ def test_pictures(out_dir, monkeypatch):
         for folder, run in found.items()
     )
     steps = np.linspace(0, 15, 8).astype(int)
-    wanted = [sink_norms[:, steps, 1:], None, sink_norms[:, steps, :1], plain_norms[:, steps], None]
-    for index, (mass, norms) in ((1, (sink[..., 1:], sink_norms[..., 1:])), (4, (plain, plain_norms))):
+    is_mask = [np.load(Path(folder) / "sinks.npz")["hidden"][steps] for folder in found]
+    assert [mask.sum(axis=1).tolist() for mask in is_mask] == [(16 - steps).tolist()] * 2
+    wanted = [sink_norms[:, steps, 1:][:, ~is_mask[0]], sink_norms[:, steps, 1:][:, is_mask[0]], None, sink_norms[:, steps, :1]]
+    wanted += [plain_norms[:, steps][:, ~is_mask[1]], plain_norms[:, steps][:, is_mask[1]], None]
+    for index, (mass, norms) in ((2, (sink[..., 1:], sink_norms[..., 1:])), (6, (plain, plain_norms))):
         wanted[index] = [[norms[i, step][mass[i, step].argmax()] for step in steps] for i in (0, 1)]
     for (x, y), values in zip(drawn["scatter"], wanted, strict=True):
         np.testing.assert_allclose(y, np.reshape(values, (2, -1)), atol=1e-5)
