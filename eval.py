@@ -853,6 +853,12 @@ def summarize_sinks(records):
     return layers
 
 
+SINKS_LEGEND = """
+Means over steps, ± standard error over prompts. top: the position that gets most attention; moves: share of the steps
+at which it is another one; places: how far it moves a step; is [MASK]: share of the steps. [MASK]s get: all of them
+together, 1 is their even share. norms: of value vectors, over the median of the others (sinks': of the text)."""
+
+
 def print_sinks(folder, run, n_positions):
     titles = {"mass": "top gets", "moved": "moves", "moved_by": "places", "hidden": "is [MASK]", "norm_ratio": "its norm"}
     titles["masks_get"] = "[MASK]s get"
@@ -861,15 +867,7 @@ def print_sinks(folder, run, n_positions):
     print(f"\n{folder}\nlayer" + "".join(f"{title:>17}" for title in titles.values()))
     for number, layer in enumerate(run["layers"]):
         print(f"{number:>5}" + "".join(f"{with_error(layer, key, 3):>17}" for key in titles))
-    print(
-        f"Means over steps, ± standard error over {run['n']:,} prompts. top: the position that gets most attention; an even share is"
-    )
-    print(
-        f"{1 / n_positions:.4f}. moves: share of steps at which it is another; places: how far it moves a step; is [MASK]: share of"
-    )
-    print(
-        "steps. [MASK]s get: all of them, over their even share. norms: of values, over the median of the others (sinks: of the text)."
-    )
+    print(f"An even share of attention is {1 / n_positions:.4f}. ", end="")
     print(f"What is read with the recomputed weights differs from SDPA's by {run['error']:.0e} of it at most.")
 
 
@@ -903,6 +901,7 @@ def sinks(cfg, trained):
         mass, norms, _, _ = look_at_attention(one.model, xt, cfg.batch_tokens)
         first[folder] = mass.numpy(), norms.numpy(), hidden.numpy()
         np.savez_compressed(os.path.join(folder, "sinks.npz"), mass=mass, norms=norms, hidden=hidden)
+    print(SINKS_LEGEND)
     write_results(os.path.join(cfg.out_dir, "sinks.json"), found)
     if plt:
         plot_maps(plt, runs, found, os.path.join(cfg.out_dir, "sinks_maps.png"))

@@ -242,7 +242,7 @@ def test_two_checkpoints_side_by_side(out_dir, monkeypatch, capsys):
         own = columns if run["n_sink"] else columns[:6]
         wanted = [[i, *(layer[f"{key}{end}"] for key in own for end in ("", "_se"))] for i, layer in enumerate(run["layers"])]
         np.testing.assert_allclose(table_of(out, f"{folder}\nlayer"), wanted, atol=6e-4)
-        assert f"an even share is\n{1 / (24 + run['n_sink']):.4f}." in out
+        assert f"An even share of attention is {1 / (24 + run['n_sink']):.4f}." in out
         mass, trained = np.load(Path(folder) / "sinks.npz")["mass"], load(Path(folder))
         looked = look_at_attention(trained.model, states(run["prompts"][0], trained.model.config.mask_id))
         np.testing.assert_allclose(mass, looked[0], atol=1e-6)
