@@ -80,6 +80,7 @@ class EvalConfig:
     plot: bool = False  # loss, sinks: draw pictures into out_dir (pip install matplotlib)
     # sinks
     compare: str | None = None  # folder of a second checkpoint, to be shown beside the first
+    layer: int | None = None  # of the picture of attention maps; None: where a token of the text gets most attention
     prompt_length: int | None = None  # tokens given of each validation sequence; 0: free text; None: 32, or fine-tuning's question
     # generation
     batch_size: int = 64  # items of a process in a round; changes no result, but for rounding
@@ -102,7 +103,7 @@ class EvalConfig:
         for name in "limit batch_size batch_tokens mc_num steps length answer_steps answer_length".split():
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
-        for name in "seed cfg_scale temperature prompt_length".split():
+        for name in "seed cfg_scale temperature prompt_length layer".split():
             if getattr(self, name) is not None and not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative, nor infinite")
         for name, wanted in {"nll_type": ("mc", "chain_rule"), "mc_masking": ("exact", "coins")}.items():
@@ -131,7 +132,7 @@ SETTINGS = {
         f"length cfg_scale seed {DECODING} prefix_cache answer_steps answer_length answer_temperature answer_cfg_scale",
         "data batch_size",
     ),
-    "sinks": (f"prompt_length seed {DECODING}", "data compare plot batch_size batch_tokens"),
+    "sinks": (f"prompt_length seed {DECODING}", "data compare plot layer batch_size batch_tokens"),
     "sink_changes": ("mc_num seed", "data batch_size batch_tokens"),
     "file": (LIKELIHOOD, "batch_size batch_tokens"),
     "harness": (f"{LIKELIHOOD} {DECODING} prefix_cache", "include_path batch_size batch_tokens"),
@@ -885,6 +886,9 @@ def sinks(cfg, trained):
         texts = [[part.tolist() for part in validation_rows(cfg, one, rows)] for one in runs.values()]
         if texts[0] != texts[1]:
             raise ValueError(f"{cfg.compare} has other validation sequences than {cfg.out_dir}; compare needs the same texts")
+    n_layer = min(one.model.config.n_layer for one in runs.values())
+    if cfg.layer is not None and cfg.layer >= n_layer:
+        raise ValueError(f"layer is {cfg.layer}; the layers are 0 to {n_layer - 1}")
     found, first = {}, {}
     for folder, one in runs.items():
         config = one.model.config
@@ -904,7 +908,11 @@ def sinks(cfg, trained):
     print(SINKS_LEGEND)
     write_results(os.path.join(cfg.out_dir, "sinks.json"), found)
     if plt:
-        plot_maps(plt, runs, found, os.path.join(cfg.out_dir, "sinks_maps.png"))
+        layer = cfg.layer
+        if layer is None:
+            without = min(found.values(), key=lambda run: run["n_sink"])  # there are tokens to be sinks, if anywhere
+            layer = int(np.argmax([of_layer["text_mass"] for of_layer in without["layers"][:n_layer]]))
+        plot_maps(plt, runs, found, layer, os.path.join(cfg.out_dir, "sinks_maps.png"))
         plot_paths(plt, found, os.path.join(cfg.out_dir, "sinks_paths.png"))
         plot_norms(plt, found, first, os.path.join(cfg.out_dir, "sinks_norms.png"))
     print(f"added sinks.json, sinks.npz{' and sinks_*.png' if plt else ''} to {cfg.out_dir}")
@@ -912,12 +920,8 @@ def sinks(cfg, trained):
     return result["name"], {key: value for key, value in result.items() if key not in ("name", "prompts")}
 
 
-def plot_maps(plt, runs, found, path):
-    """Attention of the first prompt's tokens at an eighth and at seven eighths of its steps, in the layer where one token of the
-    text gets most (in the model without sinks, if there is one). Sink tokens are drawn wider than others."""
-    without = min(found.values(), key=lambda run: run["n_sink"])
-    n_layer = min(len(run["layers"]) for run in found.values())
-    layer = int(np.argmax([of_layer["text_mass"] for of_layer in without["layers"][:n_layer]]))
+def plot_maps(plt, runs, found, layer, path):
+    """Attention of the first prompt's tokens at an eighth and at seven eighths of its steps. Sink tokens are drawn wider."""
     figure, axes = plt.subplots(2, len(runs), figsize=(4.6 * len(runs), 8), squeeze=False, layout="constrained")
     for column, (folder, one) in zip(axes.T, runs.items()):
         n_sink, record = found[folder]["n_sink"], found[folder]["prompts"][0]
@@ -972,8 +976,9 @@ def plot_norms(plt, found, first, path):
             x = np.arange(len(values))[:, None] + jitter.uniform(-0.3, 0.3, values.shape)
             panel.scatter(x, values, s=size, color=color, linewidths=0, label=label)
         panel.set(title=folder, xlabel="layer", ylabel="norm of the value, mean over heads", xticks=range(len(norms)))
-        panel.legend(markerscale=2)
     panel.set_ylim(bottom=0)
+    labels = {label: handle for panel in axes[0] for handle, label in zip(*panel.get_legend_handles_labels())}
+    figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=4, markerscale=2)
     save_plot(plt, figure, path)
 
 
