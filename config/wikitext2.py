@@ -1,8 +1,10 @@
-# A model of 2.7M parameters (not counting embeddings) on WikiText-2: the smallest in which to look for attention sinks.
+# A model of 3.5M parameters (not counting embeddings) on WikiText-2, to look for attention sinks in it.
 #   python prepare_data.py wikitext2 --tokenizer=bpe
 #   python train.py config/wikitext2.py
 #   python train.py config/wikitext2.py --n_sink=0 --out_dir=out/wikitext2-vanilla
-# Cost: 5,000 steps of 2,048 tokens = 10.2M tokens, about half an hour on two cores.
+#   python eval.py --task=sinks --out_dir=out/wikitext2 --compare=out/wikitext2-vanilla --plot=True
+# Cost: 5,000 steps of 2,048 tokens = 10.2M tokens, about half an hour on two cores for each.
+# Result: validation bounds of 5.07 and 5.06 nats per token; "What the sink does" in the README has the rest.
 dataset = "wikitext2"
 out_dir = "out/wikitext2"
 

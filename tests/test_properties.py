@@ -208,6 +208,7 @@ SCRIPTS = {
     "sft": (sft_gsm8k, sft_gsm8k.SFTConfig, [*TINY_FLAGS, "--dataset=arithmetic", "--block_size=48"]),
     "sample": (sample, sample.SampleConfig, ["--device=cpu", "--num_samples=2", "--steps=4"]),
     "loss": (eval_module, eval_module.EvalConfig, ["--device=cpu", "--task=loss", "--limit=8", "--mc_num=2"]),
+    "sinks": (eval_module, eval_module.EvalConfig, ["--device=cpu", "--task=sinks", "--limit=2"]),
     "gsm8k": (eval_module, eval_module.EvalConfig, ["--device=cpu", "--task=gsm8k", "--limit=3"]),
     "file": (eval_module, eval_module.EvalConfig, ["--device=cpu"]),
     "prepare": (prepare_data, prepare_data.PrepareConfig, ["arithmetic", "--num_problems=50"]),
