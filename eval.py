@@ -65,7 +65,7 @@ from train import (
 
 @dataclass
 class EvalConfig:
-    task: str = "loss"  # loss, gsm8k, sinks, sink_changes, files.jsonl or the harness's, name:key=value:key=value,name,...; or runs
+    task: str = "loss"  # loss, gsm8k, sinks, sink_changes, file.jsonl, or the harness's; name:key=value:key=value,name,...; or runs
     out_dir: str = "out/arithmetic"  # folder of the checkpoint
     checkpoint: str = "ckpt.pt"  # ckpt.pt (the latest) or best.pt (lowest validation loss)
     data: str | None = None  # gsm8k: file, folder or URL of problems; else a prepared folder; None: those of the training data
@@ -84,9 +84,11 @@ class EvalConfig:
     prompt_length: int | None = None  # tokens given of each validation sequence; 0: free text; None: 32, or fine-tuning's question
     # generation
     batch_size: int = 64  # items of a process in a round; changes no result, but for rounding
-    steps: int = 256  # denoising steps of thoughts, or of the harness's texts; a row needs no more than it has tokens
+    steps: int = 256  # denoising steps of thoughts, of the harness's and of sinks' texts; a row needs no more than it has tokens
     length: int | None = None  # gsm8k: tokens of question and thoughts, filling included; None: the model's block_size
-    temperature: float = 0.1  # of the thoughts; of harness texts, where the task samples at none of its own; 0: the likeliest token
+    temperature: float = (
+        0.1  # of thoughts and sinks' texts; of the harness's, where the task has none of its own; 0: the likeliest token
+    )
     answer_steps: int | None = None  # gsm8k: of the answer, as the next three keys; None: as for the thoughts
     answer_length: int | None = None  # tokens of question, thoughts and answer, filling included
     answer_temperature: float | None = None  # of the answer
