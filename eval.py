@@ -937,7 +937,7 @@ def plot_maps(plt, runs, found, layer, path):
         for panel, step, *parts in zip(column, steps, *((text, sinks) if at_end else (sinks, text))):
             image = panel.imshow(
                 np.concatenate(parts, axis=1).clip(0.1 / T), norm="log", vmin=0.1 / T, vmax=1, cmap="magma",
-                extent=(-left - 0.5, T + right - 0.5, T - 0.5, -0.5),
+                interpolation="nearest", extent=(-left - 0.5, T + right - 0.5, T - 0.5, -0.5),
             )  # fmt: skip
             panel.set(title=f"{folder}, layer {layer}, step {step}", xlabel="is read", ylabel="reads")
     figure.colorbar(image, ax=axes, label="attention, mean over heads", shrink=0.6)
