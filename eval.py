@@ -86,9 +86,7 @@ class EvalConfig:
     batch_size: int = 64  # items of a process in a round; changes no result, but for rounding
     steps: int = 256  # denoising steps of thoughts, of the harness's and of sinks' texts; a row needs no more than it has tokens
     length: int | None = None  # gsm8k: tokens of question and thoughts, filling included; None: the model's block_size
-    temperature: float = (
-        0.1  # of thoughts and sinks' texts; of the harness's, where the task has none of its own; 0: the likeliest token
-    )
+    temperature: float = 0.1  # of thoughts, of sinks' texts, of the harness's if a task has none of its own; 0: the likeliest
     answer_steps: int | None = None  # gsm8k: of the answer, as the next three keys; None: as for the thoughts
     answer_length: int | None = None  # tokens of question, thoughts and answer, filling included
     answer_temperature: float | None = None  # of the answer
