@@ -865,9 +865,9 @@ def print_sinks(folder, run, n_positions):
     titles["masks_get"] = "[MASK]s get"
     if run["n_sink"]:
         titles |= {"sink_mass": "sinks get", "sink_norm_ratio": "their norm", "text_mass": "text's top gets"}
-    print(f"\n{folder}\nlayer" + "".join(f"{title:>17}" for title in titles.values()))
+    print(f"\n{folder}\nlayer" + "".join(f"{title:>16}" for title in titles.values()))
     for number, layer in enumerate(run["layers"]):
-        print(f"{number:>5}" + "".join(f"{with_error(layer, key, 3):>17}" for key in titles))
+        print(f"{number:>5}" + "".join(f"{with_error(layer, key, 3):>16}" for key in titles))
     print(f"An even share of attention is {1 / n_positions:.4f}. ", end="")
     print(f"What is read with the recomputed weights differs from SDPA's by {run['error']:.0e} of it at most.")
 
