@@ -81,7 +81,7 @@ class EvalConfig:
     # sinks
     compare: str | None = None  # folder of a second checkpoint, to be shown beside the first
     layer: int | None = None  # of the picture of attention maps; None: where a token of the text gets most attention
-    prompt_length: int | None = None  # tokens given of each validation sequence; 0: free text; None: 32, or fine-tuning's question
+    prompt_length: int | None = None  # tokens given of each validation sequence; 0: free text; None: a quarter, or the question
     # generation
     batch_size: int = 64  # items of a process in a round; changes no result, but for rounding
     steps: int = 256  # denoising steps of thoughts, of the harness's and of sinks' texts; a row needs no more than it has tokens
@@ -818,7 +818,9 @@ def trajectories(cfg, trained, rows):
         return []
     model, mask_id, records = trained.model, trained.model.config.mask_id, []
     x0, maskable = validation_rows(cfg, trained, rows)
-    given = (0 if "epochs" in trained.checkpoint["run_config"] else 32) if cfg.prompt_length is None else cfg.prompt_length
+    given = cfg.prompt_length
+    if given is None:
+        given = 0 if "epochs" in trained.checkpoint["run_config"] else x0.size(1) // 4
     maskable = maskable & (torch.arange(x0.size(1)) >= given)
     if not maskable.any(dim=1).all():
         raise ValueError(f"prompt_length {given} leaves nothing to write of {x0.size(1)} tokens; lower it")

@@ -180,17 +180,25 @@ def load(out_dir):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"steps": 5}, {"remasking": "random", "temperature": 1.0, "steps": 9}, {"threshold": 0.02}, {"prompt_length": 0}],
+    [
+        {"prompt_length": None},
+        {},
+        {"steps": 5},
+        {"remasking": "random", "temperature": 1.0, "steps": 9},
+        {"threshold": 0.02},
+        {"prompt_length": 0},
+    ],
 )
 def test_the_steps_are_those_of_the_sampler(out_dir, options):
     """What is looked at is what the sampler's model saw, step for step; a prompt's result does not depend on the others."""
     trained, seen = load(out_dir), []
     cfg = EvalConfig(**{"limit": 4, "prompt_length": 6, "batch_tokens": 60} | options)
+    given = 6 if cfg.prompt_length is None else cfg.prompt_length  # a quarter of 24
     handle = trained.model.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     (record,) = trajectories(cfg, trained, [2])
     handle.remove()
     xt, mask_id = states(record, trained.model.config.mask_id), trained.model.config.mask_id
-    assert torch.equal(xt, torch.cat(seen)) and (xt == mask_id).sum(dim=1)[0] == 24 - cfg.prompt_length
+    assert torch.equal(xt, torch.cat(seen)) and (xt == mask_id).sum(dim=1)[0] == 24 - given
     assert trajectories(cfg, trained, [0, 1, 2, 3])[2] == record
     mass, norms, error, _ = look_at_attention(trained.model, xt)
     assert record["error"] == pytest.approx(error, abs=1e-5) and trajectories(cfg, trained, []) == []
@@ -198,7 +206,7 @@ def test_the_steps_are_those_of_the_sampler(out_dir, options):
         wanted = follow_sink(mass[layer].numpy(), norms[layer].numpy(), (xt == mask_id).numpy(), trained.model.config)
         assert found.keys() == wanted.keys() and all(found[key] == pytest.approx(wanted[key], abs=2e-6) for key in wanted)
     x0 = eval_module.validation(trained, None, 4)[0]("val", 2)[0][0]
-    assert record["tokens"][: cfg.prompt_length] == x0[: cfg.prompt_length].tolist()
+    assert record["tokens"][:given] == x0[:given].tolist()
 
 
 def call(monkeypatch, out_dir, *argv):
