@@ -439,7 +439,7 @@ def split_tail(train_path, val_path, dtype, fraction, eot_id, problem_starts):
     return n_train, n_val
 
 
-def sha256(path):
+def file_sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -509,7 +509,7 @@ def prepare(cfg: PrepareConfig) -> dict:
             "eot_id": tokenizer.eot_token,
             "dtype": dtype.name,
             "tokens": {"train": n_tokens, "val": n_val},
-            "sha256": {name.split(".")[0]: sha256(path) for name, path in partial.items()},
+            "sha256": {name.split(".")[0]: file_sha256(path) for name, path in partial.items()},
             "tokenizer": spec,
         }
         meta_path = os.path.join(folder, "meta.json")

@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 import configurator
 from model import MDM, MDMConfig, diffusion_loss, load_checkpoint, mask_tokens, noise_levels, tokens_for_flops, weighted_nll
-from prepare_data import sha256
+from prepare_data import file_sha256
 
 
 @dataclass
@@ -142,7 +142,7 @@ def load_meta(folder: str, splits=("train", "val")) -> dict:
         path = os.path.join(folder, f"{name}.npy" if name.endswith("_cuts") else f"{name}.bin")
         if os.path.getsize(path) > 10e9:
             print(f"comparing {path} ({os.path.getsize(path) / 1e9:.0f} GB) with its sha256", flush=True)
-        if sha256(path) != wanted:
+        if file_sha256(path) != wanted:
             raise ValueError(f"{path} holds other data than meta.json says (sha256); prepare the data set again: {command}")
     return meta
 
@@ -160,7 +160,7 @@ def watch(path, wanted):
     def check():
         nonlocal before
         now = identity()
-        if now != before and sha256(path) != wanted:  # else it was only touched, or copied
+        if now != before and file_sha256(path) != wanted:  # else it was only touched, or copied
             raise ValueError(f"{path} was replaced while it was read; prepare changed data under another --data_dir")
         before = now
 
