@@ -80,7 +80,7 @@ class EvalConfig:
     plot: bool = False  # loss, sinks: draw pictures into out_dir (pip install matplotlib)
     # sinks
     compare: str | None = None  # folder of a second checkpoint, to be shown beside the first
-    layer: int | None = None  # of the picture of attention maps; None: where a token of the text gets most attention
+    layer: int | None = None  # with plot: of the attention maps; None: where a token of the text gets most attention
     prompt_length: int | None = None  # tokens given of each validation sequence; 0: free text; None: a quarter, or the question
     # generation
     batch_size: int = 64  # items of a process in a round; changes no result, but for rounding
@@ -109,6 +109,8 @@ class EvalConfig:
         for name, wanted in {"nll_type": ("mc", "chain_rule"), "mc_masking": ("exact", "coins")}.items():
             if getattr(self, name) not in wanted:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {wanted[0]!r} or {wanted[1]!r}")
+        if self.layer is not None and not self.plot:
+            raise ValueError("layer is that of a picture; set plot=True, or leave it out")
         for _, options in self.decoding():
             check_decoding(**options)
 

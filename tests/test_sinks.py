@@ -304,6 +304,8 @@ def test_pictures(out_dir, monkeypatch):
         weights = look_at_attention(model, states(found[folder]["prompts"][0], model.config.mask_id), layer=1)[3]
         for step in (1, 14):  # of 16 steps, 0 to 15
             np.testing.assert_allclose(next(maps)[0], weights[step, model.config.n_sink :].clip(0.1 / 24), atol=1e-6)
+    with pytest.raises(ValueError, match="layer is 2; the layers are 0 to 1"):
+        call(monkeypatch, out_dir, "--task=sinks", "--plot=True", "--layer=2")
     maps = list(drawn["imshow"])
     call(monkeypatch, out_dir, "--task=sinks", f"--compare={vanilla}", "--limit=2", "--prompt_length=8", "--plot=True", "--layer=0")
     assert not any(np.allclose(args[0], before[0]) for args, before in zip(drawn["imshow"][4:], maps, strict=True))
@@ -333,7 +335,7 @@ def test_pictures(out_dir, monkeypatch):
         (["--task=sinks", "--prompt_length=24"], "prompt_length 24 leaves nothing to write of 24 tokens"),
         (["--task=sinks", "--compare={vanilla}", "--prefix_cache=True", "--block_length=4"], "makes no use of prefix_cache"),
         (["--task=sinks", "--compare=nowhere"], "no checkpoint at nowhere"),
-        (["--task=sinks", "--layer=2"], "layer is 2; the layers are 0 to 1"),
+        (["--task=sinks", "--layer=1"], "layer is that of a picture; set plot=True"),
         (["--task=loss", "--compare={vanilla}"], "makes no use of compare"),
         (["--task=sink_changes", "--out_dir={vanilla}"], "has no sink tokens to change; train one with n_sink=1"),
         (["--task=runs", "--limit=3"], "--task=runs makes no use of limit"),
