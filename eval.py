@@ -111,18 +111,14 @@ class EvalConfig:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {wanted[0]!r} or {wanted[1]!r}")
         if self.layer is not None and not self.plot:
             raise ValueError("layer is that of a picture; set plot=True, or leave it out")
-        for _, options in self.decoding():
-            check_decoding(**options)
-
-    def decoding(self):
-        """(length, options of generate) for thoughts and harness texts, and for answers."""
-        shared = {key: getattr(self, key) for key in ("remasking", "threshold", "block_length", "prefix_cache")}
-        stages = []
         for prefix in ("", "answer_"):
-            own = {key: getattr(self, prefix + key) for key in ("steps", "length", "temperature", "cfg_scale")}
-            own = {key: getattr(self, key) if value is None else value for key, value in own.items()}
-            stages.append((own.pop("length"), own | shared))
-        return stages
+            check_decoding(**self.decoding(prefix))
+
+    def decoding(self, prefix=""):
+        """Options of generate; with the prefix answer_ those of the answer, which where they are None are the others."""
+        shared = {key: getattr(self, key) for key in ("remasking", "threshold", "block_length", "prefix_cache")}
+        own = {key: getattr(self, prefix + key) for key in ("steps", "temperature", "cfg_scale")}
+        return shared | {key: getattr(self, key) if value is None else value for key, value in own.items()}
 
 
 # For each kind of task the settings that make a difference to it, and those that change no result
@@ -305,10 +301,9 @@ def sum_rows(model, rows, weights, owner, n, cfg_scale, batch_tokens, dtype="aut
         nll = F.cross_entropy(logits, torch.from_numpy(target).to(logits.device), reduction="none").cpu().double().numpy()
         nll *= np.concatenate([weights[r] for r in numbers])
         np.add.at(total, np.concatenate([np.full(len(weights[r]), owner[r]) for r in numbers]), nll)
-    if not np.isfinite(total).all():
-        raise ValueError(
-            f"a -log p is {total[~np.isfinite(total)][0]}: the model is broken, or dtype too small; try --dtype=float32"
-        )
+    broken = total[~np.isfinite(total)]
+    if len(broken):
+        raise ValueError(f"a -log p is {broken[0]}: the model is broken, or dtype too small; try --dtype=float32")
     return total
 
 
@@ -426,7 +421,7 @@ def continuations(cfg, trained, requests):
             x[row, : len(prompts[i])] = torch.tensor(prompts[i])
         with autocast(trained.device, cfg.dtype):
             filled, _ = generate(
-                model, x.to(trained.device), **cfg.decoding()[0][1] | {"temperature": temperatures[first]}, eot_id=eot,
+                model, x.to(trained.device), **cfg.decoding() | {"temperature": temperatures[first]}, eot_id=eot,
                 seeds=[seed_for(cfg.seed, zlib.crc32(np.array([requests[i][2], *prompts[i]]).tobytes())) for i in batch],
                 lengths=torch.tensor([lengths[i] for i in batch], device=trained.device),
             )  # fmt: skip
@@ -467,10 +462,8 @@ def measure(cfg, trained, job, items, data_sha256, progress=lambda records: "", 
             if bar.disable:
                 rate = (len(records) - done) / (time.time() - start_time)
                 left = tqdm.format_interval((len(items) - len(records)) / rate)
-                print(
-                    f"{label} {len(records):,} of {len(items):,}  {rate:.1f} {unit}s/s  {left} left  {progress(records)}",
-                    flush=True,
-                )
+                place = f"{label} {len(records):,} of {len(items):,}"
+                print(f"{place}  {rate:.1f} {unit}s/s  {left} left  {progress(records)}", flush=True)
     return name, records, {"n": len(records), "seconds": sum(r["seconds"] for r in records), "items": path, **identity}
 
 
@@ -540,7 +533,7 @@ def bound_of(records, others=None):
 
 def loss(cfg, trained):
     """Bound on -log p of the validation set, in total and over t. Returns the name of the measurement and its result."""
-    plt = import_pyplot() if cfg.plot else None  # what is missing is told before the work
+    Figure = import_figure() if cfg.plot else None  # what is missing is told before the work
     _, n_rows, data_sha256 = validation(trained, cfg.data, cfg.limit)
     name, records, facts = measure(cfg, trained, bounds, list(range(n_rows)), data_sha256, unit="sequence")
     tokens, n_bytes, t, nll = (np.array([r[key] for r in records], float) for key in ("tokens", "bytes", "t", "nll"))
@@ -556,8 +549,8 @@ def loss(cfg, trained):
     print(f"{'t':>9}  nats per hidden token")
     for part in over_t:
         print(f"{part['from']:.1f} - {part['to']:.1f}  {with_error(part, 'nats_per_hidden_token')}")
-    if plt:
-        plot_over_t(plt, over_t, os.path.join(cfg.out_dir, f"{name}.png"))
+    if cfg.plot:
+        plot_over_t(Figure, over_t, os.path.join(cfg.out_dir, f"{name}.png"))
     return name, {
         "nats_per_token": nats,
         "nats_per_token_se": se,
@@ -570,27 +563,23 @@ def loss(cfg, trained):
     }
 
 
-def import_pyplot():
+def import_figure():
     try:
-        import matplotlib
+        import matplotlib.figure
     except ImportError:
         raise ValueError("plot=True needs matplotlib; pip install matplotlib") from None
-    matplotlib.use("agg")
-    from matplotlib import pyplot
-
-    return pyplot
+    return matplotlib.figure.Figure
 
 
-def plot_over_t(plt, over_t, path):
+def plot_over_t(Figure, over_t, path):
     t = [(part["from"] + part["to"]) / 2 for part in over_t]
     nats, se = ([part[f"nats_per_hidden_token{end}"] or 0 for part in over_t] for end in ("", "_se"))
-    figure = plt.figure(figsize=(6, 4))
-    plt.errorbar(t, nats, se, marker="o", capsize=3)
-    plt.xlabel("noise level t (share of hidden tokens)")
-    plt.ylabel("nats per hidden token")
-    plt.xlim(0, 1)
-    plt.grid(alpha=0.3)
-    save_plot(plt, figure, path)
+    figure = Figure(figsize=(6, 4))
+    panel = figure.subplots()
+    panel.errorbar(t, nats, se, marker="o", capsize=3)
+    panel.set(xlabel="noise level t (share of hidden tokens)", ylabel="nats per hidden token", xlim=(0, 1))
+    panel.grid(alpha=0.3)
+    figure.savefig(path, dpi=100, bbox_inches="tight")
     print(f"{path}: the table above as a picture")
 
 
@@ -629,11 +618,8 @@ def answer_choices(cfg, trained, items):
     for item in items:
         of_choices = [next(scored) for _ in item["choices"]]
         log_p, tokens, cut = ([record[key] for record in of_choices] for key in ("log_p", "tokens", "cut"))
-        by_length = {
-            "acc": np.ones(len(log_p)),
-            "acc_norm": [len(choice) for choice in item["choices"]],
-            "acc_bytes": [len(choice.encode()) for choice in item["choices"]],
-        }
+        n_characters, n_bytes = [len(text) for text in item["choices"]], [len(text.encode()) for text in item["choices"]]
+        by_length = {"acc": np.ones(len(log_p)), "acc_norm": n_characters, "acc_bytes": n_bytes}
         right = {key: int(np.argmax(np.array(log_p) / lengths)) == item["gold"] for key, lengths in by_length.items()}
         records.append({**item, "log_p": log_p, "tokens": tokens, "cut": cut, **right})
     return records
@@ -691,7 +677,8 @@ def read_problems(address, download_dir):
 def answer_problems(cfg, trained, problems):
     """Job of gsm8k: thoughts and answer of each (number, question, gold). They follow from the problem and its number, not from
     batch_size or the number of processes."""
-    first, second = ({"length": length, **options} for length, options in cfg.decoding())
+    first = {"length": cfg.length, **cfg.decoding()}
+    second = {"length": cfg.answer_length or cfg.length, **cfg.decoding("answer_")}
     questions, seeds = [question for _, question, _ in problems], [seed_for(cfg.seed, number) for number, _, _ in problems]
     with autocast(trained.device, cfg.dtype):
         solved = solve(trained.model, trained.tokenizer, questions, seeds, first, second)
@@ -716,10 +703,8 @@ def gsm8k(cfg, trained):
     n, right, passes = len(records), *(sum(r[key] for r in records) for key in ("correct", "forward_passes"))
     accuracy = right / n
     error = math.sqrt(accuracy * (1 - accuracy) / n)
-    print(
-        f"accuracy {accuracy:.1%} ± {error:.1%} (standard error): {right:,} of {n:,} right; "
-        f"{passes / n:.1f} forward passes a problem; {facts['seconds']:.1f} s"
-    )
+    print(f"accuracy {accuracy:.1%} ± {error:.1%} (standard error): {right:,} of {n:,} right; ", end="")
+    print(f"{passes / n:.1f} forward passes a problem; {facts['seconds']:.1f} s")
     return name, {
         "accuracy": accuracy,
         "accuracy_se": error,
@@ -827,7 +812,7 @@ def trajectories(cfg, trained, rows):
     if not maskable.any(dim=1).all():
         raise ValueError(f"prompt_length {given} leaves nothing to write of {x0.size(1)} tokens; lower it")
     x, after = torch.where(maskable, mask_id, x0).to(trained.device), []
-    options = cfg.decoding()[0][1] | {"cfg_scale": 0.0, "prefix_cache": False}  # which another task may have set
+    options = cfg.decoding() | {"cfg_scale": 0.0, "prefix_cache": False}  # which another task may have set
     with autocast(trained.device, cfg.dtype):
         seeds = [seed_for(cfg.seed, row) for row in rows]
         x, _ = generate(model, x, **options, seeds=seeds, on_step=lambda xt: after.append((xt == mask_id).cpu()))
@@ -880,7 +865,7 @@ def sinks(cfg, trained):
     """Follows attention through denoising trajectories, of one model or of two side by side. Returns the name of the measurement
     and its result. Writes sinks.json (each prompt's steps), sinks.npz (of the first prompt mass and value norm of every position,
     step and layer, and what was hidden), and with plot three pictures."""
-    plt = import_pyplot() if cfg.plot else None  # what is missing is told before the work
+    Figure = import_figure() if cfg.plot else None  # what is missing is told before the work
     cfg, runs = dataclasses.replace(cfg, limit=cfg.limit or 16), {cfg.out_dir: trained}
     rows = list(range(validation(trained, cfg.data, cfg.limit)[1]))
     if cfg.compare:
@@ -896,9 +881,8 @@ def sinks(cfg, trained):
     found, first = {}, {}
     for folder, one in runs.items():
         config = one.model.config
-        own = dataclasses.replace(
-            cfg, out_dir=folder, batch_size=max(1, min(cfg.batch_size, cfg.batch_tokens // config.block_size))
-        )
+        at_once = max(1, min(cfg.batch_size, cfg.batch_tokens // config.block_size))
+        own = dataclasses.replace(cfg, out_dir=folder, batch_size=at_once)
         name, records, facts = measure(own, one, trajectories, rows, validation(one, cfg.data, cfg.limit)[2], unit="prompt")
         error = max(record["error"] for record in records)
         found[folder] = {"name": name, "n_sink": config.n_sink, "layers": summarize_sinks(records), "error": error, **facts}
@@ -911,22 +895,23 @@ def sinks(cfg, trained):
         np.savez_compressed(os.path.join(folder, "sinks.npz"), mass=mass, norms=norms, hidden=hidden)
     print(SINKS_LEGEND)
     write_results(os.path.join(cfg.out_dir, "sinks.json"), found)
-    if plt:
+    if cfg.plot:
         layer = cfg.layer
         if layer is None:
             without = min(found.values(), key=lambda run: run["n_sink"])  # there are tokens to be sinks, if anywhere
             layer = int(np.argmax([of_layer["text_mass"] for of_layer in without["layers"][:n_layer]]))
-        plot_maps(plt, runs, found, layer, os.path.join(cfg.out_dir, "sinks_maps.png"))
-        plot_paths(plt, found, os.path.join(cfg.out_dir, "sinks_paths.png"))
-        plot_norms(plt, found, first, os.path.join(cfg.out_dir, "sinks_norms.png"))
-    print(f"added sinks.json, sinks.npz{' and sinks_*.png' if plt else ''} to {cfg.out_dir}")
+        plot_maps(Figure, runs, found, layer, os.path.join(cfg.out_dir, "sinks_maps.png"))
+        plot_paths(Figure, found, os.path.join(cfg.out_dir, "sinks_paths.png"))
+        plot_norms(Figure, found, first, os.path.join(cfg.out_dir, "sinks_norms.png"))
+    print(f"added sinks.json, sinks.npz{' and sinks_*.png' if cfg.plot else ''} to {cfg.out_dir}")
     result = found[cfg.out_dir]
     return result["name"], {key: value for key, value in result.items() if key not in ("name", "prompts")}
 
 
-def plot_maps(plt, runs, found, layer, path):
+def plot_maps(Figure, runs, found, layer, path):
     """Attention of the first prompt's tokens at an eighth and at seven eighths of its steps. Sink tokens are drawn wider."""
-    figure, axes = plt.subplots(2, len(runs), figsize=(4.6 * len(runs), 8), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(4.6 * len(runs), 8), layout="constrained")
+    axes = figure.subplots(2, len(runs), squeeze=False)
     for column, (folder, one) in zip(axes.T, runs.items()):
         n_sink, record = found[folder]["n_sink"], found[folder]["prompts"][0]
         last = max(record["step"])
@@ -943,14 +928,15 @@ def plot_maps(plt, runs, found, layer, path):
             )  # fmt: skip
             panel.set(title=f"{folder}, layer {layer}, step {step}", xlabel="is read", ylabel="reads")
     figure.colorbar(image, ax=axes, label="attention, mean over heads", shrink=0.6)
-    save_plot(plt, figure, path)
+    figure.savefig(path, dpi=100, bbox_inches="tight")
 
 
-def plot_paths(plt, found, path):
+def plot_paths(Figure, found, path):
     """The position that gets most attention at every step of the first prompt's trajectory, layer by layer."""
     n_layer = max(len(run["layers"]) for run in found.values())
     n_rows = -(-n_layer // 3)
-    figure, axes = plt.subplots(n_rows, 3, figsize=(10, 2 * n_rows + 0.5), sharex=True, sharey=True, layout="constrained")
+    figure = Figure(figsize=(10, 2 * n_rows + 0.5), layout="constrained")
+    axes = figure.subplots(n_rows, 3, sharex=True, sharey=True)
     for layer, panel in enumerate(axes.flat):
         panel.set_title(f"layer {layer}")
         panel.set_visible(layer < n_layer)
@@ -960,12 +946,13 @@ def plot_paths(plt, found, path):
     figure.supxlabel("denoising step")
     figure.supylabel("position that gets most attention")
     figure.legend(*axes.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
-    save_plot(plt, figure, path)
+    figure.savefig(path, dpi=100, bbox_inches="tight")
 
 
-def plot_norms(plt, found, first, path):
+def plot_norms(Figure, found, first, path):
     """Value norms at eight steps of the first prompt, with the most-read token of each step (the paper's Figure 1)."""
-    figure, axes = plt.subplots(1, len(found), figsize=(5.5 * len(found), 3.6), sharey=True, squeeze=False, layout="constrained")
+    figure = Figure(figsize=(5.5 * len(found), 3.6), layout="constrained")
+    axes = figure.subplots(1, len(found), sharey=True, squeeze=False)
     jitter = np.random.default_rng(0)
     for panel, (folder, (mass, norms, hidden)) in zip(axes[0], first.items()):
         n_sink, some = found[folder]["n_sink"], np.linspace(0, mass.shape[1] - 1, 8).astype(int)
@@ -983,12 +970,7 @@ def plot_norms(plt, found, first, path):
     panel.set_ylim(bottom=0)
     labels = {label: handle for panel in axes[0] for handle, label in zip(*panel.get_legend_handles_labels())}
     figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=4, markerscale=2)
-    save_plot(plt, figure, path)
-
-
-def save_plot(plt, figure, path):
     figure.savefig(path, dpi=100, bbox_inches="tight")
-    plt.close(figure)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -470,10 +470,8 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
     rank, world_size, device = setup_distributed(cfg.device)
     per_pass = cfg.micro_batch_size * world_size
     if cfg.batch_size % per_pass:
-        raise ValueError(
-            f"batch_size {cfg.batch_size} is not a multiple of micro_batch_size {cfg.micro_batch_size} x {world_size} processes "
-            f"= {per_pass}; change one of them"
-        )
+        product = f"micro_batch_size {cfg.micro_batch_size} x {world_size} processes = {per_pass}"
+        raise ValueError(f"batch_size {cfg.batch_size} is not a multiple of {product}; change one of them")
     grad_accum = cfg.batch_size // per_pass
     step_tokens = cfg.batch_size * cfg.block_size
     max_steps = cfg.max_steps
@@ -490,13 +488,8 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
     if world_size > 1:
         device_ids = [device.index] if device.type == "cuda" else None
         ddp = DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)  # the rotations are the same anywhere
-    optimizer = torch.optim.AdamW(
-        model.parameters(),  # one group: every tensor decays
-        lr=cfg.learning_rate,
-        betas=(cfg.beta1, cfg.beta2),
-        weight_decay=cfg.weight_decay,
-        fused=device.type in ("cuda", "cpu"),
-    )
+    options = {"lr": cfg.learning_rate, "betas": (cfg.beta1, cfg.beta2), "weight_decay": cfg.weight_decay}
+    optimizer = torch.optim.AdamW(model.parameters(), **options, fused=device.type in ("cuda", "cpu"))  # every tensor decays
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "float16")
     start, best_val_loss = 0, math.inf
     losses = []  # of the steps since the last log line, the mean of each over all its micro-batches
@@ -511,10 +504,8 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
         facts = {**made_by(), "data_sha256": meta and meta["sha256"], "device": str(device), "processes": world_size}
         report = Reporter(cfg, start, max_steps, resume is not None, facts)
         sizes = f"{model.num_params(non_embedding=False):,} parameters ({model.num_params():,} non-embedding)"
-        batch = f"{grad_accum} x {world_size} x {cfg.micro_batch_size} sequences of {cfg.block_size} tokens"
-        report.say(
-            f"{sizes} on {world_size} x {device}; a step is {batch}; {max_steps:,} steps = {max_steps * step_tokens:,} tokens"
-        )
+        batch = f"a step is {grad_accum} x {world_size} x {cfg.micro_batch_size} sequences of {cfg.block_size} tokens"
+        report.say(f"{sizes} on {world_size} x {device}; {batch}; {max_steps:,} steps = {max_steps * step_tokens:,} tokens")
 
     def save(name, step):
         checkpoint = {
@@ -701,9 +692,8 @@ def start_model(cfg: TrainConfig, checkpoint, meta: dict) -> MDM:
     trained_on = checkpoint["meta"]
     if trained_on and vocabulary(trained_on) != vocabulary(meta):
         there, here = (f"{m['tokenizer']['name']} of {m['vocab_size']:,} tokens" for m in (trained_on, meta))
-        raise ValueError(
-            f"the checkpoint has another vocabulary ({there}) than data set {cfg.dataset} ({here}); prepare the data anew"
-        )
+        what = f"the checkpoint has another vocabulary ({there}) than data set {cfg.dataset} ({here})"
+        raise ValueError(f"{what}; prepare the data anew")
     tokens_of = lambda some: [some["sha256"].get(split) for split in ("train", "val")]  # noqa: E731
     if trained_on and cfg.init_from == "resume" and tokens_of(trained_on) != tokens_of(meta):
         raise ValueError(f"cannot resume: data set {cfg.dataset} has other tokens now than when the checkpoint was saved")
