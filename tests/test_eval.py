@@ -16,7 +16,7 @@ from conftest import ROOT, make_model
 
 import configurator
 import eval as eval_module
-from eval import EvalConfig, final_number, plan, read_problems
+from eval import EvalConfig, final_number, plan, read_problems, settings_of
 from prepare_data import PrepareConfig, load_tokenizer, prepare
 from train import load_meta, save_checkpoint
 
@@ -286,6 +286,8 @@ def test_tasks_have_settings_of_their_own():
         ("a.jsonl", 7, "chain_rule", 1.5),
         ("piqa", 7, "mc", 0.5),
     ]
+    tasks = planned("--task=loss,sink_changes,a.jsonl", "--nll_type=chain_rule", "--mc_num=7")  # which two of them make use of
+    assert ["mc_num" in settings_of(task) for task in tasks] == [True, True, False]
 
 
 @pytest.mark.parametrize(

@@ -228,7 +228,11 @@ def test_fine_tuned_and_many_sinks(data_dir, tmp_path):
     assert len({str(record["tokens"]) for record in records}) == 6
     other = trajectories(replace(cfg, seed=1, temperature=3.0), trained, [0])[0]
     assert other["tokens"] != trajectories(replace(cfg, seed=2, temperature=3.0), trained, [0])[0]["tokens"]
-    for leak in ({"cfg_scale": 2.0}, {"prefix_cache": True}):  # what another task of the same command makes use of
+    for leak in (
+        {"cfg_scale": 2.0},
+        {"prefix_cache": True},
+        {"answer_steps": 1},
+    ):  # what another task of the same command makes use of
         cfg = replace(cfg, block_length=8)
         assert trajectories(replace(cfg, **leak), trained, [0, 1]) == trajectories(cfg, trained, [0, 1])
 
