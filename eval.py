@@ -481,7 +481,7 @@ def means(values):
 # --task=loss: the bound on the validation set
 
 
-@functools.lru_cache(maxsize=1)
+@functools.lru_cache(maxsize=2)  # compare has two models
 def validation(trained, data, limit):
     """(get_batch, number of sequences, sha256 of the tokens) of a prepared folder (None: the one trained on), read as in training:
     as many sequences as the tokens fill, or all examples of fine-tuning; limit of them, evenly spread. A batch is a sequence."""
@@ -889,10 +889,9 @@ def sinks(cfg, trained):
         print_sinks(folder, found[folder], config.n_sink + config.block_size)
         found[folder]["prompts"] = records
         xt = states(records[0], config.mask_id)
-        hidden = xt == config.mask_id
         mass, norms, _, _ = look_at_attention(one.model, xt, cfg.batch_tokens)
-        first[folder] = mass.numpy(), norms.numpy(), hidden.numpy()
-        np.savez_compressed(os.path.join(folder, "sinks.npz"), mass=mass, norms=norms, hidden=hidden)
+        first[folder] = {"mass": mass.numpy(), "norms": norms.numpy(), "hidden": (xt == config.mask_id).numpy()}
+        np.savez_compressed(os.path.join(folder, "sinks.npz"), **first[folder])
     print(SINKS_LEGEND)
     write_results(os.path.join(cfg.out_dir, "sinks.json"), found)
     if cfg.plot:
@@ -954,7 +953,8 @@ def plot_norms(Figure, found, first, path):
     figure = Figure(figsize=(5.5 * len(found), 3.6), layout="constrained")
     axes = figure.subplots(1, len(found), sharey=True, squeeze=False)
     jitter = np.random.default_rng(0)
-    for panel, (folder, (mass, norms, hidden)) in zip(axes[0], first.items()):
+    for panel, (folder, arrays) in zip(axes[0], first.items()):
+        mass, norms, hidden = arrays["mass"], arrays["norms"], arrays["hidden"]
         n_sink, some = found[folder]["n_sink"], np.linspace(0, mass.shape[1] - 1, 8).astype(int)
         sinks, text = np.split(norms[:, some], [n_sink], axis=2)  # (n_layer, 8, n_sink), (n_layer, 8, T)
         most_read = np.take_along_axis(text, mass[:, some, n_sink:].argmax(axis=2)[..., None], axis=2)
@@ -1016,8 +1016,9 @@ def sink_changes(cfg, trained):
     table = []
     print(f"{'change of the sinks':<32}{'nats per token':>20}{'more than unchanged':>22}")
     for change, start in zip(CHANGES, range(0, len(items), n_rows)):
-        own, difference = bound_of(records[start : start + n_rows]), bound_of(records[start : start + n_rows], records[:n_rows])
-        row = dict(zip(("nats_per_token", "nats_per_token_se", "more", "more_se"), own + difference))
+        part = records[start : start + n_rows]
+        numbers = bound_of(part) + bound_of(part, records[:n_rows])
+        row = dict(zip(("nats_per_token", "nats_per_token_se", "more", "more_se"), numbers))
         print(f"{change:<32}{with_error(row, 'nats_per_token'):>20}{with_error(row, 'more'):>22}")
         table.append({"change": change, **row})
     return name, {"changes": table, **facts}
