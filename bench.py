@@ -50,7 +50,9 @@ class BenchConfig:
     compile: bool = False  # sink, train, loss: each way also with torch.compile
     rounds: int = 20  # how often each way is timed
     out_dir: str | None = None  # sample, eval: the model of this folder's ckpt.pt, with its own tokenizer
-    data: str | None = None  # eval: a .jsonl file of items with choices; sample: problems; None: those of the training data
+    data: str | None = (
+        None  # eval: a .jsonl file of items with choices; sample: problems; None: those of the training data
+    )
     requests: int = 200  # eval: how many to score
     mc_num: int = 32  # eval: draws of each
     n_parts: int = 5  # eval, sample: parts of the items, which each way takes in turn
@@ -81,11 +83,15 @@ def make_step(cfg, device, flags, head="where hidden", compiled=False):
             alone, on states that are given"""
     generator = torch.Generator().manual_seed(0)
     x0 = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.block_size), generator=generator)
-    p_mask = (torch.arange(cfg.batch_size)[:, None] + 0.5) / cfg.batch_size  # evenly spread: half of the tokens are hidden
+    p_mask = (
+        torch.arange(cfg.batch_size)[:, None] + 0.5
+    ) / cfg.batch_size  # evenly spread: half of the tokens are hidden
     noise, everywhere = torch.rand(x0.shape, generator=generator), torch.ones_like(x0, dtype=torch.bool)
     xt, masked = mask_tokens(x0, p_mask, everywhere, cfg.vocab_size, noise)
     torch.manual_seed(0)
-    model = MDM(MDMConfig.preset(cfg.preset, vocab_size=cfg.vocab_size, block_size=cfg.block_size, **flags)).to(device)
+    model = MDM(
+        MDMConfig.preset(cfg.preset, vocab_size=cfg.vocab_size, block_size=cfg.block_size, **flags)
+    ).to(device)
     if compiled:
         compile_model(model, xt.shape)
     states = torch.randn(*x0.shape, model.config.n_embd, device=device, requires_grad=True)
@@ -97,7 +103,9 @@ def make_step(cfg, device, flags, head="where hidden", compiled=False):
     def loss():
         if head not in ("everywhere", "at all places"):
             return weighted_nll(model, x0, xt, masked, p_mask).sum()
-        nll = model.nll_of_part(model.hidden_states(xt.to(device)).flatten(0, 1), x0.flatten().to(device)).view(x0.shape)
+        nll = model.nll_of_part(
+            model.hidden_states(xt.to(device)).flatten(0, 1), x0.flatten().to(device)
+        ).view(x0.shape)
         return (nll * masked.to(device) / p_mask.to(device)).sum()
 
     def step():
@@ -188,7 +196,11 @@ def bench_steps(cfg, device, ways):
             else:
                 with AttentionKernel() as kernels[label]:
                     losses[label] = step()
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device}, {torch.get_num_threads()} threads"
+    where = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device}, {torch.get_num_threads()} threads"
+    )
     first, peak = next(iter(ways)), peak_flops(device)
     size = f"{made[first][1].num_params():,} non-embedding parameters, vocabulary {cfg.vocab_size:,}"
     print(f"{size}, {cfg.batch_size} x {cfg.block_size} tokens, {where}, torch {torch.__version__}")
@@ -197,7 +209,11 @@ def bench_steps(cfg, device, ways):
     for name, (step, model, way) in made.items():
         median, (middle, error) = statistics.median(seconds[name]), ratio(seconds, name, first)
         rate = cfg.batch_size * cfg.block_size / median
-        mfu = f"{model.flops_per_token(cfg.block_size) * rate / peak:.1%}" if peak and cfg.what != "loss" else "-"
+        mfu = (
+            f"{model.flops_per_token(cfg.block_size) * rate / peak:.1%}"
+            if peak and cfg.what != "loss"
+            else "-"
+        )
         most = peak_memory(cfg, device, step, way)
         most = "-" if most is None else f"{most / 1e6:,.0f}"
         print(
@@ -218,11 +234,17 @@ def bench_sink(cfg, device):
 
 def bench_train(cfg, device):
     flags = {"n_sink": cfg.n_sink, "sink_attention": cfg.sink_attention}
-    bench_steps(cfg, device, {"head everywhere": (flags, "everywhere"), "head where hidden": (flags, "where hidden")})
+    bench_steps(
+        cfg, device, {"head everywhere": (flags, "everywhere"), "head where hidden": (flags, "where hidden")}
+    )
 
 
 def bench_loss(cfg, device):
-    bench_steps(cfg, device, {head: ({"n_sink": 0}, head) for head in ("at all places", "at hidden places", "in parts")})
+    bench_steps(
+        cfg,
+        device,
+        {head: ({"n_sink": 0}, head) for head in ("at all places", "at hidden places", "in parts")},
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -235,7 +257,10 @@ def bench_sample(cfg, device):
         raise ValueError("sample needs a model that answers problems: --out_dir=out/sft-arithmetic")
     trained = Trained(*load_trained(cfg.out_dir, "ckpt.pt", device), rank=0, world_size=1)
     folder = f"{trained.checkpoint['run_config']['data_dir']}/{trained.checkpoint['meta']['name']}"
-    problems = [(i, *problem) for i, problem in enumerate(read_problems(cfg.data or f"{folder}/test.txt", f"{folder}/download"))]
+    problems = [
+        (i, *problem)
+        for i, problem in enumerate(read_problems(cfg.data or f"{folder}/test.txt", f"{folder}/download"))
+    ]
     block_size = trained.model.config.block_size
     block_length, one = max(1, block_size // 4), {"steps": block_size}
     rules = {"one token a pass": one}
@@ -258,7 +283,9 @@ def bench_sample(cfg, device):
     print(f"{len(problems):,} problems in batches of {cfg.batch_size}, temperature 0.1, seed 0, {device}")
     print(f"{'':<38} {'passes':>7} {'problems/s':>10} {'speed':>7}  accuracy")
     for name in rules:
-        accuracy, passes = (np.mean([record[key] for record in records[name]]) for key in ("correct", "forward_passes"))
+        accuracy, passes = (
+            np.mean([record[key] for record in records[name]]) for key in ("correct", "forward_passes")
+        )
         error = math.sqrt(accuracy * (1 - accuracy) / len(problems))
         rate, (speed, _) = len(problems) / sum(seconds[name]), ratio(seconds, first, name)
         print(f"{name:<38} {passes:>7.1f} {rate:>10.1f} {speed:>6.2f}x  {accuracy:.1%} ± {error:.1%}")
@@ -276,7 +303,9 @@ def one_at_a_time(model, pairs, mc_num, seed, dtype="auto"):
         x0 = torch.tensor([*context, *target]).expand(mc_num, -1)
         maskable = torch.arange(x0.size(1)).expand_as(x0) >= len(context)
         t = (torch.rand((), generator=generator) + torch.arange(mc_num)[:, None] / mc_num) % 1
-        xt, masked = mask_tokens(x0, t, maskable, model.config.mask_id, torch.rand(x0.shape, generator=generator))
+        xt, masked = mask_tokens(
+            x0, t, maskable, model.config.mask_id, torch.rand(x0.shape, generator=generator)
+        )
         with autocast(model.device, dtype):
             logits = model(xt.to(model.device)).float().cpu()
         nll = F.cross_entropy(logits[masked], x0[masked], reduction="none") / t.expand_as(x0)[masked]
@@ -296,15 +325,26 @@ def bench_eval(cfg, device):
     items = read_items(cfg.data)
     if "choices" not in items[0]:
         raise ValueError(f"{cfg.data} has items with targets; wanted choices")
-    pairs = [encode_pair(tokenizer, item["context"], " " + choice) for item in items for choice in item["choices"]][: cfg.requests]
+    pairs = [
+        encode_pair(tokenizer, item["context"], " " + choice) for item in items for choice in item["choices"]
+    ][: cfg.requests]
     pairs = [fit(*pair, model.config.block_size) for pair in pairs]
     few = max(1, cfg.mc_num // 4)
     ways = {
-        f"one request at a time, coins, {cfg.mc_num} draws": lambda p, seed: one_at_a_time(model, p, cfg.mc_num, seed, cfg.dtype)
+        f"one request at a time, coins, {cfg.mc_num} draws": lambda p, seed: one_at_a_time(
+            model, p, cfg.mc_num, seed, cfg.dtype
+        )
     }
     for mc_masking, mc_num in (("coins", cfg.mc_num), ("exact", cfg.mc_num), ("exact", few)):
-        options = {"mc_masking": mc_masking, "mc_num": mc_num, "batch_tokens": cfg.batch_tokens, "dtype": cfg.dtype}
-        ways[f"batched, {mc_masking}, {mc_num} draws"] = lambda p, seed, o=options: score(model, p, seed=seed, **o)
+        options = {
+            "mc_masking": mc_masking,
+            "mc_num": mc_num,
+            "batch_tokens": cfg.batch_tokens,
+            "dtype": cfg.dtype,
+        }
+        ways[f"batched, {mc_masking}, {mc_num} draws"] = lambda p, seed, o=options: score(
+            model, p, seed=seed, **o
+        )
     context, target = (np.mean([len(pair[i]) for pair in pairs]) for i in (0, 1))
     print(
         f"{len(pairs)} requests of {context:.0f} + {target:.0f} tokens, {model.num_params():,} non-embedding parameters, {device}"
@@ -330,7 +370,13 @@ def bench_eval(cfg, device):
         print(f"{name:<42} {statistics.median(rates[name]):>10.2f} {speed:>6.2f}x {sd:>9.2f} {mean:>11.2f}")
 
 
-BENCHES = {"sink": bench_sink, "train": bench_train, "loss": bench_loss, "sample": bench_sample, "eval": bench_eval}
+BENCHES = {
+    "sink": bench_sink,
+    "train": bench_train,
+    "loss": bench_loss,
+    "sample": bench_sample,
+    "eval": bench_eval,
+}
 
 
 def main():

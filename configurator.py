@@ -98,15 +98,27 @@ def help_text(config_class, positional=None):
                 comments[match[1]] = match[2]
     doc = inspect.getdoc(sys.modules[config_class.__module__]) or ""
     usage = f"python {os.path.basename(sys.argv[0])} {f'[{positional}] ' if positional else ''}[config/x.py ...] [--key=value ...]"
-    rows = [f"  --{f.name}={f.default}".ljust(38) + f"  {comments.get(f.name, '')}" for f in dataclasses.fields(config_class)]
+    rows = [
+        f"  --{f.name}={f.default}".ljust(38) + f"  {comments.get(f.name, '')}"
+        for f in dataclasses.fields(config_class)
+    ]
     return "\n".join([doc, "", "usage: " + usage, "Later settings win. Keys, with their defaults:", *rows])
 
 
 def describe(cfg, set_by):
     """One line for each key that was set to something else than its default: value, default, where it was set."""
-    changed = [field for field in dataclasses.fields(cfg) if field.name in set_by and getattr(cfg, field.name) != field.default]
-    lines = [f"  {f.name} = {getattr(cfg, f.name)!r}  (default {f.default!r}, set by {set_by[f.name]})" for f in changed]
-    return "\n".join(["settings that differ from the defaults:", *lines]) if lines else "settings: all defaults"
+    changed = [
+        field
+        for field in dataclasses.fields(cfg)
+        if field.name in set_by and getattr(cfg, field.name) != field.default
+    ]
+    lines = [
+        f"  {f.name} = {getattr(cfg, f.name)!r}  (default {f.default!r}, set by {set_by[f.name]})"
+        for f in changed
+    ]
+    return (
+        "\n".join(["settings that differ from the defaults:", *lines]) if lines else "settings: all defaults"
+    )
 
 
 def run(main):
@@ -120,12 +132,21 @@ def run(main):
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         last = traceback.extract_tb(error.__traceback__)[-1]
         ours = os.path.dirname(os.path.abspath(last.filename)) == os.path.dirname(os.path.abspath(__file__))
-        no_memory = isinstance(error, MemoryError) or re.search("allocate|out of memory|overflow|too big", str(error))
-        if isinstance(error, ValueError) and ours and last.line.startswith("raise ") or isinstance(error, OSError):
+        no_memory = isinstance(error, MemoryError) or re.search(
+            "allocate|out of memory|overflow|too big", str(error)
+        )
+        if (
+            isinstance(error, ValueError)
+            and ours
+            and last.line.startswith("raise ")
+            or isinstance(error, OSError)
+        ):
             what = error
         elif no_memory:
             what = f"not enough memory for that; lower the sizes or numbers that were set ({str(error)[:200] or 'MemoryError'})"
         else:
             raise
-        print("error:", " ".join(str(what).split()), file=sys.stderr)  # one line, whatever names and values hold
+        print(
+            "error:", " ".join(str(what).split()), file=sys.stderr
+        )  # one line, whatever names and values hold
         raise SystemExit(2) from None

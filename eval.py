@@ -68,33 +68,59 @@ class EvalConfig:
     task: str = "loss"  # loss, gsm8k, sinks, sink_changes, file.jsonl, or the harness's; name:key=value:key=value,name,...; or runs
     out_dir: str = "out/arithmetic"  # folder of the checkpoint
     checkpoint: str = "ckpt.pt"  # ckpt.pt (the latest) or best.pt (lowest validation loss)
-    data: str | None = None  # gsm8k: file, folder or URL of problems; else a prepared folder; None: those of the training data
+    data: str | None = (
+        None  # gsm8k: file, folder or URL of problems; else a prepared folder; None: those of the training data
+    )
     include_path: str | None = None  # harness: folder with task definitions (YAML) of your own
-    limit: int | None = None  # only the first so many items (validation sequences: evenly spread; sinks: 16 if not set)
+    limit: int | None = (
+        None  # only the first so many items (validation sequences: evenly spread; sinks: 16 if not set)
+    )
     # likelihood
-    nll_type: str = "mc"  # mc: Monte-Carlo bound, mc_num draws; chain_rule: left to right, a pass for each token
+    nll_type: str = (
+        "mc"  # mc: Monte-Carlo bound, mc_num draws; chain_rule: left to right, a pass for each token
+    )
     mc_num: int = 32  # draws of the noise for each request, or sequence of loss (the paper: 1024)
-    mc_masking: str = "exact"  # exact: a draw hides an exact number of tokens; coins: each by chance t, as the authors do
-    cfg_scale: float = 0.0  # w of classifier-free guidance towards context, question or prompt; else than 0, twice the work
-    batch_tokens: int = 4096  # tokens of a forward pass, padding included; changes no result, but for rounding
+    mc_masking: str = (
+        "exact"  # exact: a draw hides an exact number of tokens; coins: each by chance t, as the authors do
+    )
+    cfg_scale: float = (
+        0.0  # w of classifier-free guidance towards context, question or prompt; else than 0, twice the work
+    )
+    batch_tokens: int = (
+        4096  # tokens of a forward pass, padding included; changes no result, but for rounding
+    )
     plot: bool = False  # loss, sinks: draw pictures into out_dir (pip install matplotlib)
     # sinks
     compare: str | None = None  # folder of a second checkpoint, to be shown beside the first
-    layer: int | None = None  # with plot: of the attention maps; None: where a token of the text gets most attention
-    prompt_length: int | None = None  # tokens given of each validation sequence; 0: free text; None: a quarter, or the question
+    layer: int | None = (
+        None  # with plot: of the attention maps; None: where a token of the text gets most attention
+    )
+    prompt_length: int | None = (
+        None  # tokens given of each validation sequence; 0: free text; None: a quarter, or the question
+    )
     # generation
     batch_size: int = 64  # items of a process in a round; changes no result, but for rounding
     steps: int = 256  # denoising steps of thoughts, of the harness's and of sinks' texts; a row needs no more than it has tokens
-    length: int | None = None  # gsm8k: tokens of question and thoughts, filling included; None: the model's block_size
-    temperature: float = 0.1  # of thoughts, of sinks' texts, of the harness's if a task has none of its own; 0: the likeliest
+    length: int | None = (
+        None  # gsm8k: tokens of question and thoughts, filling included; None: the model's block_size
+    )
+    temperature: float = (
+        0.1  # of thoughts, of sinks' texts, of the harness's if a task has none of its own; 0: the likeliest
+    )
     answer_steps: int | None = None  # gsm8k: of the answer, as the next three keys; None: as for the thoughts
     answer_length: int | None = None  # tokens of question, thoughts and answer, filling included
     answer_temperature: float | None = None  # of the answer
     answer_cfg_scale: float | None = None  # towards question and thoughts
-    remasking: str = "confidence"  # confidence: keep the surest tokens first; random: the exact reverse process
-    threshold: float | None = None  # with confidence: keep all tokens above this probability: fewer passes; 0.9 is usual
+    remasking: str = (
+        "confidence"  # confidence: keep the surest tokens first; random: the exact reverse process
+    )
+    threshold: float | None = (
+        None  # with confidence: keep all tokens above this probability: fewer passes; 0.9 is usual
+    )
     block_length: int | None = None  # with confidence: write from left to right, so many places at a time
-    prefix_cache: bool = False  # with block_length: compute what is left of a block once a block; an approximation
+    prefix_cache: bool = (
+        False  # with block_length: compute what is left of a block once a block; an approximation
+    )
     seed: int = 0  # of the random draws, which each item has its own of
     device: str = "auto"  # auto: cuda, else mps, else cpu
     dtype: str = "auto"  # float32, bfloat16 or float16
@@ -108,7 +134,9 @@ class EvalConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must not be negative, nor infinite")
         for name, wanted in {"nll_type": ("mc", "chain_rule"), "mc_masking": ("exact", "coins")}.items():
             if getattr(self, name) not in wanted:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; it must be {wanted[0]!r} or {wanted[1]!r}")
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; it must be {wanted[0]!r} or {wanted[1]!r}"
+                )
         if self.layer is not None and not self.plot:
             raise ValueError("layer is that of a picture; set plot=True, or leave it out")
         for prefix in ("", "answer_"):
@@ -116,7 +144,9 @@ class EvalConfig:
 
     def decoding(self, prefix=""):
         """Options of generate; with the prefix answer_ those of the answer, which where they are None are the others."""
-        shared = {key: getattr(self, key) for key in ("remasking", "threshold", "block_length", "prefix_cache")}
+        shared = {
+            key: getattr(self, key) for key in ("remasking", "threshold", "block_length", "prefix_cache")
+        }
         own = {key: getattr(self, prefix + key) for key in ("steps", "temperature", "cfg_scale")}
         return shared | {key: getattr(self, key) if value is None else value for key, value in own.items()}
 
@@ -148,7 +178,9 @@ def plan(cfg, set_by):
     for entry in cfg.task.split(","):
         name, *own = entry.strip().split(":")
         if not name:
-            raise ValueError(f"task {entry!r} has no name; wanted {OWN_TASKS} or a task of lm-evaluation-harness")
+            raise ValueError(
+                f"task {entry!r} has no name; wanted {OWN_TASKS} or a task of lm-evaluation-harness"
+            )
         if name == "runs":
             raise ValueError("task runs measures no model; call it alone")
         values = {}
@@ -159,7 +191,9 @@ def plan(cfg, set_by):
         task = dataclasses.replace(cfg, **values | {"task": name})
         keys = {*settings_of(task), *SETTINGS[kind_of(name)][1].split()} - {"task"}
         if not values.keys() <= keys:
-            raise ValueError(f"task {entry.strip()} makes no use of {', '.join(values.keys() - keys)}; leave it out")
+            raise ValueError(
+                f"task {entry.strip()} makes no use of {', '.join(values.keys() - keys)}; leave it out"
+            )
         tasks.append(task)
         used.update(keys - values.keys())
     idle = [f"{key} ({set_by[key]})" for key in set_by if key not in used]
@@ -196,7 +230,12 @@ class Trained:
         folder = os.path.dirname(os.path.abspath(__file__))
         code = [open(path, encoding="utf-8").read() for path in sorted(glob.glob(f"{folder}/*.py"))]
         weights = sha256(*self.checkpoint["model"].values())
-        return {"device": self.device.type, "weights_sha256": weights, "code_sha256": sha256(code), **made_by()}
+        return {
+            "device": self.device.type,
+            "weights_sha256": weights,
+            "code_sha256": sha256(code),
+            **made_by(),
+        }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -206,7 +245,9 @@ class Trained:
 def encode_pair(tokenizer, context, continuation):
     """Token ids of a context and of its continuation, as they stand in the text of both: the first token that reaches beyond the
     context is the continuation's. An empty context becomes end-of-text, which comes before a text in training, too."""
-    context, continuation = (text.encode("utf-8", "replace").decode() for text in (context, continuation))  # half a surrogate pair
+    context, continuation = (
+        text.encode("utf-8", "replace").decode() for text in (context, continuation)
+    )  # half a surrogate pair
     ids = tokenizer.encode_ordinary(context + continuation)
     ends = np.cumsum([len(piece) for piece in tokenizer.decode_tokens_bytes(ids)])
     n_context = int((ends <= len(context.encode())).sum())
@@ -275,12 +316,24 @@ def predict(model, rows, cfg_scale, batch_tokens, dtype="auto"):
         if lengths[numbers[-1]] < width:
             where["lengths"] = torch.from_numpy(lengths[numbers]).to(device)
         with autocast(device, dtype):
-            logits = guided_logits(model, torch.from_numpy(x).to(device), torch.from_numpy(given).to(device), cfg_scale, **where)
+            logits = guided_logits(
+                model, torch.from_numpy(x).to(device), torch.from_numpy(given).to(device), cfg_scale, **where
+            )
         yield numbers, logits
         start += len(numbers)
 
 
-def score(model, pairs, nll_type="mc", mc_num=32, mc_masking="exact", cfg_scale=0.0, seed=0, batch_tokens=4096, dtype="auto"):
+def score(
+    model,
+    pairs,
+    nll_type="mc",
+    mc_num=32,
+    mc_masking="exact",
+    cfg_scale=0.0,
+    seed=0,
+    batch_tokens=4096,
+    dtype="auto",
+):
     """-log p(target | context) in nats for each pair of token ids, (n,) float64: the chain rule's, or an estimate of the bound (see
     hidden_tokens). With cfg_scale it is taken from guided logits: good to rank choices, but no likelihood of the model's, nor a
     bound on it."""
@@ -298,12 +351,19 @@ def sum_rows(model, rows, weights, owner, n, cfg_scale, batch_tokens, dtype="aut
     total = np.zeros(n)
     for numbers, logits in predict(model, rows, cfg_scale, batch_tokens, dtype):
         target = np.concatenate([np.asarray(rows[r][1])[rows[r][3]] for r in numbers])
-        nll = F.cross_entropy(logits, torch.from_numpy(target).to(logits.device), reduction="none").cpu().double().numpy()
+        nll = (
+            F.cross_entropy(logits, torch.from_numpy(target).to(logits.device), reduction="none")
+            .cpu()
+            .double()
+            .numpy()
+        )
         nll *= np.concatenate([weights[r] for r in numbers])
         np.add.at(total, np.concatenate([np.full(len(weights[r]), owner[r]) for r in numbers]), nll)
     broken = total[~np.isfinite(total)]
     if len(broken):
-        raise ValueError(f"a -log p is {broken[0]}: the model is broken, or dtype too small; try --dtype=float32")
+        raise ValueError(
+            f"a -log p is {broken[0]}: the model is broken, or dtype too small; try --dtype=float32"
+        )
     return total
 
 
@@ -316,7 +376,9 @@ def greedy_matches(model, pairs, cfg_scale=0.0, batch_tokens=4096, dtype="auto")
         rows = [(*pairs[i], hidden[i].copy(), hidden[i].copy()) for i in active]
         for numbers, logits in predict(model, rows, cfg_scale, batch_tokens, dtype):
             for r, row_logits in zip(numbers, logits.split([int(rows[r][3].sum()) for r in numbers])):
-                place = torch.device("cpu") if logits.device.type == "mps" else logits.device  # float64, which MPS lacks
+                place = (
+                    torch.device("cpu") if logits.device.type == "mps" else logits.device
+                )  # float64, which MPS lacks
                 tokens, confidence = sample_tokens(row_logits.to(place), temperature=0.0)
                 best = int(surest(confidence, 1).nonzero())
                 at = np.flatnonzero(hidden[active[r]])[best]
@@ -371,7 +433,12 @@ def loglikelihoods(cfg, trained, texts, with_greedy=True):
     if with_greedy:
         greedy = greedy_matches(trained.model, kept, cfg.cfg_scale, cfg.batch_tokens, cfg.dtype).tolist()
     return [
-        {"log_p": -nll[i], "greedy": greedy[i], "tokens": len(pairs[i][1]), "cut": len(pairs[i][0]) - len(kept[i][0])}
+        {
+            "log_p": -nll[i],
+            "greedy": greedy[i],
+            "tokens": len(pairs[i][1]),
+            "cut": len(pairs[i][0]) - len(kept[i][0]),
+        }
         for i in range(len(texts))
     ]
 
@@ -388,10 +455,15 @@ def rolling_loglikelihoods(cfg, trained, texts):
     for number, text in enumerate(texts):
         ids = [eot, *trained.tokenizer.encode_ordinary(text)]
         starts = range(1, len(ids), n)
-        pairs += [(ids[max(0, min(start + n, len(ids)) - n - 1) : start], ids[start : start + n]) for start in starts]
+        pairs += [
+            (ids[max(0, min(start + n, len(ids)) - n - 1) : start], ids[start : start + n])
+            for start in starts
+        ]
         owner += [number] * len(starts)
     nll = score(trained.model, pairs, **score_options(cfg))
-    return [{"log_p": -total} for total in np.bincount(np.array(owner, int), nll, minlength=len(texts)).tolist()]
+    return [
+        {"log_p": -total} for total in np.bincount(np.array(owner, int), nll, minlength=len(texts)).tolist()
+    ]
 
 
 def continuations(cfg, trained, requests):
@@ -413,7 +485,9 @@ def continuations(cfg, trained, requests):
     left = sorted(range(len(requests)), key=lambda i: (temperatures[i], -lengths[i]))
     while left:
         first, width = left[0], lengths[left[0]]
-        batch = [i for i in left[: max(1, cfg.batch_tokens // width)] if temperatures[i] == temperatures[first]]
+        batch = [
+            i for i in left[: max(1, cfg.batch_tokens // width)] if temperatures[i] == temperatures[first]
+        ]
         left = left[len(batch) :]
         x = torch.full((len(batch), width), eot)
         for row, i in enumerate(batch):
@@ -464,7 +538,11 @@ def measure(cfg, trained, job, items, data_sha256, progress=lambda records: "", 
                 left = tqdm.format_interval((len(items) - len(records)) / rate)
                 place = f"{label} {len(records):,} of {len(items):,}"
                 print(f"{place}  {rate:.1f} {unit}s/s  {left} left  {progress(records)}", flush=True)
-    return name, records, {"n": len(records), "seconds": sum(r["seconds"] for r in records), "items": path, **identity}
+    return (
+        name,
+        records,
+        {"n": len(records), "seconds": sum(r["seconds"] for r in records), "items": path, **identity},
+    )
 
 
 def means(values):
@@ -473,7 +551,9 @@ def means(values):
     for name, numbers in values.items():
         numbers = np.asarray(numbers, float)
         result[name] = float(numbers.mean())
-        result[f"{name}_se"] = float(numbers.std(ddof=1) / math.sqrt(len(numbers))) if len(numbers) > 1 else None
+        result[f"{name}_se"] = (
+            float(numbers.std(ddof=1) / math.sqrt(len(numbers))) if len(numbers) > 1 else None
+        )
     return result
 
 
@@ -489,7 +569,9 @@ def validation(trained, data, limit):
     folder = data or os.path.join(run["data_dir"], run["dataset"])
     meta = load_meta(folder, splits=("val",))
     if vocabulary(meta) != vocabulary(trained.checkpoint["meta"]):
-        raise ValueError(f"{folder} has another vocabulary than the checkpoint; prepare it with the same tokenizer")
+        raise ValueError(
+            f"{folder} has another vocabulary than the checkpoint; prepare it with the same tokenizer"
+        )
     if "epochs" in run:  # sft_gsm8k.py's
         cfg = SFTConfig(**run)
         get_batch, parts = example_batches(folder, meta, cfg)
@@ -511,7 +593,9 @@ def bounds(cfg, trained, rows):
     """Job of loss: mc_num draws of the bound of each validation sequence."""
     n_rows = validation(trained, cfg.data, cfg.limit)[1]
     text, eot = trained.tokenizer, trained.tokenizer.eot_token
-    n_bytes = torch.tensor([0 if i == eot else len(text.decode_single_token_bytes(i)) for i in range(text.n_vocab)])
+    n_bytes = torch.tensor(
+        [0 if i == eot else len(text.decode_single_token_bytes(i)) for i in range(text.n_vocab)]
+    )
     at_once, records = max(1, cfg.batch_tokens // trained.model.config.block_size), []
     for chunk in (rows[i : i + at_once] for i in range(0, len(rows), at_once)):
         x0, maskable = validation_rows(cfg, trained, chunk)
@@ -524,7 +608,10 @@ def bounds(cfg, trained, rows):
 
 def bound_of(records, others=None):
     """Nats per token and standard error of records of `bounds`; of their difference to others of the same sequences and masks."""
-    tokens, t, nll = (torch.tensor([record[key] for record in records], dtype=torch.float64) for key in ("tokens", "t", "nll"))
+    tokens, t, nll = (
+        torch.tensor([record[key] for record in records], dtype=torch.float64)
+        for key in ("tokens", "t", "nll")
+    )
     if others is not None:
         nll = nll - torch.tensor([record["nll"] for record in others], dtype=torch.float64)
     order = t[:, 0].argsort()  # t and nll are (sequences, mc_num)
@@ -536,14 +623,18 @@ def loss(cfg, trained):
     Figure = import_figure() if cfg.plot else None  # what is missing is told before the work
     _, n_rows, data_sha256 = validation(trained, cfg.data, cfg.limit)
     name, records, facts = measure(cfg, trained, bounds, list(range(n_rows)), data_sha256, unit="sequence")
-    tokens, n_bytes, t, nll = (np.array([r[key] for r in records], float) for key in ("tokens", "bytes", "t", "nll"))
+    tokens, n_bytes, t, nll = (
+        np.array([r[key] for r in records], float) for key in ("tokens", "bytes", "t", "nll")
+    )
     nats, se = bound_of(records)
     bits = tokens.sum() / n_bytes.sum() / math.log(2)
     over_t = []
     for i in range(10):
         here = np.clip(np.floor(t * 10), 0, 9) == i
         seen = here.any(axis=1)
-        draws = (np.where(here, nll, 0).sum(axis=1) / np.maximum(1, here.sum(axis=1)) / tokens)[seen]  # a sequence's mean
+        draws = (np.where(here, nll, 0).sum(axis=1) / np.maximum(1, here.sum(axis=1)) / tokens)[
+            seen
+        ]  # a sequence's mean
         if seen.any():  # of nll / p_mask over all tokens: the same as of nll over the hidden ones
             over_t.append({"from": i / 10, "to": (i + 1) / 10, **means({"nats_per_hidden_token": draws})})
     print(f"{'t':>9}  nats per hidden token")
@@ -591,19 +682,30 @@ def read_items(path):
     """Items of a .jsonl file, all with choices or all with a target. Raises ValueError with the line that is something else."""
     if not os.path.exists(path):
         raise ValueError(f"task file {path} not found")
-    items, wanted = [], '{"context": text, "choices": [text, ...], "gold": number} or {"context": text, "target": text}'
-    with open(path, encoding="utf-8-sig", errors="replace") as file:  # -sig: some editors write a mark in front
+    items, wanted = (
+        [],
+        '{"context": text, "choices": [text, ...], "gold": number} or {"context": text, "target": text}',
+    )
+    with open(
+        path, encoding="utf-8-sig", errors="replace"
+    ) as file:  # -sig: some editors write a mark in front
         for number, line in enumerate(file, start=1):
             try:
                 item = json.loads(line)
                 answers = item["choices"] if "choices" in item else [item["target"]]
-                encoded = [text.encode() for text in [item["context"], *answers]]  # a lone surrogate or a number raises
+                encoded = [
+                    text.encode() for text in [item["context"], *answers]
+                ]  # a lone surrogate or a number raises
                 fits = isinstance(answers, list) and all(encoded[1:])
-                fits = fits and ("choices" not in item or type(item["gold"]) is int and 0 <= item["gold"] < len(answers))
+                fits = fits and (
+                    "choices" not in item or type(item["gold"]) is int and 0 <= item["gold"] < len(answers)
+                )
             except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
                 fits = False
             if not fits or ("choices" in item) != ("choices" in (items or [item])[0]):
-                raise ValueError(f"{path}, line {number}: wanted {wanted}, the same kind in all lines; got {line.strip()[:80]!r}")
+                raise ValueError(
+                    f"{path}, line {number}: wanted {wanted}, the same kind in all lines; got {line.strip()[:80]!r}"
+                )
             items.append(item)
     if not items:
         raise ValueError(f"{path} holds no items; wanted {wanted}")
@@ -618,9 +720,15 @@ def answer_choices(cfg, trained, items):
     for item in items:
         of_choices = [next(scored) for _ in item["choices"]]
         log_p, tokens, cut = ([record[key] for record in of_choices] for key in ("log_p", "tokens", "cut"))
-        n_characters, n_bytes = [len(text) for text in item["choices"]], [len(text.encode()) for text in item["choices"]]
+        n_characters, n_bytes = (
+            [len(text) for text in item["choices"]],
+            [len(text.encode()) for text in item["choices"]],
+        )
         by_length = {"acc": np.ones(len(log_p)), "acc_norm": n_characters, "acc_bytes": n_bytes}
-        right = {key: int(np.argmax(np.array(log_p) / lengths)) == item["gold"] for key, lengths in by_length.items()}
+        right = {
+            key: int(np.argmax(np.array(log_p) / lengths)) == item["gold"]
+            for key, lengths in by_length.items()
+        }
         records.append({**item, "log_p": log_p, "tokens": tokens, "cut": cut, **right})
     return records
 
@@ -636,7 +744,9 @@ def file(cfg, trained):
     as lm-evaluation-harness defines them. Returns the name of the measurement and its result."""
     items = read_items(cfg.task)[: cfg.limit]
     job = answer_choices if "choices" in items[0] else answer_targets
-    name, records, facts = measure(cfg, trained, job, items, sha256(items), lambda rs: f"acc {np.mean([r['acc'] for r in rs]):.3f}")
+    name, records, facts = measure(
+        cfg, trained, job, items, sha256(items), lambda rs: f"acc {np.mean([r['acc'] for r in rs]):.3f}"
+    )
     if job is answer_choices:
         result = means({key: [r[key] for r in records] for key in ("acc", "acc_norm", "acc_bytes")})
     else:
@@ -670,7 +780,9 @@ def read_problems(address, download_dir):
         print(f"{address}: left out {unknown:,} problems whose answer is no number")
     problems = [(question, gold) for question, gold in problems if gold is not None]
     if not problems:
-        raise ValueError(f"{address} holds no problems; wanted question||thoughts #### answer, or OpenAI's .jsonl")
+        raise ValueError(
+            f"{address} holds no problems; wanted question||thoughts #### answer, or OpenAI's .jsonl"
+        )
     return problems
 
 
@@ -679,7 +791,10 @@ def answer_problems(cfg, trained, problems):
     batch_size or the number of processes."""
     first = {"length": cfg.length, **cfg.decoding()}
     second = {"length": cfg.answer_length or cfg.length, **cfg.decoding("answer_")}
-    questions, seeds = [question for _, question, _ in problems], [seed_for(cfg.seed, number) for number, _, _ in problems]
+    questions, seeds = (
+        [question for _, question, _ in problems],
+        [seed_for(cfg.seed, number) for number, _, _ in problems],
+    )
     with autocast(trained.device, cfg.dtype):
         solved = solve(trained.model, trained.tokenizer, questions, seeds, first, second)
     records = []
@@ -696,10 +811,15 @@ def gsm8k(cfg, trained):
     address = cfg.data or CORPORA[corpus].test_source or os.path.join(folder, "test.txt")
     if cfg.data is None and "://" not in address and not os.path.exists(address):
         raise ValueError(f"data set {corpus} has no test problems at {address}; name some with --data=file")
-    problems = [(i, *problem) for i, problem in enumerate(read_problems(address, os.path.join(folder, "download"))[: cfg.limit])]
+    problems = [
+        (i, *problem)
+        for i, problem in enumerate(read_problems(address, os.path.join(folder, "download"))[: cfg.limit])
+    ]
     data_sha256 = sha256([(question, str(gold)) for _, question, gold in problems])
     progress = lambda rs: f"{sum(r['correct'] for r in rs):,} of {len(rs):,} right"  # noqa: E731
-    name, records, facts = measure(cfg, trained, answer_problems, problems, data_sha256, progress, unit="problem")
+    name, records, facts = measure(
+        cfg, trained, answer_problems, problems, data_sha256, progress, unit="problem"
+    )
     n, right, passes = len(records), *(sum(r[key] for r in records) for key in ("correct", "forward_passes"))
     accuracy = right / n
     error = math.sqrt(accuracy * (1 - accuracy) / n)
@@ -710,7 +830,9 @@ def gsm8k(cfg, trained):
         "accuracy_se": error,
         "right": right,
         "without_number": sum(final_number(r["answer"] or "") is None for r in records),
-        "without_room": sum(r["answer"] is None for r in records),  # question or thoughts fill the whole length
+        "without_room": sum(
+            r["answer"] is None for r in records
+        ),  # question or thoughts fill the whole length
         "forward_passes": passes,
         "data": address,
         **facts,
@@ -748,13 +870,17 @@ def look_at_attention(model, xt, batch_tokens=4096, layer=None):
         weights = attention_weights(apply_rope(q, *rope), apply_rope(k, *rope), may_attend)
         if n_sink and attention.config.sink_attention == "split":  # whose sinks read their own values
             weights[:, :, :n_sink] = torch.eye(x.size(1), device=x.device)[:n_sink]
-        errors.append((attention.output(x, (weights @ v).transpose(1, 2)) - output).abs().max() / output.abs().max())
+        errors.append(
+            (attention.output(x, (weights @ v).transpose(1, 2)) - output).abs().max() / output.abs().max()
+        )
         mass[number].append(weights[:, :, n_sink:].mean(dim=(1, 2)).cpu())
         norms[number].append(v.norm(dim=-1).mean(dim=1).cpu())
         if number == layer:
             maps.append(weights.mean(dim=1).cpu())
 
-    hooks = [block.attn.register_forward_hook(functools.partial(look, i)) for i, block in enumerate(model.blocks)]
+    hooks = [
+        block.attn.register_forward_hook(functools.partial(look, i)) for i, block in enumerate(model.blocks)
+    ]
     precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")  # no TF32
     try:
@@ -784,12 +910,16 @@ def follow_sink(mass, norms, hidden, config):
         "hidden": (top >= n_sink) & hidden[every, top - n_sink],
         "norm": norms[every, top],
         "norm_of_others": np.array([np.median(np.delete(norms[step], top[step])) for step in every]),
-        "masks_get": (mass[:, n_sink:] * hidden).sum(axis=1) / (hidden.sum(axis=1) / S),  # all [MASK]s; 1 is an even share
+        "masks_get": (mass[:, n_sink:] * hidden).sum(axis=1)
+        / (hidden.sum(axis=1) / S),  # all [MASK]s; 1 is an even share
         "text_mass": mass[:, n_sink:].max(axis=1),  # of the token of the text that gets most
         "text_norm": np.median(norms[:, n_sink:], axis=1),
     }
     if n_sink:
-        found |= {"sink_mass": mass[:, :n_sink].sum(axis=1), "sink_norm": norms[:, :n_sink].mean(axis=1)}  # of all sink tokens
+        found |= {
+            "sink_mass": mass[:, :n_sink].sum(axis=1),
+            "sink_norm": norms[:, :n_sink].mean(axis=1),
+        }  # of all sink tokens
     return {key: [round(x, 6) for x in values.tolist()] for key, values in found.items()}
 
 
@@ -815,14 +945,20 @@ def trajectories(cfg, trained, rows):
     options = cfg.decoding() | {"cfg_scale": 0.0, "prefix_cache": False}  # which another task may have set
     with autocast(trained.device, cfg.dtype):
         seeds = [seed_for(cfg.seed, row) for row in rows]
-        x, _ = generate(model, x, **options, seeds=seeds, on_step=lambda xt: after.append((xt == mask_id).cpu()))
-    step = torch.where(maskable, torch.stack(after).sum(dim=0), -1)  # at which a token was revealed; -1: given
+        x, _ = generate(
+            model, x, **options, seeds=seeds, on_step=lambda xt: after.append((xt == mask_id).cpu())
+        )
+    step = torch.where(
+        maskable, torch.stack(after).sum(dim=0), -1
+    )  # at which a token was revealed; -1: given
     for tokens, own in zip(x.tolist(), step.tolist()):
         record = {"tokens": tokens, "step": own}
         xt = states(record, mask_id)
         mass, norms, record["error"], _ = look_at_attention(model, xt, cfg.batch_tokens)
         hidden = (xt == mask_id).numpy()
-        record["layers"] = [follow_sink(*layer, hidden, model.config) for layer in zip(mass.numpy(), norms.numpy())]
+        record["layers"] = [
+            follow_sink(*layer, hidden, model.config) for layer in zip(mass.numpy(), norms.numpy())
+        ]
         records.append(record)
     return records
 
@@ -832,9 +968,15 @@ def summarize_sinks(records):
     layers = []
     for of_prompts in zip(*(record["layers"] for record in records)):
         columns = collections.defaultdict(list)
-        for found in ({key: np.array(values) for key, values in of_prompt.items()} for of_prompt in of_prompts):
+        for found in (
+            {key: np.array(values) for key, values in of_prompt.items()} for of_prompt in of_prompts
+        ):
             moved_by = found["moved_by"] if found["moved_by"].size else np.zeros(1)
-            steps = found | {"moved_by": moved_by, "moved": moved_by > 0, "norm_ratio": found["norm"] / found["norm_of_others"]}
+            steps = found | {
+                "moved_by": moved_by,
+                "moved": moved_by > 0,
+                "norm_ratio": found["norm"] / found["norm_of_others"],
+            }
             if "sink_norm" in found:
                 steps["sink_norm_ratio"] = found["sink_norm"] / found["text_norm"]
             for key, values in steps.items():
@@ -850,7 +992,13 @@ together, 1 is their even share. norms: of value vectors, over the median of the
 
 
 def print_sinks(folder, run, n_positions):
-    titles = {"mass": "top gets", "moved": "moves", "moved_by": "places", "hidden": "is [MASK]", "norm_ratio": "its norm"}
+    titles = {
+        "mass": "top gets",
+        "moved": "moves",
+        "moved_by": "places",
+        "hidden": "is [MASK]",
+        "norm_ratio": "its norm",
+    }
     titles["masks_get"] = "[MASK]s get"
     if run["n_sink"]:
         titles |= {"sink_mass": "sinks get", "sink_norm_ratio": "their norm", "text_mass": "text's top gets"}
@@ -858,7 +1006,9 @@ def print_sinks(folder, run, n_positions):
     for number, layer in enumerate(run["layers"]):
         print(f"{number:>5}" + "".join(f"{with_error(layer, key, 3):>16}" for key in titles))
     print(f"An even share of attention is {1 / n_positions:.4f}. ", end="")
-    print(f"What is read with the recomputed weights differs from SDPA's by {run['error']:.0e} of it at most.")
+    print(
+        f"What is read with the recomputed weights differs from SDPA's by {run['error']:.0e} of it at most."
+    )
 
 
 def sinks(cfg, trained):
@@ -870,11 +1020,15 @@ def sinks(cfg, trained):
     rows = list(range(validation(trained, cfg.data, cfg.limit)[1]))
     if cfg.compare:
         if trained.world_size > 1 or os.path.realpath(cfg.compare) == os.path.realpath(cfg.out_dir):
-            raise ValueError("compare takes another folder than out_dir, and one process; leave it out, or torchrun")
+            raise ValueError(
+                "compare takes another folder than out_dir, and one process; leave it out, or torchrun"
+            )
         runs[cfg.compare] = Trained(*load_trained(cfg.compare, cfg.checkpoint, trained.device), 0, 1)
         texts = [[part.tolist() for part in validation_rows(cfg, one, rows)] for one in runs.values()]
         if texts[0] != texts[1]:
-            raise ValueError(f"{cfg.compare} has other validation sequences than {cfg.out_dir}; compare needs the same texts")
+            raise ValueError(
+                f"{cfg.compare} has other validation sequences than {cfg.out_dir}; compare needs the same texts"
+            )
     n_layer = min(one.model.config.n_layer for one in runs.values())
     if cfg.layer is not None and cfg.layer >= n_layer:
         raise ValueError(f"layer is {cfg.layer}; the layers are 0 to {n_layer - 1}")
@@ -883,21 +1037,35 @@ def sinks(cfg, trained):
         config = one.model.config
         at_once = max(1, min(cfg.batch_size, cfg.batch_tokens // config.block_size))
         own = dataclasses.replace(cfg, out_dir=folder, batch_size=at_once)
-        name, records, facts = measure(own, one, trajectories, rows, validation(one, cfg.data, cfg.limit)[2], unit="prompt")
+        name, records, facts = measure(
+            own, one, trajectories, rows, validation(one, cfg.data, cfg.limit)[2], unit="prompt"
+        )
         error = max(record["error"] for record in records)
-        found[folder] = {"name": name, "n_sink": config.n_sink, "layers": summarize_sinks(records), "error": error, **facts}
+        found[folder] = {
+            "name": name,
+            "n_sink": config.n_sink,
+            "layers": summarize_sinks(records),
+            "error": error,
+            **facts,
+        }
         print_sinks(folder, found[folder], config.n_sink + config.block_size)
         found[folder]["prompts"] = records
         xt = states(records[0], config.mask_id)
         mass, norms, _, _ = look_at_attention(one.model, xt, cfg.batch_tokens)
-        first[folder] = {"mass": mass.numpy(), "norms": norms.numpy(), "hidden": (xt == config.mask_id).numpy()}
+        first[folder] = {
+            "mass": mass.numpy(),
+            "norms": norms.numpy(),
+            "hidden": (xt == config.mask_id).numpy(),
+        }
         np.savez_compressed(os.path.join(folder, "sinks.npz"), **first[folder])
     print(SINKS_LEGEND)
     write_results(os.path.join(cfg.out_dir, "sinks.json"), found)
     if cfg.plot:
         layer = cfg.layer
         if layer is None:
-            without = min(found.values(), key=lambda run: run["n_sink"])  # there are tokens to be sinks, if anywhere
+            without = min(
+                found.values(), key=lambda run: run["n_sink"]
+            )  # there are tokens to be sinks, if anywhere
             layer = int(np.argmax([of_layer["text_mass"] for of_layer in without["layers"][:n_layer]]))
         plot_maps(Figure, runs, found, layer, os.path.join(cfg.out_dir, "sinks_maps.png"))
         plot_paths(Figure, found, os.path.join(cfg.out_dir, "sinks_paths.png"))
@@ -915,7 +1083,9 @@ def plot_maps(Figure, runs, found, layer, path):
         n_sink, record = found[folder]["n_sink"], found[folder]["prompts"][0]
         last = max(record["step"])
         steps = [last // 8, last - last // 8]
-        weights = look_at_attention(one.model, states(record, one.model.config.mask_id)[steps], layer=layer)[3][:, n_sink:].numpy()
+        weights = look_at_attention(one.model, states(record, one.model.config.mask_id)[steps], layer=layer)[
+            3
+        ][:, n_sink:].numpy()
         sinks, text = weights[:, :, :n_sink], weights[:, :, n_sink:]
         T, at_end = text.shape[-1], one.model.config.sink_position == "end"
         sinks = np.repeat(sinks, max(1, T // 40), axis=2)
@@ -958,7 +1128,10 @@ def plot_norms(Figure, found, first, path):
         n_sink, some = found[folder]["n_sink"], np.linspace(0, mass.shape[1] - 1, 8).astype(int)
         sinks, text = np.split(norms[:, some], [n_sink], axis=2)  # (n_layer, 8, n_sink), (n_layer, 8, T)
         most_read = np.take_along_axis(text, mass[:, some, n_sink:].argmax(axis=2)[..., None], axis=2)
-        groups = {"visible tokens": (text[:, ~hidden[some]], "0.7", 2), "[MASK]s": (text[:, hidden[some]], "tab:orange", 2)}
+        groups = {
+            "visible tokens": (text[:, ~hidden[some]], "0.7", 2),
+            "[MASK]s": (text[:, hidden[some]], "tab:orange", 2),
+        }
         groups["most-read token of the text"] = most_read, "tab:red", 14
         if n_sink:
             groups["sink token"] = sinks, "tab:blue", 14
@@ -966,7 +1139,12 @@ def plot_norms(Figure, found, first, path):
             values = values.reshape(len(values), -1)  # (n_layer, points)
             x = np.arange(len(values))[:, None] + jitter.uniform(-0.3, 0.3, values.shape)
             panel.scatter(x, values, s=size, color=color, linewidths=0, label=label)
-        panel.set(title=folder, xlabel="layer", ylabel="norm of the value, mean over heads", xticks=range(len(norms)))
+        panel.set(
+            title=folder,
+            xlabel="layer",
+            ylabel="norm of the value, mean over heads",
+            xticks=range(len(norms)),
+        )
     panel.set_ylim(bottom=0)
     labels = {label: handle for panel in axes[0] for handle, label in zip(*panel.get_legend_handles_labels())}
     figure.legend(labels.values(), labels.keys(), loc="outside lower center", ncols=4, markerscale=2)
@@ -976,7 +1154,13 @@ def plot_norms(Figure, found, first, path):
 # ---------------------------------------------------------------------------------------------------------------------
 # --task=sink_changes: what of a trained model's sinks matters to it?
 
-CHANGES = ["none", "moved to the other end", *(f"embedding: noise of its norm, {i}" for i in (1, 2, 3)), "values: zero", "removed"]
+CHANGES = [
+    "none",
+    "moved to the other end",
+    *(f"embedding: noise of its norm, {i}" for i in (1, 2, 3)),
+    "values: zero",
+    "removed",
+]
 
 
 @functools.lru_cache(maxsize=1)
@@ -987,7 +1171,9 @@ def with_changed_sinks(trained, change, seed):
     if change == "moved to the other end":
         config.sink_position = "end" if config.sink_position == "front" else "front"
     elif change.startswith("embedding"):
-        noise = torch.randn(model.sink.shape, generator=torch.Generator().manual_seed(seed_for(seed, int(change[-1]))))
+        noise = torch.randn(
+            model.sink.shape, generator=torch.Generator().manual_seed(seed_for(seed, int(change[-1])))
+        )
         noise = noise.to(model.device)
         model.sink.data = noise * (model.sink.norm(dim=1) / noise.norm(dim=1))[:, None]
     elif change == "values: zero":
@@ -1040,18 +1226,30 @@ def tabulate_runs(folder):
             starts, validations = ([line for line in lines if key in line] for key in ("config", "val_loss"))
             if not validations:
                 continue
-            settings = {**starts[-1]["config"], "init_from": starts[0]["config"]["init_from"], "step": validations[-1]["step"]}
+            settings = {
+                **starts[-1]["config"],
+                "init_from": starts[0]["config"]["init_from"],
+                "step": validations[-1]["step"],
+            }
             settings |= {key: starts[-1][key] for key in ("commit", "data_sha256")}
         except (ValueError, TypeError, KeyError, IndexError) as error:
             raise ValueError(f"{path} is no log of train.py ({error!r}); move it away") from error
         seed = settings.pop("seed")
-        same = {key: value for key, value in settings.items() if key not in RESUME_KEYS or key in (*LENGTH_KEYS, "init_from")}
+        same = {
+            key: value
+            for key, value in settings.items()
+            if key not in RESUME_KEYS or key in (*LENGTH_KEYS, "init_from")
+        }
         kind = kinds[json.dumps(same)]
         if seed in kind:
-            raise ValueError(f"{path} is a second run of seed {seed} with the same settings and commit; move one of them away")
+            raise ValueError(
+                f"{path} is a second run of seed {seed} with the same settings and commit; move one of them away"
+            )
         kind[seed] = validations[-1]["val_loss"]
     if not kinds:
-        raise ValueError(f"no run with a validation in {folder}/*/log.jsonl; train some with --out_dir={folder}/name")
+        raise ValueError(
+            f"no run with a validation in {folder}/*/log.jsonl; train some with --out_dir={folder}/name"
+        )
     settings = [json.loads(kind) for kind in kinds]
     columns = [key for key in settings[0] if len({json.dumps(each.get(key)) for each in settings}) > 1]
     names = [[str(each.get(key)) for key in columns] for each in settings]
@@ -1061,7 +1259,9 @@ def tabulate_runs(folder):
     first = next(iter(kinds.values()))
     for name, kind in zip(names, kinds.values()):
         more = [kind[seed] - first[seed] for seed in kind if seed in first and kind is not first]
-        own, more = (with_error(means({"": numbers}), "") if numbers else "" for numbers in (list(kind.values()), more))
+        own, more = (
+            with_error(means({"": numbers}), "") if numbers else "" for numbers in (list(kind.values()), more)
+        )
         print(f"{in_columns(name)}{len(kind):>5}{own:>20}{more:>22}")
 
 
@@ -1096,7 +1296,9 @@ def harness(cfg, trained):
 
         def ask(self, kind, job, inputs):
             data_sha256 = sha256(inputs)
-            _, records, _ = measure(cfg, trained, job, inputs, data_sha256, label=f"{label}-{kind}", unit="request")
+            _, records, _ = measure(
+                cfg, trained, job, inputs, data_sha256, label=f"{label}-{kind}", unit="request"
+            )
             self.records += records
             self.data_sha256.append(data_sha256)
             return records
@@ -1111,7 +1313,9 @@ def harness(cfg, trained):
 
         def generate_until(self, requests):
             inputs, seen = [], collections.Counter()
-            for context, options in (request.args for request in requests):  # a task may ask the same several times, to vote
+            for context, options in (
+                request.args for request in requests
+            ):  # a task may ask the same several times, to vote
                 inputs.append((context, normalize_gen_kwargs(options), seen[context, str(options)]))
                 seen[context, str(options)] += 1
             return [record["text"] for record in self.ask("generate", continuations, inputs)]
@@ -1143,7 +1347,14 @@ def harness(cfg, trained):
     n = sum(counts["effective"] for counts in found["n-samples"].values())
     cut = sum(record.get("cut", 0) > 0 for record in model.records)
     seconds = sum(record["seconds"] for record in model.records)
-    return name, {**result, "n": n, "contexts_cut": cut, "seconds": seconds, "items": f"{path}.json", **identity}
+    return name, {
+        **result,
+        "n": n,
+        "contexts_cut": cut,
+        "seconds": seconds,
+        "items": f"{path}.json",
+        **identity,
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1195,7 +1406,14 @@ def with_error(result, key, digits=4):
     return f"{result[key]:.{digits}f}" + (f" ± {error:.{digits}f}" if error is not None else "")
 
 
-KINDS = {"loss": loss, "gsm8k": gsm8k, "file": file, "harness": harness, "sinks": sinks, "sink_changes": sink_changes}
+KINDS = {
+    "loss": loss,
+    "gsm8k": gsm8k,
+    "file": file,
+    "harness": harness,
+    "sinks": sinks,
+    "sink_changes": sink_changes,
+}
 
 
 def main():
@@ -1224,7 +1442,11 @@ def evaluate_tasks(cfg, tasks, trained):
     path = os.path.join(cfg.out_dir, "results.json")
     results = read_results(path)  # a damaged file is told before the work, not behind it
     step = trained.checkpoint["step"]
-    origin = {"step": step, "trained_on": trained.checkpoint["meta"]["sha256"], "run_config": trained.checkpoint["run_config"]}
+    origin = {
+        "step": step,
+        "trained_on": trained.checkpoint["meta"]["sha256"],
+        "run_config": trained.checkpoint["run_config"],
+    }
     origin["processes"] = trained.world_size
     names = []
     for task in tasks:
@@ -1239,7 +1461,9 @@ def evaluate_tasks(cfg, tasks, trained):
     print(f"\n{cfg.out_dir}/{cfg.checkpoint}, step {step:,}")
     for name in names:
         result = results[name]
-        settings = ", ".join(f"{key}={value}" for key, value in result["settings"].items() if key not in ("task", "checkpoint"))
+        settings = ", ".join(
+            f"{key}={value}" for key, value in result["settings"].items() if key not in ("task", "checkpoint")
+        )
         print(f"{name}: {result['n']:,} items; {settings}")
         for key in result:
             if f"{key}_se" in result:

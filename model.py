@@ -58,7 +58,9 @@ PRESETS = {
     "1028M": (20, 14, 1792), "1233M": (24, 14, 1792), "1476M": (22, 16, 2048), "1678M": (25, 16, 2048), "2121M": (28, 17, 2176),
 }  # fmt: skip
 
-LOGITS_AT_ONCE = 2**26  # how many the loss holds in memory; of more, it computes parts anew in the backward pass
+LOGITS_AT_ONCE = (
+    2**26
+)  # how many the loss holds in memory; of more, it computes parts anew in the backward pass
 
 
 @dataclass
@@ -93,10 +95,14 @@ class MDMConfig:
         if self.mlp_hidden is None:
             self.mlp_hidden = 4 * self.n_embd
         if self.mlp_hidden < 1:
-            raise ValueError(f"mlp_hidden is {self.mlp_hidden}; it must be at least 1, or None for 4 * n_embd")
+            raise ValueError(
+                f"mlp_hidden is {self.mlp_hidden}; it must be at least 1, or None for 4 * n_embd"
+            )
         size = self.table_params() + (2 * self.vocab_size + self.n_sink) * self.n_embd
         if size > 1e12:
-            raise ValueError(f"a model of {size:.1e} parameters fits nowhere; lower n_layer, n_embd, mlp_hidden or n_sink")
+            raise ValueError(
+                f"a model of {size:.1e} parameters fits nowhere; lower n_layer, n_embd, mlp_hidden or n_sink"
+            )
 
     @property
     def mask_id(self) -> int:
@@ -109,12 +115,20 @@ class MDMConfig:
         if size not in PRESETS:
             raise ValueError(f"no preset {size!r}; there are {', '.join(PRESETS)}")
         n_layer, n_head, n_embd = PRESETS[size]
-        shape = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "mlp_hidden": 1600 if size == "75M" else 4 * n_embd}
+        shape = {
+            "n_layer": n_layer,
+            "n_head": n_head,
+            "n_embd": n_embd,
+            "mlp_hidden": 1600 if size == "75M" else 4 * n_embd,
+        }
         return cls(**{**shape, **overrides})
 
     def table_params(self) -> int:
         """Non-embedding parameters of the vanilla model of this shape, as the table counts them."""
-        return self.n_layer * (4 * self.n_embd**2 + 3 * self.n_embd * self.mlp_hidden + 2 * self.n_embd) + self.n_embd
+        return (
+            self.n_layer * (4 * self.n_embd**2 + 3 * self.n_embd * self.mlp_hidden + 2 * self.n_embd)
+            + self.n_embd
+        )
 
 
 def tokens_for_flops(config: MDMConfig, flops: float) -> float:
@@ -167,7 +181,9 @@ class Attention(nn.Module):
         q, k, v = self.project(x, n_sink)
         q, k = apply_rope(q, *rope), apply_rope(k, *rope)
         if before is not None:  # keys and values of what is no row of x
-            k, v = (torch.cat((past.expand(len(x), -1, -1, -1), own), dim=2) for past, own in zip(before, (k, v)))
+            k, v = (
+                torch.cat((past.expand(len(x), -1, -1, -1), own), dim=2) for past, own in zip(before, (k, v))
+            )
         if store is not None:
             store.append((k, v))
         if n_sink and self.config.sink_attention == "split":
@@ -211,7 +227,9 @@ class MDM(nn.Module):
     def __init__(self, config: MDMConfig):
         super().__init__()
         self.config = config
-        seed = int(torch.randint(2**31, (), device="cpu"))  # taken before the layers below draw numbers of their own
+        seed = int(
+            torch.randint(2**31, (), device="cpu")
+        )  # taken before the layers below draw numbers of their own
         self.wte = nn.Embedding(config.vocab_size + 1, config.n_embd)  # the last row is [MASK]
         self.sink = nn.Parameter(torch.empty(config.n_sink, config.n_embd)) if config.n_sink else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
@@ -227,7 +245,9 @@ class MDM(nn.Module):
         """SMDM's initialisation. The tensors that only some variants have come last, so that from one seed a vanilla, a sink
         and a gate model start with equal values in all that they share."""
         C, n_layer = self.config.n_embd, self.config.n_layer
-        for name, p in sorted(self.named_parameters(), key=lambda item: item[0] == "sink" or "gate" in item[0]):
+        for name, p in sorted(
+            self.named_parameters(), key=lambda item: item[0] == "sink" or "gate" in item[0]
+        ):
             if "norm" in name or "ln_f" in name:
                 p.fill_(1.0)
             elif name.endswith(("proj.weight", "w3.weight")):  # they write into the residual stream
@@ -278,7 +298,9 @@ class MDM(nn.Module):
             may_attend = is_content[:, None] | torch.eye(n_sink + T, dtype=torch.bool, device=device)
         if lengths is not None:
             visible = torch.arange(start, T, device=device) < lengths[:, None]
-            visible = F.pad(visible, (n_sink + start, 0), value=True)[:, None, None]  # (B, 1, 1, S): these columns
+            visible = F.pad(visible, (n_sink + start, 0), value=True)[
+                :, None, None
+            ]  # (B, 1, 1, S): these columns
             may_attend = visible if may_attend is None else may_attend & visible
         for block, kv in zip(self.blocks, before or [None] * len(self.blocks)):
             x = block(x, rope, n_rows, may_attend, kv, store)
@@ -317,7 +339,12 @@ class MDM(nn.Module):
         if len(x) <= n:
             return self.nll_of_part(x, targets)
         parts = zip(x.split(n), targets.split(n))
-        return torch.cat([recompute(self.nll_of_part, *part, use_reentrant=False, preserve_rng_state=False) for part in parts])
+        return torch.cat(
+            [
+                recompute(self.nll_of_part, *part, use_reentrant=False, preserve_rng_state=False)
+                for part in parts
+            ]
+        )
 
     def nll_of_part(self, x, targets):
         return F.cross_entropy(self.lm_head(self.ln_f(x)).float(), targets, reduction="none")
@@ -326,7 +353,11 @@ class MDM(nn.Module):
         """Number of parameters; by default, as in the table of sizes, without token and sink embeddings and output head."""
         n = sum(p.numel() for p in self.parameters())
         if non_embedding:
-            n -= self.wte.weight.numel() + self.lm_head.weight.numel() + self.config.n_sink * self.config.n_embd
+            n -= (
+                self.wte.weight.numel()
+                + self.lm_head.weight.numel()
+                + self.config.n_sink * self.config.n_embd
+            )
         return n
 
     def flops_per_token(self, T: int) -> float:
@@ -346,7 +377,9 @@ class MDM(nn.Module):
             model = cls(MDMConfig(**checkpoint["model_config"]))
             model.load_state_dict(checkpoint["model"])
         except (RuntimeError, TypeError) as error:  # other shapes or names; other settings than MDMConfig has
-            raise ValueError(f"the checkpoint's weights are not those of its model_config: {str(error)[:300]}") from error
+            raise ValueError(
+                f"the checkpoint's weights are not those of its model_config: {str(error)[:300]}"
+            ) from error
         return model
 
     @classmethod
@@ -355,11 +388,15 @@ class MDM(nn.Module):
         read off the shapes. Raises ValueError for a state dict of another kind."""
         w = {name: torch.as_tensor(tensor) for name, tensor in state_dict.items()}
         if "transformer.wte.weight" not in w or "lm_head.weight" not in w:
-            raise ValueError(f"not an SMDM state dict: wanted transformer.wte.weight and lm_head.weight, got {sorted(w)[:3]}...")
+            raise ValueError(
+                f"not an SMDM state dict: wanted transformer.wte.weight and lm_head.weight, got {sorted(w)[:3]}..."
+            )
         wte, head = w.pop("transformer.wte.weight"), w.pop("lm_head.weight")
         V, C = head.shape
         if len(wte) - V not in (1, 2):
-            raise ValueError(f"wte has {len(wte)} rows for {V} tokens; wanted {V} + 1 (mask) or {V} + 2 (mask, sink)")
+            raise ValueError(
+                f"wte has {len(wte)} rows for {V} tokens; wanted {V} + 1 (mask) or {V} + 2 (mask, sink)"
+            )
         model = cls(
             MDMConfig(
                 block_size=block_size,
@@ -378,9 +415,15 @@ class MDM(nn.Module):
         for name, tensor in w.items():
             if name.endswith("attn.attn.weight"):  # rows grouped by head, then q, k, v -> all q, all k, all v
                 if tensor.shape != (3 * C, C):
-                    raise ValueError(f"{name} is {tuple(tensor.shape)}, wanted {(3 * C, C)}: grouped queries are not supported")
+                    raise ValueError(
+                        f"{name} is {tuple(tensor.shape)}, wanted {(3 * C, C)}: grouped queries are not supported"
+                    )
                 tensor = tensor.view(n_head, 3, C // n_head, C).transpose(0, 1).reshape(3 * C, C)
-            name = name.replace("attn.attn.", "attn.qkv.").replace("swiglu.", "").replace("transformer.h.", "blocks.")
+            name = (
+                name.replace("attn.attn.", "attn.qkv.")
+                .replace("swiglu.", "")
+                .replace("transformer.h.", "blocks.")
+            )
             ours[name.removeprefix("transformer.")] = tensor
         model.load_state_dict(ours)
         return model
@@ -392,22 +435,35 @@ def load_checkpoint(path) -> dict:
     if os.path.isdir(path):
         path = os.path.join(path, "ckpt.pt")
     if not os.path.isfile(path):
-        raise ValueError(f"no checkpoint at {path}; train one with python train.py --out_dir={os.path.dirname(path) or '.'}")
+        raise ValueError(
+            f"no checkpoint at {path}; train one with python train.py --out_dir={os.path.dirname(path) or '.'}"
+        )
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()  # torch.load does not compare a part's checksum; the first part that is damaged
+            damaged = (
+                archive.testzip()
+            )  # torch.load does not compare a part's checksum; the first part that is damaged
         checkpoint = None if damaged else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} is refused: it holds other things than tensors and plain values, which could run code") from error
+        raise ValueError(
+            f"{path} is refused: it holds other things than tensors and plain values, which could run code"
+        ) from error
     except Exception as error:  # whatever a damaged file can do
         raise ValueError(
             f"{path} cannot be read as a checkpoint (cut off, or another kind of file?): {str(error)[:300]}"
         ) from error
     if damaged:
-        raise ValueError(f"{path} is damaged: {damaged} in it has another checksum than when it was saved; take best.pt or a copy")
+        raise ValueError(
+            f"{path} is damaged: {damaged} in it has another checksum than when it was saved; take best.pt or a copy"
+        )
     kinds = {"model": dict, "model_config": dict, "meta": (dict, type(None)), "step": int}
-    if not (isinstance(checkpoint, dict) and all(isinstance(checkpoint.get(key, ...), kind) for key, kind in kinds.items())):
-        raise ValueError(f"{path} is no checkpoint of train.py; for SMDM's released weights there is MDM.from_smdm")
+    if not (
+        isinstance(checkpoint, dict)
+        and all(isinstance(checkpoint.get(key, ...), kind) for key, kind in kinds.items())
+    ):
+        raise ValueError(
+            f"{path} is no checkpoint of train.py; for SMDM's released weights there is MDM.from_smdm"
+        )
     return checkpoint
 
 
@@ -498,17 +554,27 @@ def surest(confidence, k):
 
 
 def check_decoding(
-    steps, temperature=0.0, remasking="confidence", cfg_scale=0.0, threshold=None, block_length=None, prefix_cache=False
+    steps,
+    temperature=0.0,
+    remasking="confidence",
+    cfg_scale=0.0,
+    threshold=None,
+    block_length=None,
+    prefix_cache=False,
 ):
     """ValueError if options of generate are out of range, or do not go together."""
     if remasking not in ("confidence", "random"):
         raise ValueError(f"remasking is {remasking!r}; it must be 'confidence' or 'random'")
     if remasking == "random" and (threshold is not None or block_length is not None):
-        raise ValueError("threshold and block_length choose by confidence; leave them out with remasking='random'")
+        raise ValueError(
+            "threshold and block_length choose by confidence; leave them out with remasking='random'"
+        )
     if prefix_cache and (block_length is None or cfg_scale):
         raise ValueError("prefix_cache needs a block_length, and works without cfg_scale only")
     if not (steps >= 1 and 0 <= temperature < math.inf and 0 <= cfg_scale < math.inf):
-        raise ValueError(f"wanted steps >= 1, temperature >= 0, cfg_scale >= 0; got {steps}, {temperature}, {cfg_scale}")
+        raise ValueError(
+            f"wanted steps >= 1, temperature >= 0, cfg_scale >= 0; got {steps}, {temperature}, {cfg_scale}"
+        )
     if threshold is not None and not 0 <= threshold <= 1 or block_length is not None and block_length < 1:
         raise ValueError(f"wanted threshold in 0..1 and block_length >= 1; got {threshold}, {block_length}")
 
@@ -552,15 +618,25 @@ def generate(
     steps_left = torch.full((B,), min(steps, 2**62), device=device)
     block = torch.arange(T, device=device) // min(block_length or T, T)  # (T,) the block of each place
     sinks = model.sink_keys_values()  # the same at every step
-    cached_block, cached_rows, cache = None, None, []  # each layer's keys and values left of that block, for those rows
+    cached_block, cached_rows, cache = (
+        None,
+        None,
+        [],
+    )  # each layer's keys and values left of that block, for those rows
     while (hidden := x == mask_id).any():
         rows = hidden.any(dim=1).nonzero()[:, 0]  # those that are not complete
         if prefix_cache:
-            now = torch.where(hidden[rows], block, T).amin(dim=1)  # the first block of each row that has something hidden
+            now = torch.where(hidden[rows], block, T).amin(
+                dim=1
+            )  # the first block of each row that has something hidden
             rows, now = rows[now == now.min()], int(now.min())
         hidden = hidden[rows]
-        k = -(-hidden.sum(dim=1) // steps_left[rows])  # how many to reveal at least: ceil(hidden / steps left)
-        last = torch.where(hidden & (hidden.cumsum(dim=1) <= k[:, None]), block, 0).amax(dim=1)  # block of the k-th from the left
+        k = -(
+            -hidden.sum(dim=1) // steps_left[rows]
+        )  # how many to reveal at least: ceil(hidden / steps left)
+        last = torch.where(hidden & (hidden.cumsum(dim=1) <= k[:, None]), block, 0).amax(
+            dim=1
+        )  # block of the k-th from the left
         wanted = hidden & (block <= last[:, None])
 
         start, where = 0, {"sinks": sinks, "lengths": None if lengths is None else lengths[rows]}
@@ -571,7 +647,9 @@ def generate(
         elif prefix_cache:
             where["store"] = store = []
         only = wanted[:, start:].flatten().nonzero()[:, 0]
-        logits = guided_logits(model, x[rows, start:], given[rows, start:], cfg_scale, only=only, **where)  # (N, V)
+        logits = guided_logits(
+            model, x[rows, start:], given[rows, start:], cfg_scale, only=only, **where
+        )  # (N, V)
         n_forward += 1 if cfg_scale == 0.0 else 2
         if prefix_cache and now != cached_block:
             left = model.config.n_sink + now * block_length
@@ -579,7 +657,9 @@ def generate(
             cache = [(keys[:, :, :left], values[:, :, :left]) for keys, values in store]
 
         # row by row: independent of the others, and little memory for a large V
-        for r, row_wanted, row_k, row_logits in zip(rows.tolist(), wanted, k.tolist(), logits.split(wanted.sum(dim=1).tolist())):
+        for r, row_wanted, row_k, row_logits in zip(
+            rows.tolist(), wanted, k.tolist(), logits.split(wanted.sum(dim=1).tolist())
+        ):
             places = row_wanted.nonzero()[:, 0]
             tokens, confidence = sample_tokens(row_logits.to(place), temperature, streams[r])
             if remasking == "confidence":
@@ -587,12 +667,16 @@ def generate(
                 if threshold is not None:
                     reveal |= confidence > threshold
             else:
-                reveal = torch.rand(len(places), generator=streams[r], device=place) < 1 / steps_left[r].to(place)
+                reveal = torch.rand(len(places), generator=streams[r], device=place) < 1 / steps_left[r].to(
+                    place
+                )
             x[r, places[reveal.to(device)]] = tokens[reveal].to(device)
         steps_left[rows] -= 1
         if eot_id is not None:
             hidden = x == mask_id
-            ends = (x == eot_id) & ~given & (hidden.cumsum(dim=1) == 0)  # end-of-text with nothing hidden before it
+            ends = (
+                (x == eot_id) & ~given & (hidden.cumsum(dim=1) == 0)
+            )  # end-of-text with nothing hidden before it
             x = x.masked_fill(hidden & ends.any(dim=1, keepdim=True), eot_id)
         if on_step is not None:
             on_step(x.clone())

@@ -43,9 +43,15 @@ CHARS_AT_ONCE = 1 << 20  # text encoded as one piece of work; longer documents a
 
 @dataclass
 class PrepareConfig:
-    name: str = "arithmetic"  # data set: arithmetic, shakespeare, wikitext2, tinystories, openwebtext, ... or text
-    source: str | None = None  # file, folder, URL or hub:ID[@CONFIG][:SPLIT]; None: the public source of the data set
-    val_source: str | None = None  # the same for validation; None: the public one, or the last val_fraction of source
+    name: str = (
+        "arithmetic"  # data set: arithmetic, shakespeare, wikitext2, tinystories, openwebtext, ... or text
+    )
+    source: str | None = (
+        None  # file, folder, URL or hub:ID[@CONFIG][:SPLIT]; None: the public source of the data set
+    )
+    val_source: str | None = (
+        None  # the same for validation; None: the public one, or the last val_fraction of source
+    )
     val_fraction: float | None = None  # share of the tokens held out from the end; None: as the data set says
     tokenizer: str | None = None  # gpt2, bytes, or bpe (trained on the corpus); None: as the data set says
     vocab_size: int | None = None  # of a bpe tokenizer, end-of-text included; None: 4096 (arithmetic: 512)
@@ -85,7 +91,11 @@ CORPORA = {
         documents="problems",
         test_source=f"{GITHUB}/openai/grade-school-math/master/grade_school_math/data/test.jsonl",
     ),
-    "shakespeare": Corpus(f"{GITHUB}/karpathy/char-rnn/master/data/tinyshakespeare/input.txt", val_fraction=0.1, tokenizer="bytes"),
+    "shakespeare": Corpus(
+        f"{GITHUB}/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+        val_fraction=0.1,
+        tokenizer="bytes",
+    ),
     "wikitext2": Corpus(f"{WIKITEXT2}/train.txt", f"{WIKITEXT2}/valid.txt", documents="articles"),
     "tinystories": Corpus(f"{TINYSTORIES}-train.txt", f"{TINYSTORIES}-valid.txt"),
     "openwebtext": Corpus("hub:Skylion007/openwebtext:train", val_fraction=0.0005),
@@ -126,7 +136,9 @@ def load_tokenizer(spec: dict) -> tiktoken.Encoding:
             explicit_n_vocab=spec["vocab_size"],
         )
     except Exception as error:  # tiktoken has no error of its own for ranks and patterns that are none
-        raise ValueError(f"the tokenizer's description is damaged ({error!r}); prepare the data set again") from error
+        raise ValueError(
+            f"the tokenizer's description is damaged ({error!r}); prepare the data set again"
+        ) from error
 
 
 def make_tokenizer(name: str, split_digits: bool, vocab_size: int, texts) -> dict:
@@ -135,9 +147,15 @@ def make_tokenizer(name: str, split_digits: bool, vocab_size: int, texts) -> dic
     if name != "bpe":
         return {**spec, "vocab_size": 50257 if name == "gpt2" else 257}
     if vocab_size < 258:
-        raise ValueError(f"vocab_size is {vocab_size}; bpe needs at least 258: 256 bytes, one merge, end-of-text")
+        raise ValueError(
+            f"vocab_size is {vocab_size}; bpe needs at least 258: 256 bytes, one merge, end-of-text"
+        )
     ranks = train_bpe(texts, spec["pattern"], vocab_size - 1)
-    return {**spec, "vocab_size": len(ranks) + 1, "ranks": [base64.b64encode(token).decode() for token in ranks]}
+    return {
+        **spec,
+        "vocab_size": len(ranks) + 1,
+        "ranks": [base64.b64encode(token).decode() for token in ranks],
+    }
 
 
 def train_bpe(texts, pattern: str, n_tokens: int, max_chars: int = 50_000_000) -> dict[bytes, int]:
@@ -149,7 +167,10 @@ def train_bpe(texts, pattern: str, n_tokens: int, max_chars: int = 50_000_000) -
         max_chars -= len(text)
         if max_chars <= 0:
             break
-    words = [([bytes([byte]) for byte in word.encode("utf-8", "replace")], count) for word, count in sorted(counts.items())]
+    words = [
+        ([bytes([byte]) for byte in word.encode("utf-8", "replace")], count)
+        for word, count in sorted(counts.items())
+    ]
     ranks = {bytes([byte]): byte for byte in range(256)}
     pairs = collections.Counter()  # two neighbouring tokens, joined -> how often
     where = collections.defaultdict(set)  # ... -> the words that hold them
@@ -203,7 +224,9 @@ class Source:
         self.paths = []
         if address.startswith("hub:"):
             if documents == "problems":
-                raise ValueError(f"{address}: problems are read from files; give a .txt, a .jsonl, a folder or a URL of one")
+                raise ValueError(
+                    f"{address}: problems are read from files; give a .txt, a .jsonl, a folder or a URL of one"
+                )
             return
         path = download(address, download_dir) if "://" in address else address
         if not os.path.exists(path):
@@ -211,7 +234,9 @@ class Source:
         files = [os.path.join(folder, file) for folder, _, names in os.walk(path) for file in names] or [path]
         self.paths = sorted(file for file in files if file_kind(file) is not None)
         if not self.paths:
-            raise ValueError(f"{path}: wanted .txt or .jsonl files (also as .gz or .xz), a folder or one of them")
+            raise ValueError(
+                f"{path}: wanted .txt or .jsonl files (also as .gz or .xz), a folder or one of them"
+            )
         self.bytes_total = sum(os.path.getsize(p) for p in self.paths)
 
     def __iter__(self):
@@ -226,14 +251,18 @@ class Source:
         opener = {".gz": gzip.open, ".xz": lzma.open}.get(os.path.splitext(path)[1], lambda raw: raw)
         with open(path, "rb") as raw:
             if raw.peek(40).startswith(b"version https://git-lfs"):
-                raise ValueError(f"{path} is a Git LFS pointer of a few lines, not the file itself; fetch it with git lfs pull")
+                raise ValueError(
+                    f"{path} is a Git LFS pointer of a few lines, not the file itself; fetch it with git lfs pull"
+                )
             lines = io.TextIOWrapper(opener(raw), encoding="utf-8", newline="\n")
             try:
                 for piece in self.split(lines, path):
                     self.bytes_read = base + raw.tell()
                     yield piece
             except (UnicodeDecodeError, EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
-                raise ValueError(f"{path} cannot be read as UTF-8 text ({error}); convert or unpack it anew") from error
+                raise ValueError(
+                    f"{path} cannot be read as UTF-8 text ({error}); convert or unpack it anew"
+                ) from error
 
     def split(self, lines, path):
         """Lines of one file -> (text, is_end_of_document)."""
@@ -247,7 +276,9 @@ class Source:
                 if line.strip():
                     yield json_text(line, path, number), True
         else:
-            yield from self.split_text(iter(lambda: lines.readline(CHARS_AT_ONCE), ""))  # a longer line comes in parts
+            yield from self.split_text(
+                iter(lambda: lines.readline(CHARS_AT_ONCE), "")
+            )  # a longer line comes in parts
 
     def split_problem(self, line, is_json, place):
         """The three parts of a problem. A part begins with a space, where every tokenizer begins a new word: so its tokens are
@@ -330,7 +361,9 @@ def read_hub(address):
     try:
         import datasets
     except ImportError as error:
-        raise ValueError("a hub data set needs the datasets package: pip install datasets (or give --source=path)") from error
+        raise ValueError(
+            "a hub data set needs the datasets package: pip install datasets (or give --source=path)"
+        ) from error
     rest, _, split = address.removeprefix("hub:").partition(":")
     name, _, config = rest.partition("@")
     for row in datasets.load_dataset(name, config or None, split=split or "train", streaming=True):
@@ -346,9 +379,13 @@ def download(url, folder):
         print(f"downloading {url}")
         try:
             with tqdm(unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
-                urllib.request.urlretrieve(url, path + ".tmp", lambda blocks, size, total: bar.update(blocks * size - bar.n))
+                urllib.request.urlretrieve(
+                    url, path + ".tmp", lambda blocks, size, total: bar.update(blocks * size - bar.n)
+                )
         except (OSError, ValueError, http.client.HTTPException) as error:
-            raise ValueError(f"cannot download {url} ({error}); give the path of a local copy instead") from error
+            raise ValueError(
+                f"cannot download {url} ({error}); give the path of a local copy instead"
+            ) from error
         os.replace(path + ".tmp", path)
     return path
 
@@ -361,7 +398,9 @@ def encode(pieces, tokenizer, dtype):
     """(text, is_end_of_document) pairs -> their tokens, each document closed by end-of-text; and how many tokens each pair gave."""
     arrays = []
     for text, is_end in pieces:
-        text = text.encode("utf-8", "replace").decode()  # half a surrogate pair, which JSON may hold, becomes a question mark
+        text = text.encode(
+            "utf-8", "replace"
+        ).decode()  # half a surrogate pair, which JSON may hold, becomes a question mark
         tokens = tokenizer.encode_to_numpy(text, disallowed_special=())
         arrays.append(np.append(tokens, tokenizer.eot_token) if is_end else tokens)
     return np.concatenate(arrays).astype(dtype), [len(tokens) for tokens in arrays]
@@ -391,7 +430,12 @@ def write_tokens(path, source, tokenizer, dtype, max_tokens):
     workers = os.cpu_count() or 1
     waiting = collections.deque()  # work under way, in order; its length bounds the memory
     groups = group(source)
-    bar = tqdm(desc=os.path.basename(path).removesuffix(".tmp"), unit="tok", unit_scale=True, disable=not sys.stderr.isatty())
+    bar = tqdm(
+        desc=os.path.basename(path).removesuffix(".tmp"),
+        unit="tok",
+        unit_scale=True,
+        disable=not sys.stderr.isatty(),
+    )
     with open(path, "wb") as file, ThreadPoolExecutor(workers) as pool, bar:  # tiktoken releases the GIL
         while max_tokens is None or n_tokens < max_tokens:
             while len(waiting) < 2 * workers and (pieces := next(groups, None)):
@@ -404,7 +448,10 @@ def write_tokens(path, source, tokenizer, dtype, max_tokens):
             if max_tokens is not None:
                 tokens = tokens[: max_tokens - n_tokens]
             tokens.tofile(file)
-            n_tokens, n_documents = n_tokens + len(tokens), n_documents + int((tokens == tokenizer.eot_token).sum())
+            n_tokens, n_documents = (
+                n_tokens + len(tokens),
+                n_documents + int((tokens == tokenizer.eot_token).sum()),
+            )
             if source.bytes_total and source.bytes_read:
                 bar.total = max(n_tokens, int(n_tokens * source.bytes_total / source.bytes_read))
             bar.update(len(tokens))
@@ -453,11 +500,16 @@ def prepare(cfg: PrepareConfig) -> dict:
         raise ValueError(f"unknown tokenizer {cfg.tokenizer!r}; there are {', '.join(TOKENIZERS)}")
     corpus = CORPORA[cfg.name]
     folder = os.path.join(cfg.data_dir, cfg.name)
-    address, val_address = cfg.source or corpus.source, cfg.val_source or (None if cfg.source else corpus.val_source)
+    address, val_address = (
+        cfg.source or corpus.source,
+        cfg.val_source or (None if cfg.source else corpus.val_source),
+    )
     stated = address, val_address
     if cfg.name == "arithmetic":
         if cfg.source or cfg.val_source:
-            raise ValueError("arithmetic is generated and takes no source; for your own problems use gsm8k --source=...")
+            raise ValueError(
+                "arithmetic is generated and takes no source; for your own problems use gsm8k --source=..."
+            )
         address, val_address = write_arithmetic(folder, cfg.num_problems, cfg.seed)
         stated = f"generated, seed {cfg.seed}", f"generated, seed {cfg.seed}"
     if address is None:
@@ -472,7 +524,9 @@ def prepare(cfg: PrepareConfig) -> dict:
 
     split_digits = has_problems if cfg.split_digits is None else cfg.split_digits
     vocab_size = (512 if cfg.name == "arithmetic" else 4096) if cfg.vocab_size is None else cfg.vocab_size
-    spec = make_tokenizer(cfg.tokenizer or corpus.tokenizer, split_digits, vocab_size, (text for text, _ in source))
+    spec = make_tokenizer(
+        cfg.tokenizer or corpus.tokenizer, split_digits, vocab_size, (text for text, _ in source)
+    )
     tokenizer = load_tokenizer(spec)
     dtype = np.dtype("uint16" if spec["vocab_size"] <= 1 << 16 else "uint32")
 
@@ -480,7 +534,9 @@ def prepare(cfg: PrepareConfig) -> dict:
     names = ["train.bin", "val.bin"] + (["train_cuts.npy", "val_cuts.npy"] if has_problems else [])
     partial = {name: os.path.join(folder, f"{name}.tmp") for name in names}
     try:
-        n_tokens, n_documents, cuts = write_tokens(partial["train.bin"], source, tokenizer, dtype, cfg.max_tokens)
+        n_tokens, n_documents, cuts = write_tokens(
+            partial["train.bin"], source, tokenizer, dtype, cfg.max_tokens
+        )
         if n_tokens < 2:
             raise ValueError(f"{address} is empty: it gives {n_tokens} tokens")
         if val_source:
@@ -493,7 +549,9 @@ def prepare(cfg: PrepareConfig) -> dict:
             cuts, val_cuts = cuts[cuts[:, 3] <= n_tokens], cuts[cuts[:, 0] >= n_tokens] - n_tokens
         if has_problems:
             if not (len(cuts) and len(val_cuts)):
-                raise ValueError(f"{address} has too few problems to train on some and hold out others; wanted at least two")
+                raise ValueError(
+                    f"{address} has too few problems to train on some and hold out others; wanted at least two"
+                )
             for name, array in {"train_cuts.npy": cuts, "val_cuts.npy": val_cuts}.items():
                 with open(partial[name], "wb") as file:
                     np.save(file, array)
@@ -531,7 +589,20 @@ def prepare(cfg: PrepareConfig) -> dict:
 # Arithmetic: grade-school word problems. One line each: question||<<3+4=7>> <<7*2=14>> #### 14
 
 NAMES = ["Tom", "Anna", "Ben", "Mia", "Sam", "Lily", "Max", "Zoe", "Leo", "Eva", "Jim", "Ada"]
-THINGS = ["apples", "books", "coins", "shells", "pens", "cards", "eggs", "stamps", "nuts", "keys", "cups", "hats"]
+THINGS = [
+    "apples",
+    "books",
+    "coins",
+    "shells",
+    "pens",
+    "cards",
+    "eggs",
+    "stamps",
+    "nuts",
+    "keys",
+    "cups",
+    "hats",
+]
 # A question, and its one or two equations: a, b, c are the numbers of the question, x is the first result.
 TEMPLATES = [
     ("{name} has {a} {things} and buys {b} more. How many now?", "a+b"),
@@ -541,11 +612,23 @@ TEMPLATES = [
     ("{name} has {a} {things}, finds {b} and loses {c}. How many now?", "a+b", "x-c"),
     ("{name} buys {a} bags of {b} {things} and loses {c}. How many are left?", "a*b", "x-c"),
     ("{name} has {a} {things}. {friend} has {b} times as many. How many together?", "a*b", "a+x"),
-    ("{name} has {a} {things} and {friend} has {b}. They make {c} equal piles. How many in each?", "a+b", "x/c"),
+    (
+        "{name} has {a} {things} and {friend} has {b}. They make {c} equal piles. How many in each?",
+        "a+b",
+        "x/c",
+    ),
     ("{name} has {a} {things}, sells {b} and fills {c} equal bags. How many in each?", "a-b", "x/c"),
-    ("{name} has {a} {things} and loses {b}. {friend} has {c} times as many. How many is that?", "a-b", "x*c"),
+    (
+        "{name} has {a} {things} and loses {b}. {friend} has {c} times as many. How many is that?",
+        "a-b",
+        "x*c",
+    ),
     ("{name} shares {a} {things} among {b} boxes and adds {c} to each. How many in each?", "a/b", "x+c"),
-    ("{name} shares {a} {things} among {b} plates and takes {c} from one. How many are left on it?", "a/b", "x-c"),
+    (
+        "{name} shares {a} {things} among {b} plates and takes {c} from one. How many are left on it?",
+        "a/b",
+        "x-c",
+    ),
 ]
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
 
@@ -566,9 +649,7 @@ def make_problem(rng: random.Random) -> str:
             numbers["x"] = int(result)
             thoughts.append(f"<<{p}{sign}{q}={numbers['x']}>>")
         else:
-            return (
-                f"{question.format(name=name, friend=friend, things=things, **numbers)}||{' '.join(thoughts)} #### {numbers['x']}"
-            )
+            return f"{question.format(name=name, friend=friend, things=things, **numbers)}||{' '.join(thoughts)} #### {numbers['x']}"
 
 
 def write_arithmetic(folder, num_problems, seed):
@@ -580,7 +661,9 @@ def write_arithmetic(folder, num_problems, seed):
     while len(problems) < num_problems + 2000:
         problems[make_problem(rng)] = None
     lines = list(problems)
-    rng.shuffle(lines)  # short templates run out of new questions, so the last ones drawn would be of another kind
+    rng.shuffle(
+        lines
+    )  # short templates run out of new questions, so the last ones drawn would be of another kind
     os.makedirs(folder, exist_ok=True)
     for split, part in {"train": lines[:-2000], "valid": lines[-2000:-1000], "test": lines[-1000:]}.items():
         path = os.path.join(folder, f"{split}.txt")
@@ -598,7 +681,9 @@ def main():
     n_train, n_val = meta["tokens"]["train"], meta["tokens"]["val"]
     seconds = time.time() - start
     what = f"{n_train:,} training and {n_val:,} validation tokens, {meta['tokenizer']['name']} vocabulary of {meta['vocab_size']:,}"
-    print(f"{os.path.join(cfg.data_dir, cfg.name)}: {what}, {seconds:.1f} s, {(n_train + n_val) / seconds:,.0f} tokens/s")
+    print(
+        f"{os.path.join(cfg.data_dir, cfg.name)}: {what}, {seconds:.1f} s, {(n_train + n_val) / seconds:,.0f} tokens/s"
+    )
 
 
 if __name__ == "__main__":

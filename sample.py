@@ -30,16 +30,28 @@ class SampleConfig:
     out_dir: str = "out/arithmetic"  # folder of the checkpoint
     checkpoint: str = "ckpt.pt"  # ckpt.pt (the latest) or best.pt (lowest validation loss)
     prompt: str = ""  # text to go on from; [MASK] or [MASK:12] in it is a gap of 1 or 12 tokens to fill
-    question: str | None = None  # to a model fine-tuned by sft_gsm8k.py, which writes its thoughts and then the answer
+    question: str | None = (
+        None  # to a model fine-tuned by sft_gsm8k.py, which writes its thoughts and then the answer
+    )
     num_samples: int | None = None  # texts, all in one batch; None: 3, or 1 for a question
-    length: int | None = None  # tokens of a text without gaps, prompt or question included; None: as many as the model takes
+    length: int | None = (
+        None  # tokens of a text without gaps, prompt or question included; None: as many as the model takes
+    )
     steps: int = 64  # denoising steps; more are slower and better, up to one per token
-    temperature: float | None = None  # 0: the likeliest token; 1: the model's own distribution; None: 0.7, 0.1 for a question
-    remasking: str = "confidence"  # confidence: keep the surest tokens first; random: the exact reverse process
+    temperature: float | None = (
+        None  # 0: the likeliest token; 1: the model's own distribution; None: 0.7, 0.1 for a question
+    )
+    remasking: str = (
+        "confidence"  # confidence: keep the surest tokens first; random: the exact reverse process
+    )
     cfg_scale: float = 0.0  # classifier-free guidance towards the prompt; 0 = off, else twice the work
-    threshold: float | None = None  # with confidence: keep all tokens above this probability: fewer passes; 0.9 is usual
+    threshold: float | None = (
+        None  # with confidence: keep all tokens above this probability: fewer passes; 0.9 is usual
+    )
     block_length: int | None = None  # with confidence: write from left to right, so many places at a time
-    prefix_cache: bool = False  # with block_length: compute what is left of a block once a block; an approximation
+    prefix_cache: bool = (
+        False  # with block_length: compute what is left of a block once a block; an approximation
+    )
     show: bool = False  # redraw the first text at every step: hidden places dim, new tokens bright
     seed: int = 0  # of the random draws
     device: str = "auto"  # auto: cuda, else mps, else cpu
@@ -72,7 +84,11 @@ def load_trained(out_dir, name, device):
         raise ValueError(
             f"{os.path.join(out_dir, name)} holds weights that are not finite, in {broken[0]}; take an earlier checkpoint"
         )
-    return MDM.from_checkpoint(checkpoint).to(device), load_tokenizer(checkpoint["meta"]["tokenizer"]), checkpoint
+    return (
+        MDM.from_checkpoint(checkpoint).to(device),
+        load_tokenizer(checkpoint["meta"]["tokenizer"]),
+        checkpoint,
+    )
 
 
 def encode_prompt(prompt, tokenizer, mask_id):
@@ -96,10 +112,14 @@ def start_of_text(cfg, meta, tokenizer, config):
     length = len(prompt) if has_gaps else room if cfg.length is None else cfg.length
     if max(length, len(prompt)) > room:
         what = f"the prompt and its gaps ({len(prompt)} tokens)" if len(prompt) > room else f"length {length}"
-        raise ValueError(f"{what} exceeds the model's {room} tokens; shorten it, or train with a larger block_size")
+        raise ValueError(
+            f"{what} exceeds the model's {room} tokens; shorten it, or train with a larger block_size"
+        )
     ids = prompt + [config.mask_id] * (length - len(prompt))
     if config.mask_id not in ids:
-        raise ValueError(f"nothing to write: the prompt has {len(prompt)} tokens, length is {length}; add a gap or raise length")
+        raise ValueError(
+            f"nothing to write: the prompt has {len(prompt)} tokens, length is {length}; add a gap or raise length"
+        )
     return torch.tensor([opening + ids]), len(opening), None if has_gaps else len(opening) + len(prompt)
 
 
@@ -107,7 +127,13 @@ class Show:
     """on_step for generate: redraws the first row in a terminal, and prints it as plain lines elsewhere. ∎ is end-of-text."""
 
     def __init__(self, x, tokenizer, mask_id, opening):
-        self.before, self.tokenizer, self.mask_id, self.opening, self.step = x[0], tokenizer, mask_id, opening, 0
+        self.before, self.tokenizer, self.mask_id, self.opening, self.step = (
+            x[0],
+            tokenizer,
+            mask_id,
+            opening,
+            0,
+        )
 
     def __call__(self, x):
         self.step += 1
@@ -115,9 +141,19 @@ class Show:
         text = ""
         for token, old in list(zip(x[0].tolist(), self.before.tolist()))[self.opening :]:
             hidden = token == self.mask_id
-            part = "_" if hidden else "∎" if token == self.tokenizer.eot_token else self.tokenizer.decode([token])
-            part = "".join(c if c.isprintable() or c == "\n" else "�" for c in part)  # no control characters of the model's own
-            style = "\033[2m" if hidden else "\033[1;32m" if token != old else ""  # dim, bright green where new, plain
+            part = (
+                "_"
+                if hidden
+                else "∎"
+                if token == self.tokenizer.eot_token
+                else self.tokenizer.decode([token])
+            )
+            part = "".join(
+                c if c.isprintable() or c == "\n" else "�" for c in part
+            )  # no control characters of the model's own
+            style = (
+                "\033[2m" if hidden else "\033[1;32m" if token != old else ""
+            )  # dim, bright green where new, plain
             text += f"{style}{part}\033[0m" if is_terminal and style else part
         self.before = x[0]
         if is_terminal:
@@ -136,14 +172,22 @@ def main():
     options = cfg.decoding()
     start_time = time.time()
     if cfg.question is not None:
-        show = Show(torch.full((1, model.config.block_size), mask_id), tokenizer, mask_id, 0) if cfg.show else None
+        show = (
+            Show(torch.full((1, model.config.block_size), mask_id), tokenizer, mask_id, 0)
+            if cfg.show
+            else None
+        )
         options["length"] = cfg.length
         seeds = [seed_for(cfg.seed, i) for i in range(cfg.num_samples)]
         with autocast(device, cfg.dtype):
             solved = solve(model, tokenizer, [cfg.question] * cfg.num_samples, seeds, options, options, show)
         if solved[0][0] is None:
-            raise ValueError("the question leaves no room for thoughts; shorten it, or raise --length if it is set")
-        lines = ["\n".join("(no room left)" if text is None else text for text in texts) for *texts, _ in solved]
+            raise ValueError(
+                "the question leaves no room for thoughts; shorten it, or raise --length if it is set"
+            )
+        lines = [
+            "\n".join("(no room left)" if text is None else text for text in texts) for *texts, _ in solved
+        ]
         print("\n---\n".join(lines))
         passes = sum(n for _, _, n in solved) / len(solved)
         print(f"{passes:.0f} forward passes an answer, {time.time() - start_time:.2f} s", file=sys.stderr)
@@ -152,7 +196,9 @@ def main():
     start, opening, end = start_of_text(cfg, meta, tokenizer, model.config)
     x = start.expand(cfg.num_samples, -1).to(device)
     show = Show(start, tokenizer, mask_id, opening) if cfg.show else None
-    eot_id = None if end is None else meta["eot_id"]  # what a model writes behind the end of a document is not wanted
+    eot_id = (
+        None if end is None else meta["eot_id"]
+    )  # what a model writes behind the end of a document is not wanted
     with autocast(device, cfg.dtype):
         x, n_forward = generate(model, x, **options, eot_id=eot_id, on_step=show)
     seconds = time.time() - start_time
@@ -164,7 +210,10 @@ def main():
         print(("---\n" if i else "") + tokenizer.decode(row[opening:]))
         n_tokens += int((start[0, : len(row)] == mask_id).sum())
     rate = f"{n_tokens / seconds:,.0f} tokens/s{' (slowed down to be watched)' if cfg.show else ''}"
-    print(f"{n_tokens} tokens in {seconds:.2f} s, {rate}, {n_forward} forward passes of {cfg.num_samples} rows", file=sys.stderr)
+    print(
+        f"{n_tokens} tokens in {seconds:.2f} s, {rate}, {n_forward} forward passes of {cfg.num_samples} rows",
+        file=sys.stderr,
+    )
 
 
 if __name__ == "__main__":

@@ -24,7 +24,17 @@ import torch
 
 import configurator
 from model import generate
-from train import TrainConfig, close_distributed, load_meta, seed_for, settle, setup_distributed, start_model, train, watch
+from train import (
+    TrainConfig,
+    close_distributed,
+    load_meta,
+    seed_for,
+    settle,
+    setup_distributed,
+    start_model,
+    train,
+    watch,
+)
 
 
 @dataclass
@@ -58,22 +68,34 @@ def load_examples(folder, meta, split, block_size):
     Raises ValueError if the data set holds no problems, or if its files do not agree."""
     path = os.path.join(folder, f"{split}_cuts.npy")
     if not os.path.exists(path):
-        raise ValueError(f"{path} not found: fine-tuning takes problems; prepare them with prepare_data.py gsm8k or arithmetic")
+        raise ValueError(
+            f"{path} not found: fine-tuning takes problems; prepare them with prepare_data.py gsm8k or arithmetic"
+        )
     tokens = np.memmap(os.path.join(folder, f"{split}.bin"), meta["dtype"], mode="r")
     try:
         cuts = np.load(path)  # (problems, 4)
         agree = (tokens[cuts[:, 3] - 1] == meta["eot_id"]).all() and tokens.max() < meta["vocab_size"]
         agree = agree and cuts[:, 0].min() >= 0 and (np.diff(cuts) > 0).all()
-    except (ValueError, EOFError, IndexError, TypeError):  # cut off, another kind of file, or places that the tokens do not have
+    except (
+        ValueError,
+        EOFError,
+        IndexError,
+        TypeError,
+    ):  # cut off, another kind of file, or places that the tokens do not have
         agree = False
     if not agree:
         raise ValueError(f"{path} and {split}.bin do not belong together; prepare the data set again")
     question, thoughts, answer, eot = cuts[:, 0], cuts[:, 1], cuts[:, 2], cuts[:, 3] - 1
-    to_thoughts, to_answer = np.stack((question, thoughts, answer), axis=1), np.stack((question, answer, eot), axis=1)
+    to_thoughts, to_answer = (
+        np.stack((question, thoughts, answer), axis=1),
+        np.stack((question, answer, eot), axis=1),
+    )
     examples = np.concatenate((to_thoughts, to_answer))
     fits = examples[:, 2] - examples[:, 0] < block_size
     if not fits.any():
-        raise ValueError(f"none of the {len(examples):,} examples of {path} fits into block_size {block_size}; raise it")
+        raise ValueError(
+            f"none of the {len(examples):,} examples of {path} fits into block_size {block_size}; raise it"
+        )
     return tokens, examples[fits], int((~fits).sum())
 
 
@@ -113,7 +135,18 @@ def example_batches(folder, meta, cfg):
 # Asking a trained model
 
 
-def respond(model, prompts, eot_id, seeds, steps=256, length=None, remasking="confidence", cfg_scale=0.0, on_step=None, **options):
+def respond(
+    model,
+    prompts,
+    eot_id,
+    seeds,
+    steps=256,
+    length=None,
+    remasking="confidence",
+    cfg_scale=0.0,
+    on_step=None,
+    **options,
+):
     """Writes a response behind each prompt (a list of token ids, or None), all in one batch of rows of `length` tokens, prompt
     included (default: the model's block_size). Prompts of different length need no padding: what is left of a row is response.
     options: what else generate takes.
@@ -159,7 +192,9 @@ def solve(model, tokenizer, questions, seeds, for_thoughts=None, for_answer=None
     texts, passes = [], np.zeros(len(questions), dtype=int)
     for stage, options in enumerate((for_thoughts or {}, for_answer or {})):
         stage_seeds = [seed_for(seed, stage) for seed in seeds]
-        responses, stage_passes = respond(model, prompts, tokenizer.eot_token, stage_seeds, on_step=on_step, **options)
+        responses, stage_passes = respond(
+            model, prompts, tokenizer.eot_token, stage_seeds, on_step=on_step, **options
+        )
         texts.append([None if ids is None else tokenizer.decode(ids).strip() for ids in responses])
         prompts = [None if ids is None else prompt + ids for prompt, ids in zip(prompts, responses)]
         passes += np.array(stage_passes, dtype=int)
@@ -177,11 +212,15 @@ def main():
         n = len(data["train"][1])
         cfg = dataclasses.replace(cfg, max_steps=int(cfg.epochs * n / cfg.batch_size))
         if cfg.max_steps == 0:
-            raise ValueError(f"{cfg.epochs} epochs of {n:,} examples are less than one batch of {cfg.batch_size}; raise epochs")
+            raise ValueError(
+                f"{cfg.epochs} epochs of {n:,} examples are less than one batch of {cfg.batch_size}; raise epochs"
+            )
     if rank == 0:
         print(configurator.describe(cfg, set_by))
         for split, (_, examples, too_long) in data.items():
-            print(f"{split}: {len(examples):,} examples, and {too_long:,} left out: longer than {cfg.block_size} tokens")
+            print(
+                f"{split}: {len(examples):,} examples, and {too_long:,} left out: longer than {cfg.block_size} tokens"
+            )
     model = start_model(cfg, checkpoint, meta)
     train(cfg, model, get_batch, meta, checkpoint if cfg.init_from == "resume" else None)
     close_distributed()

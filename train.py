@@ -31,7 +31,16 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import configurator
-from model import MDM, MDMConfig, diffusion_loss, load_checkpoint, mask_tokens, noise_levels, tokens_for_flops, weighted_nll
+from model import (
+    MDM,
+    MDMConfig,
+    diffusion_loss,
+    load_checkpoint,
+    mask_tokens,
+    noise_levels,
+    tokens_for_flops,
+    weighted_nll,
+)
 from prepare_data import file_sha256
 
 
@@ -54,15 +63,23 @@ class TrainConfig:
     sink_position: str = "front"  # front or end
     sink_zero_value: bool = False  # force the sinks' value vectors to zero
     gated_attention: bool = False  # the gated-attention baseline
-    sink_attention: str = "mask"  # mask: the paper's, as it stands; split: the same numbers without a mask, for fast kernels
+    sink_attention: str = (
+        "mask"  # mask: the paper's, as it stands; split: the same numbers without a mask, for fast kernels
+    )
     # batch and length
     batch_size: int = 16  # sequences per optimizer step, over all processes
     micro_batch_size: int = 16  # sequences per process and forward pass; the rest is gradient accumulation
     max_steps: int | None = 4000  # optimizer steps
-    train_flops: float | None = None  # if set, instead of max_steps: train until C = 6 N D, as the authors' --flops
-    align_documents: bool | None = None  # start sequences at documents; None: where they are short, one per line
+    train_flops: float | None = (
+        None  # if set, instead of max_steps: train until C = 6 N D, as the authors' --flops
+    )
+    align_documents: bool | None = (
+        None  # start sequences at documents; None: where they are short, one per line
+    )
     # loss
-    stratified_t: bool = False  # spread the noise levels of a micro-batch evenly (the authors draw them independently)
+    stratified_t: bool = (
+        False  # spread the noise levels of a micro-batch evenly (the authors draw them independently)
+    )
     random_length: float = 0.0  # share of micro-batches cut to a random length (SMDM: 0.01)
     # optimizer
     learning_rate: float = 1e-3  # peak, after warm-up
@@ -79,7 +96,9 @@ class TrainConfig:
     wandb: str | None = None  # project name: also log to Weights & Biases
     # machine
     device: str = "auto"  # auto: cuda, else mps, else cpu
-    dtype: str = "auto"  # float32, bfloat16 or float16 (autocast); auto: bfloat16 where a GPU has it, else float32
+    dtype: str = (
+        "auto"  # float32, bfloat16 or float16 (autocast); auto: bfloat16 where a GPU has it, else float32
+    )
     compile: bool = False  # torch.compile: a minute at the start, then faster steps
 
     def __post_init__(self):
@@ -119,17 +138,27 @@ def load_meta(folder: str, splits=("train", "val")) -> dict:
     of the given splits, in the sha256 of its tokens (which one process of a machine computes, at 1 to 2 GB a second)."""
     path = os.path.join(folder, "meta.json")
     data_dir, name = os.path.split(folder)
-    command = f"python prepare_data.py {name}" + ("" if data_dir == TrainConfig.data_dir else f" --data_dir={data_dir}")
+    command = f"python prepare_data.py {name}" + (
+        "" if data_dir == TrainConfig.data_dir else f" --data_dir={data_dir}"
+    )
     if not os.path.exists(path):
         raise ValueError(f"data set {folder} is not prepared; run: {command}")
     try:
         with open(path) as file:
             meta = json.load(file)
-        sizes = {split: meta["tokens"][split] * np.dtype(meta["dtype"]).itemsize for split in ("train", "val")}
+        sizes = {
+            split: meta["tokens"][split] * np.dtype(meta["dtype"]).itemsize for split in ("train", "val")
+        }
         checksums = {split: meta["sha256"][split] for split in splits}
-        checksums |= {name: meta["sha256"][name] for split in splits if (name := f"{split}_cuts") in meta["sha256"]}
+        checksums |= {
+            name: meta["sha256"][name] for split in splits if (name := f"{split}_cuts") in meta["sha256"]
+        }
         numbers = [meta[key] for key in ("eot_id", "vocab_size", "documents")] + [*sizes.values()]
-        if not all(type(number) is int for number in numbers) or "name" not in meta["tokenizer"] or "one_per_line" not in meta:
+        if (
+            not all(type(number) is int for number in numbers)
+            or "name" not in meta["tokenizer"]
+            or "one_per_line" not in meta
+        ):
             raise TypeError("a number is none, or what the data set needs is missing")
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); prepare the data set again: {command}") from error
@@ -137,13 +166,17 @@ def load_meta(folder: str, splits=("train", "val")) -> dict:
         path = os.path.join(folder, f"{split}.bin")
         found = os.path.getsize(path) if os.path.exists(path) else 0
         if found != wanted:
-            raise ValueError(f"{path} has {found:,} bytes, meta.json says {wanted:,}; prepare the data set again: {command}")
+            raise ValueError(
+                f"{path} has {found:,} bytes, meta.json says {wanted:,}; prepare the data set again: {command}"
+            )
     for name, wanted in checksums.items() if os.environ.get("LOCAL_RANK", "0") == "0" else ():
         path = os.path.join(folder, f"{name}.npy" if name.endswith("_cuts") else f"{name}.bin")
         if os.path.getsize(path) > 10e9:
             print(f"comparing {path} ({os.path.getsize(path) / 1e9:.0f} GB) with its sha256", flush=True)
         if file_sha256(path) != wanted:
-            raise ValueError(f"{path} holds other data than meta.json says (sha256); prepare the data set again: {command}")
+            raise ValueError(
+                f"{path} holds other data than meta.json says (sha256); prepare the data set again: {command}"
+            )
     return meta
 
 
@@ -161,7 +194,9 @@ def watch(path, wanted):
         nonlocal before
         now = identity()
         if now != before and file_sha256(path) != wanted:  # else it was only touched, or copied
-            raise ValueError(f"{path} was replaced while it was read; prepare changed data under another --data_dir")
+            raise ValueError(
+                f"{path} was replaced while it was read; prepare changed data under another --data_dir"
+            )
         before = now
 
     return check
@@ -177,7 +212,10 @@ def token_batches(folder: str, meta: dict, cfg: TrainConfig):
     data, checks, places = {}, {}, {}
     for split in ("train", "val"):
         path = os.path.join(folder, f"{split}.bin")
-        data[split], checks[split] = np.memmap(path, meta["dtype"], mode="r"), watch(path, meta["sha256"][split])
+        data[split], checks[split] = (
+            np.memmap(path, meta["dtype"], mode="r"),
+            watch(path, meta["sha256"][split]),
+        )
         tokens = data[split]
         if len(tokens) < T:
             raise ValueError(f"{path} has {len(tokens)} tokens, fewer than block_size {T}; lower block_size")
@@ -185,7 +223,9 @@ def token_batches(folder: str, meta: dict, cfg: TrainConfig):
         if meta["one_per_line"] if cfg.align_documents is None else cfg.align_documents:
             places[split] = np.flatnonzero(tokens[: len(tokens) - T + 1] == meta["eot_id"])
             if len(places[split]) == 0:
-                raise ValueError(f"{path} has no document to start a sequence of {T} tokens at; set align_documents=False")
+                raise ValueError(
+                    f"{path} has no document to start a sequence of {T} tokens at; set align_documents=False"
+                )
 
     def get_batch(split, index):
         checks[split]()
@@ -197,7 +237,9 @@ def token_batches(folder: str, meta: dict, cfg: TrainConfig):
         starts = [places[split][i] for i in draws]
         x0 = np.stack([data[split][start : start + T] for start in starts]).astype(np.int64)
         if x0.max() >= meta["vocab_size"]:
-            raise ValueError(f"{folder}/{split}.bin holds token {x0.max()}, meta.json has a vocabulary of {meta['vocab_size']}")
+            raise ValueError(
+                f"{folder}/{split}.bin holds token {x0.max()}, meta.json has a vocabulary of {meta['vocab_size']}"
+            )
         return torch.from_numpy(x0), torch.ones(B, T, dtype=torch.bool)
 
     return get_batch
@@ -219,7 +261,9 @@ def setup_distributed(device: str = "auto", timeout=None):
             raise RuntimeError("wanted cpu, cuda or mps")
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {device!r} cannot be used here ({str(error).splitlines()[0]}); try --device=auto") from error
+        raise ValueError(
+            f"device {device!r} cannot be used here ({str(error).splitlines()[0]}); try --device=auto"
+        ) from error
     if device.startswith("cuda"):
         torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
     if not distributed:
@@ -229,7 +273,9 @@ def setup_distributed(device: str = "auto", timeout=None):
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         # gloo also beside nccl: what processes tell each other about a step does not make them wait for their GPUs
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=timeout)
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.startswith("cuda") else "gloo", timeout=timeout
+        )
     return dist.get_rank(), dist.get_world_size(), torch.device(device)
 
 
@@ -253,7 +299,15 @@ def autocast(device, dtype: str):
 
 
 # Dense peak of half-precision matrix products, FLOP/s, by the vendors' data sheets
-PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12, "V100": 125e12}
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "4090": 165e12,
+    "V100": 125e12,
+}
 
 
 def peak_flops(device):
@@ -287,9 +341,13 @@ def validation_nll(model, x0, maskable, rows, n_rows, mc_num=1, dtype="auto"):
 
     The mc_num * n_rows levels of the whole set are (i + 1/2) / (mc_num * n_rows), and a sequence's mc_num of them are evenly
     spaced. A sequence always has the same levels and the same noise, whatever the model, the machine or the batch."""
-    shuffled = np.random.default_rng(1234).permutation(n_rows)  # in file order, t would be tied to the place in the corpus
+    shuffled = np.random.default_rng(1234).permutation(
+        n_rows
+    )  # in file order, t would be tied to the place in the corpus
     t = (np.arange(mc_num)[:, None] + (shuffled[rows] + 0.5) / n_rows) / mc_num
-    noise = np.stack([np.random.default_rng([1234, row]).random((mc_num, x0.size(1)), np.float32) for row in rows], axis=1)
+    noise = np.stack(
+        [np.random.default_rng([1234, row]).random((mc_num, x0.size(1)), np.float32) for row in rows], axis=1
+    )
     draws = []
     for level, uniform in zip(t, noise):
         p_mask = noise_levels(torch.tensor(level[:, None], dtype=torch.float32))
@@ -306,7 +364,9 @@ def mean_and_error(nll, count):
     removes. It takes the texts for different ones: with fewer places in the data than sequences it is too small."""
     mean = nll.sum() / count.sum()
     residual = (nll - mean * count) / count.mean()
-    variance = (residual - residual.roll(1)).square().mean() / 2  # each counts twice, also the wildest, at t near 0
+    variance = (
+        residual - residual.roll(1)
+    ).square().mean() / 2  # each counts twice, also the wildest, at t near 0
     error = (variance / len(nll)).sqrt()
     return mean.item(), error.item()
 
@@ -356,9 +416,13 @@ def compile_model(model, shape):
     """Makes the model train compiled on texts of this shape (B, T), the many. What is shorter (the last rows of a validation, the
     random lengths) runs as it is, because each new shape would cost a minute. The number of hidden tokens is another every time;
     the output head is compiled for any."""
-    model.wte.forward = torch.compiler.disable(model.wte.forward)  # torch 2.6 on a CPU: wrong gradient where tokens repeat
+    model.wte.forward = torch.compiler.disable(
+        model.wte.forward
+    )  # torch 2.6 on a CPU: wrong gradient where tokens repeat
     plain, compiled = model.hidden_states, torch.compile(model.hidden_states, dynamic=False)
-    model.hidden_states = lambda xt, *args, **where: (compiled if xt.shape == shape else plain)(xt, *args, **where)
+    model.hidden_states = lambda xt, *args, **where: (compiled if xt.shape == shape else plain)(
+        xt, *args, **where
+    )
     model.nll_of_part = torch.compile(model.nll_of_part, dynamic=True)
 
 
@@ -370,7 +434,10 @@ def save_checkpoint(path, checkpoint):
             file.flush()
             os.fsync(file.fileno())
         os.replace(f"{path}.tmp", path)
-    except (OSError, RuntimeError) as error:  # in torch.save a full disk ends as a RuntimeError, of one or two others
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # in torch.save a full disk ends as a RuntimeError, of one or two others
         cause = error
         while cause.__context__ and not isinstance(cause, OSError):
             cause = cause.__context__
@@ -386,10 +453,17 @@ def made_by() -> dict:
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         folder = os.path.dirname(os.path.abspath(__file__))
-        commit = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
+        commit = subprocess.run(
+            command, cwd=folder, capture_output=True, text=True, check=True
+        ).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None
-    return {"commit": commit, "python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__}
+    return {
+        "commit": commit,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
 
 
 class Reporter:
@@ -399,19 +473,27 @@ class Reporter:
         os.makedirs(cfg.out_dir, exist_ok=True)
         path = os.path.join(cfg.out_dir, "log.jsonl")
         kept = []
-        if is_resumed and os.path.exists(path):  # drop what a crashed run logged after the checkpoint we resume from
+        if is_resumed and os.path.exists(
+            path
+        ):  # drop what a crashed run logged after the checkpoint we resume from
             try:
                 with open(path) as file:
-                    kept = [line for line in file if line.endswith("\n") and json.loads(line)["step"] <= start]
+                    kept = [
+                        line for line in file if line.endswith("\n") and json.loads(line)["step"] <= start
+                    ]
             except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(f"{path} is damaged ({error}); move it away to go on with a new one") from error
+                raise ValueError(
+                    f"{path} is damaged ({error}); move it away to go on with a new one"
+                ) from error
         with open(path + ".tmp", "w") as file:
             file.writelines(kept)
         os.replace(path + ".tmp", path)
         self.file = open(path, "a")
         self.max_steps, self.run = max_steps, None
         self.write({"step": start, "config": asdict(cfg), **facts})
-        self.bar = tqdm(total=max_steps, initial=start, desc=cfg.out_dir, unit="step", disable=not sys.stderr.isatty())
+        self.bar = tqdm(
+            total=max_steps, initial=start, desc=cfg.out_dir, unit="step", disable=not sys.stderr.isatty()
+        )
         if cfg.wandb:
             try:
                 import wandb
@@ -428,7 +510,9 @@ class Reporter:
             self.file.write(json.dumps(row) + "\n")
             self.file.flush()
         except OSError as error:
-            raise ValueError(f"cannot write {self.file.name} ({error}); make room, then --init_from=resume") from error
+            raise ValueError(
+                f"cannot write {self.file.name} ({error}); make room, then --init_from=resume"
+            ) from error
 
     def log(self, step, seconds_left=None, **metrics):
         self.write({"step": step, **metrics})
@@ -440,7 +524,9 @@ class Reporter:
         elif self.bar.disable:
             left = tqdm.format_interval(seconds_left)
             mfu = f"  mfu {metrics['mfu']:.1%}" if metrics.get("mfu") else ""
-            self.say(f"{place}  loss {metrics['loss']:.4f}  {metrics['tokens_per_s']:,.0f} tokens/s{mfu}  {left} left")
+            self.say(
+                f"{place}  loss {metrics['loss']:.4f}  {metrics['tokens_per_s']:,.0f} tokens/s{mfu}  {left} left"
+            )
         else:
             self.bar.set_postfix_str(f"loss {metrics['loss']:.3f}, {metrics['tokens_per_s']:,.0f} tok/s")
 
@@ -478,7 +564,9 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
     if cfg.train_flops is not None:
         max_steps = int(tokens_for_flops(model.config, cfg.train_flops) / step_tokens)
     if resume is not None and max_steps < resume["step"]:
-        raise ValueError(f"{max_steps} steps, but the run to resume has made {resume['step']}; raise max_steps")
+        raise ValueError(
+            f"{max_steps} steps, but the run to resume has made {resume['step']}; raise max_steps"
+        )
     warmup_steps = round(cfg.warmup * max_steps)
 
     model.to(device)
@@ -487,25 +575,40 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
     ddp = model
     if world_size > 1:
         device_ids = [device.index] if device.type == "cuda" else None
-        ddp = DistributedDataParallel(model, device_ids=device_ids, broadcast_buffers=False)  # the rotations are the same anywhere
+        ddp = DistributedDataParallel(
+            model, device_ids=device_ids, broadcast_buffers=False
+        )  # the rotations are the same anywhere
     options = {"lr": cfg.learning_rate, "betas": (cfg.beta1, cfg.beta2), "weight_decay": cfg.weight_decay}
-    optimizer = torch.optim.AdamW(model.parameters(), **options, fused=device.type in ("cuda", "cpu"))  # every tensor decays
+    optimizer = torch.optim.AdamW(
+        model.parameters(), **options, fused=device.type in ("cuda", "cpu")
+    )  # every tensor decays
     scaler = torch.amp.GradScaler(device.type, enabled=cfg.dtype == "float16")
     start, best_val_loss = 0, math.inf
     losses = []  # of the steps since the last log line, the mean of each over all its micro-batches
     if resume is not None:
         optimizer.load_state_dict(resume["optimizer"])
         scaler.load_state_dict(resume["scaler"])
-        start, best_val_loss, losses = resume["step"], resume["best_val_loss"], resume.get("losses", [])  # older ones lack them
+        start, best_val_loss, losses = (
+            resume["step"],
+            resume["best_val_loss"],
+            resume.get("losses", []),
+        )  # older ones lack them
     peak = peak_flops(device)
 
     report = None
     if rank == 0:
-        facts = {**made_by(), "data_sha256": meta and meta["sha256"], "device": str(device), "processes": world_size}
+        facts = {
+            **made_by(),
+            "data_sha256": meta and meta["sha256"],
+            "device": str(device),
+            "processes": world_size,
+        }
         report = Reporter(cfg, start, max_steps, resume is not None, facts)
         sizes = f"{model.num_params(non_embedding=False):,} parameters ({model.num_params():,} non-embedding)"
         batch = f"a step is {grad_accum} x {world_size} x {cfg.micro_batch_size} sequences of {cfg.block_size} tokens"
-        report.say(f"{sizes} on {world_size} x {device}; {batch}; {max_steps:,} steps = {max_steps * step_tokens:,} tokens")
+        report.say(
+            f"{sizes} on {world_size} x {device}; {batch}; {max_steps:,} steps = {max_steps * step_tokens:,} tokens"
+        )
 
     def save(name, step):
         checkpoint = {
@@ -530,7 +633,11 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
         received.setdefault(signum, time.monotonic())
 
     handlers = {}
-    for signum in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):  # SIGHUP: a terminal that is gone
+    for signum in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        getattr(signal, "SIGHUP", signal.SIGTERM),
+    ):  # SIGHUP: a terminal that is gone
         if signal.getsignal(signum) not in (signal.SIG_IGN, receive):  # nohup's wish
             handlers[signum] = signal.signal(signum, receive)
     stop = ctrl_c = False
@@ -546,7 +653,9 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
                 eval_time = time.time()
                 val_loss, val_se = evaluate(cfg, model, get_batch, rank, world_size)
                 if not math.isfinite(val_loss):  # before it is saved
-                    raise ValueError(f"the validation loss is {val_loss} at step {step}; lower learning_rate or use bfloat16")
+                    raise ValueError(
+                        f"the validation loss is {val_loss} at step {step}; lower learning_rate or use bfloat16"
+                    )
                 is_best = val_loss < best_val_loss
                 best_val_loss = min(best_val_loss, val_loss)
                 if rank == 0:
@@ -578,7 +687,9 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
 
             # ---- what all processes must know of the step; here each waits for its GPU
             *micro_losses, grad_norm = torch.stack([*micro_losses, grad_norm]).tolist()
-            shared = torch.tensor([sum(micro_losses), len(received), signal.SIGINT in received], dtype=torch.float64)
+            shared = torch.tensor(
+                [sum(micro_losses), len(received), signal.SIGINT in received], dtype=torch.float64
+            )
             if world_size > 1:
                 dist.all_reduce(shared)
             loss_sum, stop, ctrl_c = shared.tolist()
@@ -604,7 +715,9 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
             if done % cfg.log_interval == 0 or done == max_steps:
                 seconds = time.time() - log_time
                 tokens_per_s = (done - log_step) * step_tokens / seconds
-                mfu = model.flops_per_token(cfg.block_size) * tokens_per_s / world_size / peak if peak else None
+                mfu = (
+                    model.flops_per_token(cfg.block_size) * tokens_per_s / world_size / peak if peak else None
+                )
                 if rank == 0:
                     seconds_left = (max_steps - done) * seconds / (done - log_step)
                     report.log(
@@ -621,7 +734,9 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
             report.close()
     if rank == 0:
         resume_hint = f"; go on with --init_from=resume --out_dir={cfg.out_dir}" if step < max_steps else ""
-        print(f"stopped at step {step} of {max_steps}; {os.path.join(cfg.out_dir, 'ckpt.pt')} is saved{resume_hint}")
+        print(
+            f"stopped at step {step} of {max_steps}; {os.path.join(cfg.out_dir, 'ckpt.pt')} is saved{resume_hint}"
+        )
     if ctrl_c:
         close_distributed()
         raise KeyboardInterrupt
@@ -655,12 +770,16 @@ def settle(cfg: TrainConfig, set_by: dict):
         cfg = dataclasses.replace(cfg, **sizes)
         set_by.update({key: f"preset {cfg.preset}" for key in sizes})
     lengths = [key for key in LENGTH_KEYS if key in set_by and getattr(cfg, key) is not None]
-    lengths = [key for key in lengths if set_by[key] == "command line"] or lengths  # --max_steps=9 beats epochs of a file
+    lengths = [
+        key for key in lengths if set_by[key] == "command line"
+    ] or lengths  # --max_steps=9 beats epochs of a file
     if len(lengths) > 1:
         places = " and ".join(f"{key} ({set_by[key]})" for key in lengths)
         raise ValueError(f"{places} all set the length; keep one, and set the others to None")
     if lengths:  # the others, by default or from a checkpoint, no longer count
-        cfg = dataclasses.replace(cfg, **{key: None for key in LENGTH_KEYS if key != lengths[0] and hasattr(cfg, key)})
+        cfg = dataclasses.replace(
+            cfg, **{key: None for key in LENGTH_KEYS if key != lengths[0] and hasattr(cfg, key)}
+        )
     own = os.path.join(cfg.out_dir, "ckpt.pt")
     if cfg.init_from != "resume" and os.path.exists(own):
         raise ValueError(f"{own} exists; go on with --init_from=resume, or choose another --out_dir")
@@ -671,9 +790,13 @@ def settle(cfg: TrainConfig, set_by: dict):
         if cfg.init_from == "resume":
             saved = checkpoint["run_config"]
             if saved.keys() != asdict(cfg).keys():
-                raise ValueError(f"{path} has other settings than this script: resume it with the script and version that made it")
+                raise ValueError(
+                    f"{path} has other settings than this script: resume it with the script and version that made it"
+                )
             settable = [*set_by, *(LENGTH_KEYS if lengths else [])]
-            saved = {key: value for key, value in saved.items() if key not in RESUME_KEYS or key not in settable}
+            saved = {
+                key: value for key, value in saved.items() if key not in RESUME_KEYS or key not in settable
+            }
             saved.update(out_dir=cfg.out_dir, init_from="resume")
         else:  # weights only: the architecture is the checkpoint's; length of a sequence and way to compute have no weights
             free = [key for key in ("block_size", "sink_attention") if key in set_by]
@@ -696,7 +819,9 @@ def start_model(cfg: TrainConfig, checkpoint, meta: dict) -> MDM:
         raise ValueError(f"{what}; prepare the data anew")
     tokens_of = lambda some: [some["sha256"].get(split) for split in ("train", "val")]  # noqa: E731
     if trained_on and cfg.init_from == "resume" and tokens_of(trained_on) != tokens_of(meta):
-        raise ValueError(f"cannot resume: data set {cfg.dataset} has other tokens now than when the checkpoint was saved")
+        raise ValueError(
+            f"cannot resume: data set {cfg.dataset} has other tokens now than when the checkpoint was saved"
+        )
     checkpoint["model_config"].update(block_size=cfg.block_size, sink_attention=cfg.sink_attention)
     return MDM.from_checkpoint(checkpoint)
 
@@ -705,7 +830,9 @@ def refuse(cfg, set_by, fixed, place):
     """ValueError if a key that was set contradicts one that is fixed by a checkpoint or a preset."""
     clash = [key for key in fixed if key in set_by and getattr(cfg, key) != fixed[key]]
     if clash:
-        details = "; ".join(f"{key}={getattr(cfg, key)!r} ({set_by[key]}), not {fixed[key]!r}" for key in clash)
+        details = "; ".join(
+            f"{key}={getattr(cfg, key)!r} ({set_by[key]}), not {fixed[key]!r}" for key in clash
+        )
         raise ValueError(f"settings contradict {place}: {details}; leave them out")
 
 

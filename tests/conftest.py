@@ -25,7 +25,9 @@ VARIANTS = {
 def make_model(seed=0, **kwargs):
     """A tiny model whose weights are all random, norms included, so that no term hides behind a 1 or a 0."""
     torch.manual_seed(seed)
-    model = MDM(MDMConfig(**{"block_size": 16, "vocab_size": 11, "n_layer": 2, "n_head": 2, "n_embd": 16, **kwargs}))
+    model = MDM(
+        MDMConfig(**{"block_size": 16, "vocab_size": 11, "n_layer": 2, "n_head": 2, "n_embd": 16, **kwargs})
+    )
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.3 * torch.randn_like(p))

@@ -14,12 +14,21 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from prepare_data import NAMES, TEMPLATES, THINGS
 
-TEXT = re.compile(r"Question: (?P<question>.+) Answer: (?P<thoughts><<[^<>]+>>(?: <<[^<>]+>>)*) #### (?P<answer>\d+)")
+TEXT = re.compile(
+    r"Question: (?P<question>.+) Answer: (?P<thoughts><<[^<>]+>>(?: <<[^<>]+>>)*) #### (?P<answer>\d+)"
+)
 EQUATION = re.compile(r"<<(\d+)([-+*/])(\d+)=(\d+)>>")
 
 
 def question_pattern(template):
-    kinds = {"name": "|".join(NAMES), "friend": "|".join(NAMES), "things": "|".join(THINGS), "a": r"\d+", "b": r"\d+", "c": r"\d+"}
+    kinds = {
+        "name": "|".join(NAMES),
+        "friend": "|".join(NAMES),
+        "things": "|".join(THINGS),
+        "a": r"\d+",
+        "b": r"\d+",
+        "c": r"\d+",
+    }
     seen, pattern = set(), ""
     for part in re.split(r"(\{\w+\})", template):
         key = part.strip("{}")
@@ -49,7 +58,12 @@ def check(text):
     values = {key: Fraction(number) for key, number in question.groupdict().items() if key in "abc"}
     for (left, operator, right, result), (p, _, q) in zip(equations, wanted):
         left, right, result = Fraction(left), Fraction(right), Fraction(result)
-        true = {"+": left + right, "-": left - right, "*": left * right, "/": left / right if right else None}[operator]
+        true = {
+            "+": left + right,
+            "-": left - right,
+            "*": left * right,
+            "/": left / right if right else None,
+        }[operator]
         if (left, right, result) != (values[p], values[q], true):
             return "parses"
         values["x"] = result

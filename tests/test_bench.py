@@ -19,8 +19,16 @@ SPLIT = {"n_sink": 2, "sink_attention": "split"}
 def test_the_ways_compute_the_same(monkeypatch):
     """Loss and gradients of a step, whichever way it is computed; the loss alone, all at once or in parts."""
     monkeypatch.setattr("model.LOGITS_AT_ONCE", 7 * 50)
-    steps = [({"n_sink": 2}, "everywhere"), ({"n_sink": 2}, "where hidden"), (SPLIT, "everywhere"), (SPLIT, "where hidden")]
-    for ways in (steps, [({"n_sink": 0}, head) for head in ("at all places", "at hidden places", "in parts")]):
+    steps = [
+        ({"n_sink": 2}, "everywhere"),
+        ({"n_sink": 2}, "where hidden"),
+        (SPLIT, "everywhere"),
+        (SPLIT, "where hidden"),
+    ]
+    for ways in (
+        steps,
+        [({"n_sink": 0}, head) for head in ("at all places", "at hidden places", "in parts")],
+    ):
         losses, gradients = [], []
         for way in ways:
             step, model = make_step(BenchConfig(**TINY), torch.device("cpu"), *way)
@@ -33,13 +41,18 @@ def test_the_ways_compute_the_same(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "what, first, second", [("sink", "vanilla", "sink, split"), ("train", "head everywhere", "head where hidden")]
+    "what, first, second",
+    [("sink", "vanilla", "sink, split"), ("train", "head everywhere", "head where hidden")],
 )
 def test_the_table(what, first, second, monkeypatch, capsys):
     monkeypatch.setattr(bench, "peak_memory", lambda *_: 7.4e7)
     monkeypatch.setattr(sys, "argv", ["bench.py", what, *(f"--{key}={value}" for key, value in TINY.items())])
     bench.main()
-    lines = {line[:28].rstrip(): line[28:].split() for line in capsys.readouterr().out.splitlines() if "x" in line[37:54]}
+    lines = {
+        line[:28].rstrip(): line[28:].split()
+        for line in capsys.readouterr().out.splitlines()
+        if "x" in line[37:54]
+    }
     assert lines[first][1] == "1.000" and float(lines[second][0]) > 0 and float(lines[second][1]) > 0
     tokens_per_s, mfu, megabytes, _, kernel = lines[second][4:]
     assert float(tokens_per_s.replace(",", "")) == pytest.approx(64 / float(lines[second][0]) * 1e3, rel=0.2)
@@ -52,15 +65,20 @@ def test_memory_of_a_step():
         pytest.skip("no /proc/self/clear_refs: Linux only")
     cfg = BenchConfig(**{**TINY, "vocab_size": 20000, "block_size": 750})
     found = {
-        head: bench.peak_memory(cfg, torch.device("cpu"), None, ({"n_sink": 0}, head)) for head in ("at all places", "in parts")
+        head: bench.peak_memory(cfg, torch.device("cpu"), None, ({"n_sink": 0}, head))
+        for head in ("at all places", "in parts")
     }
     logits = 4 * 750 * 20000 * 4
-    assert 2 * logits < found["at all places"] < 4 * logits and found["in parts"] < 0.6 * found["at all places"]
+    assert (
+        2 * logits < found["at all places"] < 4 * logits and found["in parts"] < 0.6 * found["at all places"]
+    )
 
 
 def test_texts_and_masks_are_the_same_for_every_way(monkeypatch):
     seen = []
-    monkeypatch.setattr(bench, "weighted_nll", lambda model, *batch: seen.append(batch) or model.lm_head.weight.sum())
+    monkeypatch.setattr(
+        bench, "weighted_nll", lambda model, *batch: seen.append(batch) or model.lm_head.weight.sum()
+    )
     for flags in ({"n_sink": 0}, SPLIT, {"n_sink": 0, "gated_attention": True}):
         make_step(BenchConfig(**TINY), torch.device("cpu"), flags)[0]()
     assert all(torch.equal(a, b) for other in seen[1:] for a, b in zip(seen[0], other))
@@ -73,7 +91,10 @@ def test_ratios():
     assert middle == pytest.approx(2.0) and 0 < error < 0.3 and ratio(seconds, "a", "a") == (1.0, 0.0)
     calls = []
     seconds = take_turns({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3)
-    assert calls == ["a", "b"] * 4 and [len(found) for found in seconds.values()] == [3, 3]  # once to warm up, then in turns
+    assert calls == ["a", "b"] * 4 and [len(found) for found in seconds.values()] == [
+        3,
+        3,
+    ]  # once to warm up, then in turns
 
 
 def test_bad_settings():

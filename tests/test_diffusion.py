@@ -10,7 +10,16 @@ import pytest
 import torch
 from conftest import make_model
 
-from model import diffusion_loss, generate, guided_logits, mask_tokens, noise_levels, sample_tokens, surest, weighted_nll
+from model import (
+    diffusion_loss,
+    generate,
+    guided_logits,
+    mask_tokens,
+    noise_levels,
+    sample_tokens,
+    surest,
+    weighted_nll,
+)
 
 
 class Stub(torch.nn.Module):
@@ -18,7 +27,10 @@ class Stub(torch.nn.Module):
 
     def __init__(self, nll_of_share, vocab_size=3):
         super().__init__()
-        self.config, self.nll_of_share = SimpleNamespace(mask_id=vocab_size, vocab_size=vocab_size), nll_of_share
+        self.config, self.nll_of_share = (
+            SimpleNamespace(mask_id=vocab_size, vocab_size=vocab_size),
+            nll_of_share,
+        )
         self.device = torch.device("cpu")
 
     def forward(self, xt, only, targets):
@@ -46,7 +58,9 @@ def test_stratified_levels_lower_the_variance():
     x0, maskable = everything(16, 800)
     stub = Stub(lambda share: 1 + 5 * share)
     torch.manual_seed(0)
-    draws = torch.tensor([[diffusion_loss(stub, x0, maskable, stratified=s) for s in (False, True)] for _ in range(100)])
+    draws = torch.tensor(
+        [[diffusion_loss(stub, x0, maskable, stratified=s) for s in (False, True)] for _ in range(100)]
+    )
     assert draws.mean(0).tolist() == pytest.approx([3.5, 3.5], abs=0.1)
     assert draws[:, 1].std() < draws[:, 0].std() / 2
 
@@ -65,7 +79,9 @@ def test_share_of_masked_tokens_is_p_mask():
 
 
 def test_noise_levels():
-    torch.testing.assert_close(noise_levels(torch.tensor([0.0, 0.5, 1.0])), torch.tensor([0.001, 0.5005, 1.0]))
+    torch.testing.assert_close(
+        noise_levels(torch.tensor([0.0, 0.5, 1.0])), torch.tensor([0.001, 0.5005, 1.0])
+    )
 
 
 def test_loss_counts_maskable_tokens_only():
@@ -114,7 +130,9 @@ def test_loss_is_an_upper_bound_and_exact_in_the_limit():
     torch.manual_seed(0)
     xt, masked = mask_tokens(x0.expand(2000, 1), p_mask, torch.ones(2000, 1, dtype=torch.bool), 11)
     estimate = weighted_nll(model, x0.expand(2000, 1), xt, masked, p_mask)
-    assert estimate.mean().item() == pytest.approx(nll.item(), abs=4 * estimate.std().item() / math.sqrt(2000))
+    assert estimate.mean().item() == pytest.approx(
+        nll.item(), abs=4 * estimate.std().item() / math.sqrt(2000)
+    )
 
 
 @pytest.mark.parametrize("way", ["mask", "split"])
@@ -144,7 +162,9 @@ def test_fills_every_gap_and_nothing_else(variant, remasking, temperature, cfg_s
     assert torch.equal(PROMPT, before)
     assert (filled < 11).all() and torch.equal(filled[PROMPT != 11], PROMPT[PROMPT != 11])
     passes = 4 * (2 if cfg_scale else 1)
-    assert n_forward == passes if remasking == "confidence" else 1 <= n_forward <= passes  # by chance all may be revealed early
+    assert (
+        n_forward == passes if remasking == "confidence" else 1 <= n_forward <= passes
+    )  # by chance all may be revealed early
 
 
 @pytest.mark.parametrize("remasking", ["confidence", "random"])
@@ -200,7 +220,9 @@ def test_threshold_reveals_all_that_is_sure_enough(threshold):
         wanted = (p > threshold) | (p == p.amax(dim=1, keepdim=True)) & (p > 0)
         assert torch.equal(after, torch.where(wanted, tokens, before))
     assert len(states) - 1 == {0.0: 1, 1.0: 7}.get(threshold, len(states) - 1)
-    assert len(trace(model, PROMPT, steps=2, threshold=1.0)) == 3  # steps are a limit: half of what is left, then the rest
+    assert (
+        len(trace(model, PROMPT, steps=2, threshold=1.0)) == 3
+    )  # steps are a limit: half of what is left, then the rest
 
 
 @pytest.mark.parametrize("block_length", [1, 4, 10, 99])
@@ -231,7 +253,9 @@ def test_blocks_and_few_steps():
 def test_prefix_cache(variant):
     """Exact where nothing is left of the block; else an approximation, which computes the prefix once a block: by hand."""
     model = make_model(**variant)
-    assert torch.equal(*(generate(model, PROMPT, steps=8, block_length=10, prefix_cache=c)[0] for c in (False, True)))
+    assert torch.equal(
+        *(generate(model, PROMPT, steps=8, block_length=10, prefix_cache=c)[0] for c in (False, True))
+    )
     L, n_sink = 4, model.config.n_sink
     states = trace(model, PROMPT[:1], steps=8, block_length=L, prefix_cache=True)
     cached = None
@@ -239,7 +263,10 @@ def test_prefix_cache(variant):
         block = (before[0] == 11).nonzero()[0].item() // L
         if block != cached:
             model.hidden_states(before, store=(store := []))
-            cached, kv = block, [(k[:, :, : n_sink + block * L], v[:, :, : n_sink + block * L]) for k, v in store]
+            cached, kv = (
+                block,
+                [(k[:, :, : n_sink + block * L], v[:, :, : n_sink + block * L]) for k, v in store],
+            )
         logits = model(before[:, block * L :], before=kv)[0]
         p, tokens = logits.double().softmax(dim=-1).max(dim=-1)
         p = p.masked_fill(before[0, block * L :] != 11, -1)[:L]
@@ -260,7 +287,9 @@ def test_a_row_that_waits_loses_no_steps():
 def test_prefix_cache_computes_less():
     model = make_model()
     x = torch.full((1, 16), 11)
-    passes = lambda cache: [len(args[0]) for args in seen(model, x, steps=16, block_length=4, prefix_cache=cache)]  # noqa: E731
+    passes = lambda cache: [
+        len(args[0]) for args in seen(model, x, steps=16, block_length=4, prefix_cache=cache)
+    ]  # noqa: E731
     assert passes(True) == passes(False) == [1] * 16
     x = torch.zeros(2, 16, dtype=torch.long)
     x[0, [1, 9, 10]] = x[1, [8, 9]] = 11  # a row waits until the others have come to its block
@@ -294,7 +323,13 @@ def test_random_reverse_process_reveals_at_the_right_rate():
     x = torch.full((400, 10), 11)
     left = []
     torch.manual_seed(0)
-    generate(make_model(), x, steps=5, remasking="random", on_step=lambda x: left.append((x == 11).float().mean().item()))
+    generate(
+        make_model(),
+        x,
+        steps=5,
+        remasking="random",
+        on_step=lambda x: left.append((x == 11).float().mean().item()),
+    )
     assert left == pytest.approx([0.8, 0.6, 0.4, 0.2, 0.0], abs=0.03)
 
 
@@ -318,7 +353,9 @@ def test_temperature():
         wanted = (logits[0] / temperature).softmax(-1)
         got = torch.bincount(tokens, minlength=3) / 20000
         torch.testing.assert_close(got, wanted, atol=0.012, rtol=0)
-        torch.testing.assert_close(confidence, logits[0].softmax(-1).double()[tokens])  # of the untempered model
+        torch.testing.assert_close(
+            confidence, logits[0].softmax(-1).double()[tokens]
+        )  # of the untempered model
     tokens, _ = sample_tokens(logits, 0.0)
     assert (tokens == 1).all()
 

@@ -86,7 +86,11 @@ def asked(tmp_path, monkeypatch):
     is there for its tokenizer."""
     lines = [f"What is {i} + 7?||<<{i}+7={i + 7}>> #### {i + 7}" for i in range(10, 30)]
     (tmp_path / "test.txt").write_text("\n".join(lines))
-    prepare(PrepareConfig(name="gsm8k", tokenizer="bytes", source=str(tmp_path / "test.txt"), data_dir=str(tmp_path)))
+    prepare(
+        PrepareConfig(
+            name="gsm8k", tokenizer="bytes", source=str(tmp_path / "test.txt"), data_dir=str(tmp_path)
+        )
+    )
     meta = load_meta(tmp_path / "gsm8k")
     model = make_model(vocab_size=257, block_size=64)
     checkpoint = {"model": model.state_dict(), "model_config": vars(model.config), "meta": meta, "step": 7}
@@ -94,7 +98,9 @@ def asked(tmp_path, monkeypatch):
     save_checkpoint(tmp_path / "out" / "ckpt.pt", {**checkpoint, "run_config": {"data_dir": str(tmp_path)}})
     tokenizer = load_tokenizer(meta["tokenizer"])
     oracle = Oracle([problem(i, i + 7 + (i in (13, 18, 23))) for i in range(10, 30)], tokenizer, 64)
-    monkeypatch.setattr(eval_module, "load_trained", lambda out_dir, name, device: (oracle, tokenizer, checkpoint_of(out_dir)))
+    monkeypatch.setattr(
+        eval_module, "load_trained", lambda out_dir, name, device: (oracle, tokenizer, checkpoint_of(out_dir))
+    )
     return tmp_path / "out", oracle
 
 
@@ -104,7 +110,9 @@ def checkpoint_of(out_dir):
 
 def call(monkeypatch, out_dir, *flags):
     data = f"--data={out_dir.parent / 'test.txt'}"
-    monkeypatch.setattr(sys, "argv", ["eval.py", "--task=gsm8k", f"--out_dir={out_dir}", "--device=cpu", data, *flags])
+    monkeypatch.setattr(
+        sys, "argv", ["eval.py", "--task=gsm8k", f"--out_dir={out_dir}", "--device=cpu", data, *flags]
+    )
     eval_module.main()
     results = json.loads((out_dir / "results.json").read_text())
     name = list(results)[-1]
@@ -113,7 +121,10 @@ def call(monkeypatch, out_dir, *flags):
 
 def records_of(lines):
     """Without the time they took."""
-    return [{key: value for key, value in json.loads(line).items() if key != "seconds"} for line in lines.splitlines()]
+    return [
+        {key: value for key, value in json.loads(line).items() if key != "seconds"}
+        for line in lines.splitlines()
+    ]
 
 
 def test_accuracy_of_an_oracle(asked, monkeypatch, capsys):
@@ -123,16 +134,27 @@ def test_accuracy_of_an_oracle(asked, monkeypatch, capsys):
     assert result["accuracy_se"] == pytest.approx((0.85 * 0.15 / 20) ** 0.5)
     records = [json.loads(line) for line in lines.splitlines()]
     assert [r["index"] for r in records if not r["correct"]] == [3, 8, 13]
-    wanted = {"question": "What is 13 + 7?", "thoughts": "Answer: <<13+7=21>>", "answer": "#### 21", "gold": "20"}
+    wanted = {
+        "question": "What is 13 + 7?",
+        "thoughts": "Answer: <<13+7=21>>",
+        "answer": "#### 21",
+        "gold": "20",
+    }
     rest = {key: records[3][key] for key in ("forward_passes", "seconds")}
     assert records[3] == {"index": 3, **wanted, "correct": False, **rest} and rest["seconds"] > 0
     # one token a forward pass: 64 - 25 of the prompt; then those that thoughts (20) and answer (8) leave
     assert sum(oracle.n_rows) == result["forward_passes"] == sum(r["forward_passes"] for r in records)
     assert records[3]["forward_passes"] == (64 - 25) + (64 - 25 - 20)
     out = capsys.readouterr().out
-    assert re.search(r"accuracy 85.0% ± 8.0% \(standard error\): 17 of 20 right; 58.0 forward passes a problem; [\d.]+ s\n", out)
+    assert re.search(
+        r"accuracy 85.0% ± 8.0% \(standard error\): 17 of 20 right; 58.0 forward passes a problem; [\d.]+ s\n",
+        out,
+    )
     assert result["settings"]["steps"] == 256 and result["step"] == 7
-    assert len(result["weights_sha256"]) == len(result["data_sha256"]) == 64 and result["torch"] == torch.__version__
+    assert (
+        len(result["weights_sha256"]) == len(result["data_sha256"]) == 64
+        and result["torch"] == torch.__version__
+    )
     assert result["commit"] is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", result["commit"])
 
 
@@ -162,11 +184,16 @@ def test_interrupted_equals_uninterrupted(asked, monkeypatch, capsys):
     oracle.n_rows.clear()
     resumed, again = call(monkeypatch, out_dir, "--batch_size=4")
     assert "holds 6 of 20 items; going on behind them" in capsys.readouterr().out
-    assert records_of(again) == records_of(lines) and sum(oracle.n_rows) == sum(r["forward_passes"] for r in records_of(lines)[6:])
+    assert records_of(again) == records_of(lines) and sum(oracle.n_rows) == sum(
+        r["forward_passes"] for r in records_of(lines)[6:]
+    )
     for key in whole.keys() - {"seconds", "batch_size"}:
         assert resumed[key] == whole[key], key
     assert resumed["seconds"] == sum(json.loads(line)["seconds"] for line in again.splitlines())
-    assert call(monkeypatch, out_dir, "--batch_size=4") == (resumed, again)  # complete: nothing is done, or lost
+    assert call(monkeypatch, out_dir, "--batch_size=4") == (
+        resumed,
+        again,
+    )  # complete: nothing is done, or lost
 
 
 def test_two_processes_and_any_batch_find_the_same(asked, monkeypatch, tmp_path):
@@ -181,7 +208,14 @@ def test_two_processes_and_any_batch_find_the_same(asked, monkeypatch, tmp_path)
     _, three = call(monkeypatch, out_dir, "--batch_size=3", *flags)
     for path in out_dir.glob("gsm8k-*"):
         path.unlink()
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "eval.py")]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(ROOT / "eval.py"),
+    ]
     rest = [
         "--task=gsm8k",
         f"--out_dir={out_dir}",
@@ -214,10 +248,15 @@ def test_every_option_changes_the_answers(asked, monkeypatch, flag):
         save_checkpoint(out_dir / "best.pt", checkpoint)
     *base, flag = flag.split(",")  # what the option is an option of
     flags += [f"--{key}" for key in base]
-    (_, plain), (_, other) = call(monkeypatch, out_dir, *flags), call(monkeypatch, out_dir, *flags, f"--{flag}")
+    (_, plain), (_, other) = (
+        call(monkeypatch, out_dir, *flags),
+        call(monkeypatch, out_dir, *flags, f"--{flag}"),
+    )
     assert records_of(plain) != records_of(other)
     if flag.startswith("answer_"):  # the thoughts are what they were
-        assert [record["thoughts"] for record in records_of(plain)] == [record["thoughts"] for record in records_of(other)]
+        assert [record["thoughts"] for record in records_of(plain)] == [
+            record["thoughts"] for record in records_of(other)
+        ]
     assert len(json.loads((out_dir / "results.json").read_text())) == 2  # neither has taken the other's place
 
 
@@ -225,7 +264,10 @@ def test_every_option_changes_the_answers(asked, monkeypatch, flag):
     "options, message",
     [
         ({"prefix_cache": True}, "prefix_cache needs a block_length"),
-        ({"prefix_cache": True, "block_length": 4, "answer_cfg_scale": 1.0}, "without cfg_scale only"),  # not after the thoughts
+        (
+            {"prefix_cache": True, "block_length": 4, "answer_cfg_scale": 1.0},
+            "without cfg_scale only",
+        ),  # not after the thoughts
         ({"threshold": 2.0}, "wanted threshold in 0..1"),
         ({"remasking": "greddy"}, "remasking is 'greddy'"),
     ],
@@ -250,7 +292,11 @@ def test_problems_are_read(tmp_path, capsys):
     (tmp_path / "a.txt").write_text("\n".join(lines))
     assert read_problems(str(tmp_path / "a.txt"), "") == [("q", Decimal(1000)), ("s", Decimal("-2.5"))]
     out = capsys.readouterr().out
-    assert "left out 1 lines" in out and "a.txt, line 2" in out and "left out 1 problems whose answer is no number" in out
+    assert (
+        "left out 1 lines" in out
+        and "a.txt, line 2" in out
+        and "left out 1 problems whose answer is no number" in out
+    )
     (tmp_path / "b.txt").write_text("nothing\n")
     with pytest.raises(ValueError, match="b.txt holds no problems; wanted question||thoughts #### answer"):
         read_problems(str(tmp_path / "b.txt"), "")
@@ -280,21 +326,31 @@ def planned(*argv):
 
 
 def test_tasks_have_settings_of_their_own():
-    tasks = planned("--task=loss,a.jsonl:nll_type=chain_rule:cfg_scale=1.5, piqa", "--mc_num=7", "--cfg_scale=0.5")
+    tasks = planned(
+        "--task=loss,a.jsonl:nll_type=chain_rule:cfg_scale=1.5, piqa", "--mc_num=7", "--cfg_scale=0.5"
+    )
     assert [(t.task, t.mc_num, t.nll_type, t.cfg_scale) for t in tasks] == [
         ("loss", 7, "mc", 0.5),
         ("a.jsonl", 7, "chain_rule", 1.5),
         ("piqa", 7, "mc", 0.5),
     ]
-    tasks = planned("--task=loss,sink_changes,a.jsonl", "--nll_type=chain_rule", "--mc_num=7")  # which two of them make use of
+    tasks = planned(
+        "--task=loss,sink_changes,a.jsonl", "--nll_type=chain_rule", "--mc_num=7"
+    )  # which two of them make use of
     assert ["mc_num" in settings_of(task) for task in tasks] == [True, True, False]
 
 
 @pytest.mark.parametrize(
     "argv, message",
     [
-        (["--task=loss", "--cfg_scale=0.5"], r"--task=loss makes no use of cfg_scale \(command line\); leave it out"),
-        (["--task=a.jsonl,gsm8k", "--plot=True"], r"--task=a.jsonl,gsm8k makes no use of plot \(command line\)"),
+        (
+            ["--task=loss", "--cfg_scale=0.5"],
+            r"--task=loss makes no use of cfg_scale \(command line\); leave it out",
+        ),
+        (
+            ["--task=a.jsonl,gsm8k", "--plot=True"],
+            r"--task=a.jsonl,gsm8k makes no use of plot \(command line\)",
+        ),
         (["--task=loss:steps=4"], "task loss:steps=4 makes no use of steps; leave it out"),
         (["--task=loss:task=x"], "task loss:task=x makes no use of task; leave it out"),
         (["--task=a.jsonl:mc_num=2", "--mc_num=9"], "makes no use of mc_num"),  # every task has its own
@@ -303,7 +359,10 @@ def test_tasks_have_settings_of_their_own():
             ["--task=a.jsonl:nll_type=chain_rule:mc_num=4"],
             "chain_rule:mc_num=4 makes no use of mc_num",
         ),
-        (["--task=a.jsonl", "--nll_type=chain_rule", "--mc_masking=coins"], "--task=a.jsonl makes no use of mc_masking"),
+        (
+            ["--task=a.jsonl", "--nll_type=chain_rule", "--mc_masking=coins"],
+            "--task=a.jsonl makes no use of mc_masking",
+        ),
         (["--task=a.jsonl:mc_mum=4"], r"unknown key 'mc_mum' \(task a.jsonl\); did you mean 'mc_num'"),
         (["--task=a.jsonl:mc_num=many"], r"mc_num='many' \(task a.jsonl\): wanted int"),
         (["--task=a.jsonl:mc_num=0"], "mc_num is 0"),
@@ -339,6 +398,8 @@ def test_damaged_files_are_told_before_the_work(asked, monkeypatch):
     (out_dir / "results.json").unlink()
     monkeypatch.setattr(sys, "argv", ["eval.py", "--task=gsm8k", f"--out_dir={out_dir}", "--device=cpu"])
     monkeypatch.setattr(eval_module, "CORPORA", {"gsm8k": SimpleNamespace(test_source=None)})
-    with pytest.raises(ValueError, match="data set gsm8k has no test problems at .*test.txt; name some with --data=file"):
+    with pytest.raises(
+        ValueError, match="data set gsm8k has no test problems at .*test.txt; name some with --data=file"
+    ):
         eval_module.main()
     assert oracle.n_rows == []

@@ -39,8 +39,16 @@ def out_dir(data_dir):
     """A folder with a checkpoint of random weights on the built-in problems, and the two files of items beside it."""
     meta = load_meta(data_dir / "arithmetic")
     model = make_model(vocab_size=meta["vocab_size"], block_size=32)
-    run = asdict(TrainConfig(data_dir=str(data_dir), block_size=32, eval_seqs=40, micro_batch_size=8, batch_size=8))
-    checkpoint = {"model": model.state_dict(), "model_config": vars(model.config), "run_config": run, "meta": meta, "step": 3}
+    run = asdict(
+        TrainConfig(data_dir=str(data_dir), block_size=32, eval_seqs=40, micro_batch_size=8, batch_size=8)
+    )
+    checkpoint = {
+        "model": model.state_dict(),
+        "model_config": vars(model.config),
+        "run_config": run,
+        "meta": meta,
+        "step": 3,
+    }
     folder = data_dir.parent / "out"
     folder.mkdir()
     save_checkpoint(folder / "ckpt.pt", checkpoint)
@@ -61,7 +69,11 @@ def call(monkeypatch, out_dir, *argv):
     monkeypatch.setattr(sys, "argv", ["eval.py", f"--out_dir={out_dir}", "--device=cpu", *argv])
     eval_module.main()
     results = json.loads((out_dir / "results.json").read_text())
-    new = [{k: v for k, v in result.items() if k != "seconds"} for name, result in results.items() if name not in before]
+    new = [
+        {k: v for k, v in result.items() if k != "seconds"}
+        for name, result in results.items()
+        if name not in before
+    ]
     return new if len(new) != 1 else new[0]
 
 
@@ -75,16 +87,25 @@ def test_loss_agrees_with_training(out_dir, monkeypatch, capsys):
     folder = os.path.join(cfg.data_dir, "arithmetic")
     mean, se = evaluate(cfg, model, token_batches(folder, checkpoint["meta"], cfg))
     one = call(monkeypatch, out_dir, "--task=loss", "--limit=40", "--mc_num=1")
-    assert (one["nats_per_token"], one["nats_per_token_se"]) == (pytest.approx(mean, rel=1e-6), pytest.approx(se, rel=1e-6))
+    assert (one["nats_per_token"], one["nats_per_token_se"]) == (
+        pytest.approx(mean, rel=1e-6),
+        pytest.approx(se, rel=1e-6),
+    )
     many = call(monkeypatch, out_dir, "--task=loss", "--limit=40", "--mc_num=16")
     assert abs(many["nats_per_token"] - mean) < 3 * se and many["nats_per_token_se"] < se / 2
     assert many["perplexity_bound"] == pytest.approx(math.exp(many["nats_per_token"]))
     for value in ("perplexity_bound", "bits_per_byte"):  # to first order; d exp(x) = exp(x) dx
-        scale = many["perplexity_bound"] if value == "perplexity_bound" else many["bits_per_byte"] / many["nats_per_token"]
+        scale = (
+            many["perplexity_bound"]
+            if value == "perplexity_bound"
+            else many["bits_per_byte"] / many["nats_per_token"]
+        )
         assert many[f"{value}_se"] == pytest.approx(scale * many["nats_per_token_se"])
     out = capsys.readouterr().out
     value = f"{many['nats_per_token']:.4f} ± {many['nats_per_token_se']:.4f}"
-    assert re.search(rf"40 items; limit=40, dtype=auto, mc_num=16\n  nats_per_token +{value}\n  perplexity_bound ", out)
+    assert re.search(
+        rf"40 items; limit=40, dtype=auto, mc_num=16\n  nats_per_token +{value}\n  perplexity_bound ", out
+    )
     # the levels are evenly spread, so the mean over ten equal parts of them is the bound
     parts = [part["nats_per_hidden_token"] for part in many["over_t"]]
     assert len(parts) == 10 and np.mean(parts) == pytest.approx(many["nats_per_token"], rel=0.01)
@@ -113,21 +134,31 @@ def test_bits_per_byte(out_dir, monkeypatch):
     get_batch = token_batches(os.path.join(cfg.data_dir, "arithmetic"), checkpoint["meta"], cfg)
     texts = [tokenizer.decode(get_batch("val", row)[0][0].tolist()) for row in range(result["n"])]
     n_bytes = sum(len(text.replace("<|endoftext|>", "").encode()) for text in texts)
-    assert result["bits_per_byte"] == pytest.approx(result["nats_per_token"] * 32 * result["n"] / n_bytes / math.log(2))
+    assert result["bits_per_byte"] == pytest.approx(
+        result["nats_per_token"] * 32 * result["n"] / n_bytes / math.log(2)
+    )
 
 
 def test_loss_of_a_fine_tuned_model_is_that_of_responses(out_dir, monkeypatch):
     _, _, checkpoint = parts_of(out_dir)
     data_dir = checkpoint["run_config"]["data_dir"]
-    cfg = SFTConfig(dataset="arithmetic", data_dir=data_dir, block_size=48, eval_seqs=30, micro_batch_size=5, batch_size=5)
+    cfg = SFTConfig(
+        dataset="arithmetic", data_dir=data_dir, block_size=48, eval_seqs=30, micro_batch_size=5, batch_size=5
+    )
     model = make_model(vocab_size=checkpoint["meta"]["vocab_size"], block_size=48)
     checkpoint.update(run_config=asdict(cfg), model=model.state_dict(), model_config=vars(model.config))
     save_checkpoint(out_dir / "ckpt.pt", checkpoint)
     get_batch, data = example_batches(os.path.join(data_dir, "arithmetic"), checkpoint["meta"], cfg)
     mean, se = evaluate(cfg, model, get_batch)
     result = call(monkeypatch, out_dir, "--task=loss", "--limit=30", "--mc_num=1")
-    assert (result["nats_per_token"], result["nats_per_token_se"]) == (pytest.approx(mean, rel=1e-6), pytest.approx(se, rel=1e-6))
-    text, batches = load_tokenizer(checkpoint["meta"]["tokenizer"]), [get_batch("val", index) for index in range(6)]
+    assert (result["nats_per_token"], result["nats_per_token_se"]) == (
+        pytest.approx(mean, rel=1e-6),
+        pytest.approx(se, rel=1e-6),
+    )
+    text, batches = (
+        load_tokenizer(checkpoint["meta"]["tokenizer"]),
+        [get_batch("val", index) for index in range(6)],
+    )
     responses = [x0[m][x0[m] != text.eot_token].tolist() for batch in batches for x0, m in zip(*batch)]
     n_tokens = sum(int(maskable.sum()) for _, maskable in batches)
     n_bytes = sum(len(text.decode(ids).encode()) for ids in responses)  # of the responses alone
@@ -169,10 +200,16 @@ def test_choices(out_dir, monkeypatch, capsys):
     result = call(monkeypatch, out_dir, f"--task={file}", "--nll_type=chain_rule", "--batch_size=4")
     right = {"acc": [], "acc_norm": [], "acc_bytes": []}
     for item in CHOICES:
-        values = np.array([log_p(model, tokenizer, item["context"], " " + choice) for choice in item["choices"]])
+        values = np.array(
+            [log_p(model, tokenizer, item["context"], " " + choice) for choice in item["choices"]]
+        )
         right["acc"].append(values.argmax() == item["gold"])
-        right["acc_norm"].append((values / [len(choice) for choice in item["choices"]]).argmax() == item["gold"])
-        right["acc_bytes"].append((values / [len(choice.encode()) for choice in item["choices"]]).argmax() == item["gold"])
+        right["acc_norm"].append(
+            (values / [len(choice) for choice in item["choices"]]).argmax() == item["gold"]
+        )
+        right["acc_bytes"].append(
+            (values / [len(choice.encode()) for choice in item["choices"]]).argmax() == item["gold"]
+        )
     for name, values in right.items():
         assert result[name] == np.mean(values)
         assert result[f"{name}_se"] == pytest.approx(np.std(values, ddof=1) / math.sqrt(15))
@@ -180,7 +217,9 @@ def test_choices(out_dir, monkeypatch, capsys):
     records = [json.loads(line) for line in open(result["items"])]
     assert [r["index"] for r in records] == list(range(15)) and records[0]["context"] == CHOICES[0]["context"]
     assert [r["acc"] for r in records] == right["acc"]
-    assert records[0]["log_p"][1] == pytest.approx(log_p(model, tokenizer, CHOICES[0]["context"], " and 2."), abs=1e-5)
+    assert records[0]["log_p"][1] == pytest.approx(
+        log_p(model, tokenizer, CHOICES[0]["context"], " and 2."), abs=1e-5
+    )
     assert "3 contexts were cut from the left to fit" in capsys.readouterr().out
     wanted = {"limit": None, "dtype": "auto", "nll_type": "chain_rule", "cfg_scale": 0.0, "seed": 0}
     assert result["settings"] == {"task": str(file), "checkpoint": "ckpt.pt", **wanted}
@@ -188,7 +227,9 @@ def test_choices(out_dir, monkeypatch, capsys):
 
 def test_characters_are_not_bytes(out_dir, monkeypatch):
     """log p -30 and -50 over 4 and 7 characters or 8 and 7 bytes: the first is better by either, until bytes are counted."""
-    (out_dir.parent / "two.jsonl").write_text(json.dumps({"context": "a", "choices": ["äöüß", "abcdefg"], "gold": 0}) + "\n")
+    (out_dir.parent / "two.jsonl").write_text(
+        json.dumps({"context": "a", "choices": ["äöüß", "abcdefg"], "gold": 0}) + "\n"
+    )
     monkeypatch.setattr(eval_module, "score", lambda model, pairs, **options: np.array([40.0, 50.0]))
     result = call(monkeypatch, out_dir, f"--task={out_dir.parent / 'two.jsonl'}")
     assert (result["acc"], result["acc_norm"], result["acc_bytes"]) == (1, 0, 1)
@@ -200,7 +241,10 @@ def test_fields_of_an_item_are_kept(out_dir, monkeypatch):
     text = json.dumps({"context": "a", "choices": ["b", "c"], "gold": 0, "index": 77, "source": "me"})
     (out_dir.parent / "own.jsonl").write_text("\ufeff" + text + "\n" + text + "\n", encoding="utf-8")
     result = call(monkeypatch, out_dir, f"--task={out_dir.parent / 'own.jsonl'}")
-    assert [(r["index"], r["source"]) for r in map(json.loads, open(result["items"]))] == [(0, "me"), (1, "me")]
+    assert [(r["index"], r["source"]) for r in map(json.loads, open(result["items"]))] == [
+        (0, "me"),
+        (1, "me"),
+    ]
 
 
 def test_targets(out_dir, monkeypatch):
@@ -210,7 +254,9 @@ def test_targets(out_dir, monkeypatch):
     file = out_dir.parent / "targets.jsonl"
     result = call(monkeypatch, out_dir, f"--task={file}", "--nll_type=chain_rule")
     assert result["perplexity"] == pytest.approx(math.exp(-np.mean(values)), rel=1e-4)
-    assert result["perplexity_se"] == pytest.approx(result["perplexity"] * np.std(values, ddof=1) / math.sqrt(15), rel=1e-4)
+    assert result["perplexity_se"] == pytest.approx(
+        result["perplexity"] * np.std(values, ddof=1) / math.sqrt(15), rel=1e-4
+    )
     assert result["acc"] == 0
     scales = []
 
@@ -219,7 +265,9 @@ def test_targets(out_dir, monkeypatch):
         return np.arange(len(pairs)) % 5 == 0
 
     monkeypatch.setattr(eval_module, "greedy_matches", fake)
-    assert call(monkeypatch, out_dir, f"--task={file}", "--nll_type=mc", "--cfg_scale=0.4")["acc"] == 0.2 and scales == [0.4]
+    assert call(monkeypatch, out_dir, f"--task={file}", "--nll_type=mc", "--cfg_scale=0.4")[
+        "acc"
+    ] == 0.2 and scales == [0.4]
 
 
 @pytest.mark.parametrize(
@@ -290,8 +338,17 @@ def test_two_processes_find_the_same(out_dir, monkeypatch):
     records = [[json.loads(line) for line in open(result["items"])] for result in one]
     for result in one:
         os.remove(result["items"])
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "eval.py")]
-    done = subprocess.run([*command, f"--out_dir={out_dir}", "--device=cpu", *argv], capture_output=True, text=True, timeout=120)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(ROOT / "eval.py"),
+    ]
+    done = subprocess.run(
+        [*command, f"--out_dir={out_dir}", "--device=cpu", *argv], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     two = list(json.loads((out_dir / "results.json").read_text()).values())
     for a, b, old in zip(one, two, records):
@@ -306,7 +363,14 @@ def test_two_processes_find_the_same(out_dir, monkeypatch):
 
 
 def test_errors_end_all_processes(out_dir):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "eval.py")]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(ROOT / "eval.py"),
+    ]
     argv = [f"--out_dir={out_dir}", "--device=cpu", f"--task={out_dir / 'none.jsonl'}"]
     done = subprocess.run([*command, *argv], capture_output=True, text=True, timeout=120)
     assert done.returncode != 0 and "error: task file" in done.stderr
@@ -318,7 +382,8 @@ def test_errors_end_all_processes(out_dir):
 def test_without_the_harness(out_dir, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     with pytest.raises(
-        ValueError, match="task 'piqa' is none of loss, gsm8k, sinks, sink_changes, runs, file.jsonl, .* pip install lm-eval"
+        ValueError,
+        match="task 'piqa' is none of loss, gsm8k, sinks, sink_changes, runs, file.jsonl, .* pip install lm-eval",
     ):
         call(monkeypatch, out_dir, "--task=piqa")
 
@@ -367,11 +432,43 @@ def test_harness_finds_what_we_find(out_dir):
     pytest.importorskip("lm_eval")
     folder = out_dir.parent
     choices, targets = folder / "choices.jsonl", folder / "targets.jsonl"
-    define(folder, "h_choices", choices, "multiple_choice", more='doc_to_choice: "{{choices}}"', metrics=CHOICE_METRICS)
-    define(folder, "h_targets", targets, "loglikelihood", target=TARGET, metrics="{metric: perplexity}, {metric: acc}")
-    define(folder, "h_rolling", targets, "loglikelihood_rolling", "", "{{context}}", metrics="{metric: byte_perplexity}")
-    more = 'generation_kwargs: {until: ["."], max_new_tokens: 5, do_sample: true, temperature: 1.0}\nrepeats: 2'
-    define(folder, "h_generate", targets, "generate_until", target=TARGET, more=more, metrics="{metric: exact_match}")
+    define(
+        folder,
+        "h_choices",
+        choices,
+        "multiple_choice",
+        more='doc_to_choice: "{{choices}}"',
+        metrics=CHOICE_METRICS,
+    )
+    define(
+        folder,
+        "h_targets",
+        targets,
+        "loglikelihood",
+        target=TARGET,
+        metrics="{metric: perplexity}, {metric: acc}",
+    )
+    define(
+        folder,
+        "h_rolling",
+        targets,
+        "loglikelihood_rolling",
+        "",
+        "{{context}}",
+        metrics="{metric: byte_perplexity}",
+    )
+    more = (
+        'generation_kwargs: {until: ["."], max_new_tokens: 5, do_sample: true, temperature: 1.0}\nrepeats: 2'
+    )
+    define(
+        folder,
+        "h_generate",
+        targets,
+        "generate_until",
+        target=TARGET,
+        more=more,
+        metrics="{metric: exact_match}",
+    )
     tasks = f"h_choices:seed=3,{choices}:seed=3,h_targets:cfg_scale=0.5,{targets}:cfg_scale=0.5,h_rolling,h_generate"
     results, out = run_harness(out_dir, f"--task={tasks}", "--mc_num=4")
     for metric in ("acc", "acc_norm", "acc_bytes", "acc_se", "acc_norm_se"):
@@ -384,11 +481,16 @@ def test_harness_finds_what_we_find(out_dir):
     wanted = math.exp(-sum(record["log_p"] for record in records) / n_bytes)
     assert results["h_rolling"]["byte_perplexity"] == pytest.approx(wanted)
     texts = [json.loads(line)["text"] for line in open(next(out_dir.glob("h_generate-generate-*.jsonl")))]
-    assert len(texts) == 30 and not any("." in text for text in texts) and len(set(texts)) > 15  # a repeat is another draw
+    assert (
+        len(texts) == 30 and not any("." in text for text in texts) and len(set(texts)) > 15
+    )  # a repeat is another draw
     assert len({result["data_sha256"] for result in results.values()}) == 6
     assert "|h_choices|" in out and "h_generate" in out  # the harness's tables
     saved = json.loads(next(out_dir.glob("h_choices-????????.json")).read_text())
-    assert saved["results"]["h_choices"]["acc,none"] == results["h_choices"]["acc"] and len(saved["samples"]["h_choices"]) == 15
+    assert (
+        saved["results"]["h_choices"]["acc,none"] == results["h_choices"]["acc"]
+        and len(saved["samples"]["h_choices"]) == 15
+    )
 
 
 @pytest.mark.skipif(not os.path.exists(BENCH), reason="no folder of benchmark items (set BENCH_DIR)")
@@ -396,13 +498,20 @@ def test_harness_on_real_items(out_dir):
     pytest.importorskip("lm_eval")
     _, _, checkpoint = parts_of(out_dir)
     model = make_model(vocab_size=checkpoint["meta"]["vocab_size"], block_size=512)
-    save_checkpoint(out_dir / "ckpt.pt", checkpoint | {"model": model.state_dict(), "model_config": vars(model.config)})
+    save_checkpoint(
+        out_dir / "ckpt.pt", checkpoint | {"model": model.state_dict(), "model_config": vars(model.config)}
+    )
     tasks = []
     for name in ("piqa", "arc_easy", "hellaswag", "lambada"):
         file = f"{BENCH}/{name}.jsonl"
         if name == "lambada":
             define(
-                out_dir.parent, "my_lambada", file, "loglikelihood", target=TARGET, metrics="{metric: perplexity}, {metric: acc}"
+                out_dir.parent,
+                "my_lambada",
+                file,
+                "loglikelihood",
+                target=TARGET,
+                metrics="{metric: perplexity}, {metric: acc}",
             )
         else:
             more = 'doc_to_choice: "{{choices}}"'
@@ -410,14 +519,18 @@ def test_harness_on_real_items(out_dir):
         tasks += [f"my_{name}", file]
     results, _ = run_harness(out_dir, f"--task={','.join(tasks)}", "--mc_num=2", "--limit=25")
     for theirs, ours in zip(tasks[::2], tasks[1::2]):
-        for metric in ("acc", "perplexity") if "lambada" in ours else ("acc", "acc_norm", "acc_bytes", "acc_se"):
+        for metric in (
+            ("acc", "perplexity") if "lambada" in ours else ("acc", "acc_norm", "acc_bytes", "acc_se")
+        ):
             assert results[theirs][metric] == pytest.approx(results[ours][metric], rel=1e-5), (theirs, metric)
         assert results[theirs]["n"] == results[ours]["n"] == 25
 
 
 def test_unknown_harness_task(out_dir, monkeypatch):
     pytest.importorskip("lm_eval")
-    with pytest.raises(ValueError, match="lm-evaluation-harness has no task 'hellaswagg'; did you mean 'hellaswag'"):
+    with pytest.raises(
+        ValueError, match="lm-evaluation-harness has no task 'hellaswagg'; did you mean 'hellaswag'"
+    ):
         call(monkeypatch, out_dir, "--task=hellaswagg")
     with pytest.raises(ValueError, match="include_path nowhere is no folder"):
         call(monkeypatch, out_dir, "--task=hellaswag", "--include_path=nowhere")

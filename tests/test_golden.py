@@ -12,7 +12,17 @@ import torch
 from conftest import ROOT
 
 from eval import greedy_matches, hidden_tokens, score, sum_rows
-from model import MDM, PRESETS, MDMConfig, generate, guided_logits, sample_tokens, surest, tokens_for_flops, weighted_nll
+from model import (
+    MDM,
+    PRESETS,
+    MDMConfig,
+    generate,
+    guided_logits,
+    sample_tokens,
+    surest,
+    tokens_for_flops,
+    weighted_nll,
+)
 from train import get_lr
 
 GOLDEN = os.environ.get("GOLDEN_DIR", ROOT.parent / "shared" / "golden")
@@ -34,7 +44,9 @@ def ids(z, key):
 
 def test_variant_is_read_off_the_shapes(golden, request):
     config = golden[1].config
-    wanted = {"base": (0, False), "gate": (0, True), "sink": (1, False)}[request.node.callspec.params["golden"]]
+    wanted = {"base": (0, False), "gate": (0, True), "sink": (1, False)}[
+        request.node.callspec.params["golden"]
+    ]
     assert (config.n_sink, config.gated_attention) == wanted
     assert (config.n_layer, config.n_embd, config.mlp_hidden, config.vocab_size) == (3, 64, 256, 96)
 
@@ -43,13 +55,18 @@ def test_hidden_states_and_logits(golden):
     z, model = golden
     states = []
     hooks = [model.blocks[0].register_forward_pre_hook(lambda module, args: states.append(args[0]))]
-    hooks += [block.register_forward_hook(lambda module, args, output: states.append(output)) for block in model.blocks]
+    hooks += [
+        block.register_forward_hook(lambda module, args, output: states.append(output))
+        for block in model.blocks
+    ]
     logits = model(ids(z, "noisy_ids"))
     for hook in hooks:
         hook.remove()
     assert len(states) == 4
     for i, state in enumerate(states):
-        np.testing.assert_allclose(state.detach().numpy(), z[f"hidden_{i}"], atol=1e-4, rtol=0, err_msg=f"hidden_{i}")
+        np.testing.assert_allclose(
+            state.detach().numpy(), z[f"hidden_{i}"], atol=1e-4, rtol=0, err_msg=f"hidden_{i}"
+        )
     np.testing.assert_allclose(logits.detach().numpy(), z["logits"], atol=1e-4, rtol=0)
 
 
@@ -65,7 +82,11 @@ def test_loss_and_gradients(golden):
     if model.sink is not None:  # in the authors' code the sink is the last row of the embedding table
         ours["wte.weight"] = torch.cat((ours["wte.weight"], model.sink.grad))
     for name, wanted in zip(z["param_names"].tolist(), z["grad_norm"]):
-        name = name.removeprefix("transformer.").replace("h.", "blocks.", 1) if ".h." in name else name.removeprefix("transformer.")
+        name = (
+            name.removeprefix("transformer.").replace("h.", "blocks.", 1)
+            if ".h." in name
+            else name.removeprefix("transformer.")
+        )
         name = name.replace("attn.attn.", "attn.qkv.").replace("swiglu.", "")
         np.testing.assert_allclose(ours[name].norm().item(), wanted, rtol=1e-4, err_msg=name)
     total = sum(p.grad.square().sum() for p in model.parameters()).sqrt()
@@ -90,7 +111,9 @@ def test_greedy_trace(golden, pair, cfg_scale):
     trace = ids(z, f"pair{pair}_greedy_trace_cfg{cfg_scale:g}")
     seen = [trace[0]]
     n_hidden = int((trace[0] == model.config.mask_id).sum())
-    filled, n_forward = generate(model, trace[:1], steps=n_hidden, cfg_scale=cfg_scale, on_step=lambda x: seen.append(x[0]))
+    filled, n_forward = generate(
+        model, trace[:1], steps=n_hidden, cfg_scale=cfg_scale, on_step=lambda x: seen.append(x[0])
+    )
     assert torch.equal(torch.stack(seen), trace)
     assert torch.equal(filled[0], ids(z, f"pair{pair}_greedy_fill_cfg{cfg_scale:g}"))
     assert n_forward == n_hidden * (1 if cfg_scale == 0 else 2)
@@ -107,7 +130,9 @@ def test_deterministic_sampler_decisions(golden, cfg_scale):
     for step in range(len(trace) - 1):
         x = trace[step : step + 1]
         with torch.no_grad():
-            tokens, confidence = sample_tokens(guided_logits(model, x, given, float(cfg_scale))[0], temperature=0.0)
+            tokens, confidence = sample_tokens(
+                guided_logits(model, x, given, float(cfg_scale))[0], temperature=0.0
+            )
         confidence = torch.where(x[0] == mask_id, confidence, -1.0)
         reveal = surest(confidence, left[step] - left[step + 1])
         assert torch.equal(torch.where(reveal, tokens, x[0]), trace[step + 1])
@@ -121,7 +146,11 @@ def test_parameter_table():
         shape = (config.n_layer, config.n_head, config.n_embd, config.mlp_hidden)
         assert shape == tuple(int(z[key][i]) for key in ("n_layer", "n_head", "n_embd", "intermediate_size"))
         assert (config.block_size, config.vocab_size) == (2048, 32000)
-        variants = {"base": {"n_sink": 0}, "sink": {"n_sink": 1}, "gate": {"n_sink": 0, "gated_attention": True}}
+        variants = {
+            "base": {"n_sink": 0},
+            "sink": {"n_sink": 1},
+            "gate": {"n_sink": 0, "gated_attention": True},
+        }
         for name, flags in variants.items():
             with torch.device("meta"):  # shapes without memory
                 model = MDM(MDMConfig.preset(f"{size}M", **flags))
@@ -134,8 +163,13 @@ def test_steps_from_flops():
     columns = z["run_columns"].tolist()
     for row in z["runs"]:
         run = dict(zip(columns, row.tolist()))
-        config = MDMConfig.preset(f"{run['model']:.0f}M", n_sink=1, gated_attention=True)  # the budget ignores the gate
-        assert int(tokens_for_flops(config, run["flops_e18"] * 1e18) / (run["batch_size"] * 2048)) == run["max_step"]
+        config = MDMConfig.preset(
+            f"{run['model']:.0f}M", n_sink=1, gated_attention=True
+        )  # the budget ignores the gate
+        assert (
+            int(tokens_for_flops(config, run["flops_e18"] * 1e18) / (run["batch_size"] * 2048))
+            == run["max_step"]
+        )
 
 
 @pytest.mark.parametrize("run", ["m472_f300", "m6_f1", "m6_f0.006", "m19_f3", "sft"])
@@ -146,8 +180,14 @@ def test_learning_rate_schedule(run):
     if run == "sft":
         lengths, its, rates = dict(zip(z["sft_columns"].tolist(), z["sft"])), z["sft_lr_iters"], z["sft_lr"]
     else:
-        rows = {f"m{row[0]:g}_f{row[1]:g}": row for row in z["runs"][::-1]}  # of two rows of a name the first was recorded
-        lengths, its, rates = dict(zip(z["run_columns"].tolist(), rows[run])), z[f"lr_iters_{run}"], z[f"lr_{run}"]
+        rows = {
+            f"m{row[0]:g}_f{row[1]:g}": row for row in z["runs"][::-1]
+        }  # of two rows of a name the first was recorded
+        lengths, its, rates = (
+            dict(zip(z["run_columns"].tolist(), rows[run])),
+            z[f"lr_iters_{run}"],
+            z[f"lr_{run}"],
+        )
     ours = [get_lr(it, lengths["max_iters"], peak, floor, lengths["warmup_iters"]) for it in its]
     np.testing.assert_allclose(ours, rates, rtol=1e-9)
     assert len(set(ours)) > 5

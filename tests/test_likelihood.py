@@ -13,7 +13,17 @@ from conftest import make_model
 
 from bench import one_at_a_time
 from configurator import parse
-from eval import EvalConfig, Trained, continuations, encode_pair, fit, greedy_matches, hidden_tokens, rolling_loglikelihoods, score
+from eval import (
+    EvalConfig,
+    Trained,
+    continuations,
+    encode_pair,
+    fit,
+    greedy_matches,
+    hidden_tokens,
+    rolling_loglikelihoods,
+    score,
+)
 from model import MDM, generate, guided_logits
 from prepare_data import load_tokenizer, make_tokenizer
 
@@ -36,7 +46,10 @@ def requests(n, seed=0, longest=16):
     """Pairs of random ids of mixed lengths, up to the model's 16 tokens."""
     rng = np.random.default_rng(seed)
     shapes = [(int(rng.integers(0, longest - 4)), int(rng.integers(1, 6))) for _ in range(n)]
-    return [(rng.integers(0, 11, a).tolist(), rng.integers(0, 11, min(b, longest - a)).tolist()) for a, b in shapes]
+    return [
+        (rng.integers(0, 11, a).tolist(), rng.integers(0, 11, min(b, longest - a)).tolist())
+        for a, b in shapes
+    ]
 
 
 # ---- the estimators
@@ -76,7 +89,9 @@ def test_monte_carlo_is_unbiased(way, cfg_scale):
 def test_exact_counts_vary_less_than_coins():
     model, sd = make_model(), {}
     for way in ("coins", "exact"):
-        sd[way] = np.std([score(model, [(CONTEXT, TARGET)], mc_num=8, mc_masking=way, seed=seed)[0] for seed in range(300)])
+        sd[way] = np.std(
+            [score(model, [(CONTEXT, TARGET)], mc_num=8, mc_masking=way, seed=seed)[0] for seed in range(300)]
+        )
     assert sd["exact"] < sd["coins"] / 3
 
 
@@ -116,7 +131,9 @@ def test_marginal_of_exact_masks_is_uniform():
 def test_passes_are_made_once(way):
     """With 200 draws and 4 tokens there are no more than 15 passes, and none without a hidden token; the weights add up."""
     hidden, weight = hidden_tokens(CONTEXT, TARGET, "mc", 200, way, 0)
-    assert len(hidden) <= 15 and hidden.any(axis=1).all() and len({tuple(row) for row in hidden}) == len(hidden)
+    assert (
+        len(hidden) <= 15 and hidden.any(axis=1).all() and len({tuple(row) for row in hidden}) == len(hidden)
+    )
     assert np.array_equal(weight > 0, hidden)
     if way == "exact":
         assert weight.sum() == pytest.approx(4)  # of nll = 1 everywhere: L tokens
@@ -143,7 +160,11 @@ def test_one_token_is_exact():
 def test_no_target_and_no_number():
     model = make_model()
     with np.errstate(all="raise"):
-        assert score(model, [(CONTEXT, [])]).tolist() == score(model, [(CONTEXT, [])], "chain_rule").tolist() == [0]
+        assert (
+            score(model, [(CONTEXT, [])]).tolist()
+            == score(model, [(CONTEXT, [])], "chain_rule").tolist()
+            == [0]
+        )
     model.lm_head.weight.data[3] = math.nan
     with pytest.raises(ValueError, match="a -log p is nan: the model is broken, or dtype too small"):
         score(model, [(CONTEXT, TARGET)])
@@ -153,7 +174,8 @@ def test_no_target_and_no_number():
 
 
 @pytest.mark.parametrize(
-    "options", [{"nll_type": "chain_rule"}, {"mc_num": 5}, {"mc_num": 3, "mc_masking": "coins", "cfg_scale": 0.7}]
+    "options",
+    [{"nll_type": "chain_rule"}, {"mc_num": 5}, {"mc_num": 3, "mc_masking": "coins", "cfg_scale": 0.7}],
 )
 def test_score_does_not_depend_on_the_batch(variant, options):
     """Alone, among 32 of mixed lengths, in another order, in batches of another size."""
@@ -168,7 +190,11 @@ def test_score_does_not_depend_on_the_batch(variant, options):
 
 def test_each_request_has_its_own_draws():
     """From its tokens and the seed: neither the same for all, nor dependent on the place among them."""
-    masks = [hidden_tokens(context, [1] * 12, "mc", 8, way, 0)[0].tolist() for way in ("exact", "coins") for context in ([2], [3])]
+    masks = [
+        hidden_tokens(context, [1] * 12, "mc", 8, way, 0)[0].tolist()
+        for way in ("exact", "coins")
+        for context in ([2], [3])
+    ]
     assert masks[0] != masks[1] and masks[2] != masks[3]
     assert masks[0] == hidden_tokens([2], [1] * 12, "mc", 8, "exact", 0)[0].tolist()
     assert masks[0] != hidden_tokens([2], [1] * 12, "mc", 8, "exact", 1)[0].tolist()
@@ -192,7 +218,8 @@ def test_head_runs_at_scored_places_only():
 
 
 @pytest.mark.parametrize(
-    "option", [{"nll_type": "chain_rule"}, {"mc_num": 7}, {"mc_masking": "coins"}, {"cfg_scale": 0.5}, {"seed": 2}]
+    "option",
+    [{"nll_type": "chain_rule"}, {"mc_num": 7}, {"mc_masking": "coins"}, {"cfg_scale": 0.5}, {"seed": 2}],
 )
 def test_every_option_changes_the_score(option):
     model = make_model()
@@ -234,7 +261,9 @@ def greedy_fill(model, context, n, cfg_scale=0.0):
 def test_greedy_matches(variant, cfg_scale):
     """Of 24 requests of mixed lengths in one batch every third has a wrong token somewhere."""
     model, wanted = make_model(**variant), []
-    pairs = [(context or [5], target) for context, target in requests(24, longest=15)]  # with no token to see, places tie
+    pairs = [
+        (context or [5], target) for context, target in requests(24, longest=15)
+    ]  # with no token to see, places tie
     pairs = [(context, greedy_fill(model, context, len(target), cfg_scale)) for context, target in pairs]
     for number, (_, target) in enumerate(pairs):
         wanted.append(number % 3 > 0)
@@ -313,7 +342,9 @@ def test_rolling_covers_every_token_once(trained):
     both = rolling_loglikelihoods(cfg, trained, [text, "", "yes"])
     assert both[0]["log_p"] == pytest.approx(-score(trained.model, pieces, mc_num=4).sum())
     assert both[1]["log_p"] == 0
-    assert both[2]["log_p"] == pytest.approx(-score(trained.model, [encode_pair(trained.tokenizer, "", "yes")], mc_num=4)[0])
+    assert both[2]["log_p"] == pytest.approx(
+        -score(trained.model, [encode_pair(trained.tokenizer, "", "yes")], mc_num=4)[0]
+    )
 
 
 def test_rolling_windows_are_the_harness_s(trained, monkeypatch):
@@ -336,7 +367,13 @@ def test_continuations(trained):
     """Equal to generate on each row alone, at its temperature; ends at `until`; an over-long context is cut from the left."""
     cfg, tokenizer, eot = EvalConfig(temperature=1.5), trained.tokenizer, trained.tokenizer.eot_token
     hot = {"do_sample": True, "temperature": 3.0}
-    requests = [asked("Answer:", 6), asked("Answer: yes", 9), asked("q" * 40, 5), asked("", 4), asked("zz", 6, **hot)]
+    requests = [
+        asked("Answer:", 6),
+        asked("Answer: yes", 9),
+        asked("q" * 40, 5),
+        asked("", 4),
+        asked("zz", 6, **hot),
+    ]
     requests += [asked("Answer:", 6, do_sample=True)]
     together = continuations(cfg, trained, requests)
     assert together == [continuations(cfg, trained, [request])[0] for request in requests]
@@ -352,7 +389,9 @@ def test_continuations(trained):
     assert cut["text"] == first[: first.index(first[3:5])]
 
 
-@pytest.mark.parametrize("n_context, n_new, cut", [(2, 22, 0), (11, 13, 0), (12, 12, 0), (13, 12, 1), (40, 12, 28)])
+@pytest.mark.parametrize(
+    "n_context, n_new, cut", [(2, 22, 0), (11, 13, 0), (12, 12, 0), (13, 12, 1), (40, 12, 28)]
+)
 def test_a_long_text_leaves_the_context_its_half(trained, monkeypatch, n_context, n_new, cut):
     """The harness asks for 256 tokens by default, which small models do not have: the context is kept, up to half of the model."""
     hidden = []
@@ -384,10 +423,14 @@ def test_a_text_ends_before_its_end_of_text(trained, monkeypatch):
 def test_every_option_changes_the_text(trained, change):
     requests = [asked("Answer:", 12, do_sample=True)] * 2 + [asked("Answer:", 12, repeat=1, do_sample=True)]
     *base, change = (f"--{flag}" for flag in ["temperature=1.5", *change.split(",")])
-    plain, other = (continuations(parse(EvalConfig, flags)[0], trained, requests) for flags in (base, [*base, change]))
+    plain, other = (
+        continuations(parse(EvalConfig, flags)[0], trained, requests) for flags in (base, [*base, change])
+    )
     assert plain[0] == plain[1] != plain[2] and plain != other  # the second asking of the same draws anew
     requests = [asked("Answer:", 12, do_sample=True, temperature=3.0)]  # the task's own settings win
-    assert continuations(EvalConfig(), trained, requests) == continuations(EvalConfig(temperature=0.7), trained, requests)
+    assert continuations(EvalConfig(), trained, requests) == continuations(
+        EvalConfig(temperature=0.7), trained, requests
+    )
 
 
 def test_sinks_are_computed_once_for_many_passes(monkeypatch):
@@ -396,7 +439,9 @@ def test_sinks_are_computed_once_for_many_passes(monkeypatch):
     wanted = score(make_model(block_size=32), pairs)
     monkeypatch.setattr(model, "sink_keys_values", lambda: calls.append(1) or real())
     passes = []
-    model.register_forward_pre_hook(lambda module, args, kwargs: passes.append(kwargs["sinks"]), with_kwargs=True)
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: passes.append(kwargs["sinks"]), with_kwargs=True
+    )
     np.testing.assert_allclose(score(model, pairs, batch_tokens=8), wanted, rtol=1e-5)
     assert calls == [1] and len(passes) > 5 and all(sinks is passes[0] is not None for sinks in passes)
 
@@ -410,7 +455,9 @@ def test_padding_is_invisible(variant):
     logits = model(x, lengths=lengths)
     for row, n in enumerate(lengths.tolist()):
         torch.testing.assert_close(logits[row, :n], model(x[row : row + 1, :n])[0], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(model(torch.where(real, x, 3), lengths=lengths)[real], logits[real], atol=0, rtol=0)
+    torch.testing.assert_close(
+        model(torch.where(real, x, 3), lengths=lengths)[real], logits[real], atol=0, rtol=0
+    )
     only = real & (torch.rand(5, 16, generator=torch.Generator().manual_seed(1)) < 0.5)
     places = only.flatten().nonzero()[:, 0]
     torch.testing.assert_close(model(x, only=places, lengths=lengths), logits[only])

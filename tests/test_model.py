@@ -48,7 +48,8 @@ def oracle(model, xt):
 
     turn = torch.polar(
         torch.ones(S, d // 2, dtype=torch.float64),
-        torch.arange(S, dtype=torch.float64)[:, None] * 10000.0 ** (-2 * torch.arange(d // 2, dtype=torch.float64) / d),
+        torch.arange(S, dtype=torch.float64)[:, None]
+        * 10000.0 ** (-2 * torch.arange(d // 2, dtype=torch.float64) / d),
     )
 
     def rotate(x):
@@ -72,7 +73,11 @@ def oracle(model, xt):
             y = y / (1 + (-(n @ w[p + "attn.gate.weight"].T)).exp())
         x = x + y @ w[p + "attn.proj.weight"].T
         n = norm(x, w[p + "norm_2.weight"])
-        x = x + (F.silu(n @ w[p + "mlp.w1.weight"].T) * (n @ w[p + "mlp.w2.weight"].T)) @ w[p + "mlp.w3.weight"].T
+        x = (
+            x
+            + (F.silu(n @ w[p + "mlp.w1.weight"].T) * (n @ w[p + "mlp.w2.weight"].T))
+            @ w[p + "mlp.w3.weight"].T
+        )
     content = [i for i in range(S) if i not in sinks]
     return norm(x[:, content], w["ln_f.weight"]) @ w["lm_head.weight"].T
 
@@ -85,12 +90,16 @@ def test_forward_equals_explicit_formula(variant):
     torch.testing.assert_close(logits.double(), oracle(model, xt), atol=2e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("flags", [{"n_sink": 1}, {"n_sink": 4}, {"n_sink": 2, "sink_position": "end"}, {"sink_zero_value": True}])
+@pytest.mark.parametrize(
+    "flags", [{"n_sink": 1}, {"n_sink": 4}, {"n_sink": 2, "sink_position": "end"}, {"sink_zero_value": True}]
+)
 def test_sink_state_is_a_constant(flags):
     model = make_model(**flags)
     one, other = torch.randint(0, 12, (2, 9)), torch.randint(0, 12, (2, 9))
     for a, b in zip(states(model, one), states(model, other)):
-        a_sinks, b_sinks = (state[:, : model.config.n_sink] for state in (a, b))  # the first rows, also with positions at the end
+        a_sinks, b_sinks = (
+            state[:, : model.config.n_sink] for state in (a, b)
+        )  # the first rows, also with positions at the end
         torch.testing.assert_close(a_sinks, b_sinks, atol=1e-6, rtol=0)
         torch.testing.assert_close(a_sinks[0], a_sinks[1], atol=1e-6, rtol=0)
         assert not torch.allclose(a, b)  # the content's states do differ
@@ -118,7 +127,14 @@ def test_every_sink_changes_the_logits(flags):
 
 
 @pytest.mark.parametrize(
-    "flags", [{"n_sink": 0}, {"n_sink": 2}, {"sink_position": "end"}, {"sink_zero_value": True}, {"gated_attention": True}]
+    "flags",
+    [
+        {"n_sink": 0},
+        {"n_sink": 2},
+        {"sink_position": "end"},
+        {"sink_zero_value": True},
+        {"gated_attention": True},
+    ],
 )
 def test_every_flag_changes_the_logits(flags):
     plain, flagged = make_model(), make_model(**flags)
@@ -171,7 +187,9 @@ def test_split_equals_mask_in_bfloat16(variant):
     assert (a.float() - b.float()).square().mean().sqrt() < 1.5 * rounding
 
 
-@pytest.mark.parametrize("flags", [{"n_sink": 1}, {"n_sink": 2, "sink_position": "end"}, {"sink_zero_value": True}])
+@pytest.mark.parametrize(
+    "flags", [{"n_sink": 1}, {"n_sink": 2, "sink_position": "end"}, {"sink_zero_value": True}]
+)
 def test_sinks_may_be_computed_once(flags):
     model = make_model(**flags, sink_attention="split")
     sinks = model.sink_keys_values()
@@ -195,7 +213,9 @@ def test_a_pass_over_the_rest_of_a_text(variant, way):
         for start in (0, 1, 5):
             before = [(k[:, :, : n_sink + start], v[:, :, : n_sink + start]) for k, v in store]
             rest = model.hidden_states(xt[:, start:], lengths, before=before)
-            torch.testing.assert_close(rest[real[:, start:]], whole[:, start:][real[:, start:]], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(
+                rest[real[:, start:]], whole[:, start:][real[:, start:]], atol=1e-5, rtol=1e-5
+            )
 
 
 def test_no_mask_reaches_attention_in_split(monkeypatch):
@@ -245,14 +265,18 @@ def test_loss_holds_few_logits_at_once(monkeypatch):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
             nonlocal largest
             out = func(*args, **(kwargs or {}))
-            if torch.is_tensor(out) and out.shape[1:] == (4096,) and len(out) != 16:  # 16: the head's own weight, C x V
+            if (
+                torch.is_tensor(out) and out.shape[1:] == (4096,) and len(out) != 16
+            ):  # 16: the head's own weight, C x V
                 largest = max(largest, out.size(0))
             return out
 
     kept = []
     everything = torch.ones_like(x0, dtype=torch.bool)
     with Watch():
-        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor.shape) or tensor, lambda tensor: tensor):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: kept.append(tensor.shape) or tensor, lambda tensor: tensor
+        ):
             loss = weighted_nll(model, x0, torch.full_like(x0, 4096), everything, torch.ones(8, 1)).sum()
         loss.backward()
     assert largest == 5 and len(kept) > 9 and not any(shape[1:] == (4096,) for shape in kept)
@@ -267,9 +291,16 @@ def test_vanilla_has_nothing_extra():
 
 def test_variants_of_one_seed_share_their_weights():
     models = []
-    for flags in ({"n_sink": 0}, {"n_sink": 2}, {"gated_attention": True}, {"sink_position": "end", "gated_attention": True}):
+    for flags in (
+        {"n_sink": 0},
+        {"n_sink": 2},
+        {"gated_attention": True},
+        {"sink_position": "end", "gated_attention": True},
+    ):
         torch.manual_seed(5)
-        models.append(MDM(MDMConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16, **flags)).state_dict())
+        models.append(
+            MDM(MDMConfig(block_size=8, vocab_size=11, n_layer=2, n_head=2, n_embd=16, **flags)).state_dict()
+        )
     for other in models[1:]:
         assert all(torch.equal(tensor, other[name]) for name, tensor in models[0].items())
     assert not torch.equal(models[1]["wte.weight"][0], models[1]["wte.weight"][1])
@@ -277,7 +308,11 @@ def test_variants_of_one_seed_share_their_weights():
 
 def test_initialisation():
     torch.manual_seed(0)
-    model = MDM(MDMConfig(block_size=8, vocab_size=500, n_layer=3, n_head=4, n_embd=128, n_sink=4, gated_attention=True))
+    model = MDM(
+        MDMConfig(
+            block_size=8, vocab_size=500, n_layer=3, n_head=4, n_embd=128, n_sink=4, gated_attention=True
+        )
+    )
     for name, p in model.named_parameters():
         if p.ndim == 1:
             assert (p == 1).all()
@@ -304,7 +339,9 @@ def test_counts():
     assert model.num_params(non_embedding=False) == by_hand + 12 * 16 + 11 * 16 + 3 * 16
     assert c.table_params() == by_hand - c.n_layer * 16 * 16  # the table does not count the gate
     # 2 FLOPs a weight forward, 4 backward; attention: q k^T and weights v, each 2 T C FLOPs a token, three times in all
-    assert model.flops_per_token(10) == 6 * (by_hand + 11 * 16 / 2) + 3 * c.n_layer * 2 * 2 * 10 * 16  # the head: half the tokens
+    assert (
+        model.flops_per_token(10) == 6 * (by_hand + 11 * 16 / 2) + 3 * c.n_layer * 2 * 2 * 10 * 16
+    )  # the head: half the tokens
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prepare_data
-from prepare_data import DIGIT_PATTERN, EOT, PATTERN, PrepareConfig, Source, load_tokenizer, make_tokenizer, prepare
+from prepare_data import (
+    DIGIT_PATTERN,
+    EOT,
+    PATTERN,
+    PrepareConfig,
+    Source,
+    load_tokenizer,
+    make_tokenizer,
+    prepare,
+)
 
 STORIES = [f"Story {i}.\nOnce there was a cat.\n\nIt was {i} years old, or 1{i}.\n" for i in range(40)]
 
@@ -58,7 +67,9 @@ def test_every_source_keeps_every_document(tmp_path, form, tokenizer):
         opener = {"gz": gzip.open, "xz": lzma.open}.get(form.split(".")[-1], open)
         with opener(path, "wt") as file:
             file.write(rows if "jsonl" in form else text)
-    meta, splits, encoding = prepared(tmp_path, source=str(path), tokenizer=tokenizer, vocab_size=300, val_fraction=0.2)
+    meta, splits, encoding = prepared(
+        tmp_path, source=str(path), tokenizer=tokenizer, vocab_size=300, val_fraction=0.2
+    )
     found = documents(np.concatenate([splits["train"], splits["val"]]), encoding)
     assert found.pop() == "" and [d.strip("\n") for d in found] == [s.strip("\n") for s in STORIES]
     assert meta["documents"] == 40 and meta["dtype"] == "uint16" and meta["tokenizer"]["name"] == tokenizer
@@ -71,12 +82,19 @@ def test_every_source_keeps_every_document(tmp_path, form, tokenizer):
 def test_long_document_is_cut_where_no_token_is(tmp_path, monkeypatch):
     """Encoded in pieces, a document has the tokens it has as a whole: with GPT-2's pattern, blank lines and all."""
     rng = random.Random(0)
-    text = "".join(rng.choice(["word ", "12", "\n", "\n\n", "  ", "a. ", "\t", "The end.\n", " x\n"]) for _ in range(20000))
+    text = "".join(
+        rng.choice(["word ", "12", "\n", "\n\n", "  ", "a. ", "\t", "The end.\n", " x\n"])
+        for _ in range(20000)
+    )
     (tmp_path / "a.txt").write_text(text)
     whole = prepared(tmp_path, source=str(tmp_path / "a.txt"), tokenizer="bpe", vocab_size=400)
     monkeypatch.setattr(prepare_data, "CHARS_AT_ONCE", 300)
     pieces = list(Source(str(tmp_path / "a.txt"), "marked", ""))
-    assert len(pieces) > 100 and "".join(p for p, _ in pieces) == text and [end for _, end in pieces].count(True) == 1
+    assert (
+        len(pieces) > 100
+        and "".join(p for p, _ in pieces) == text
+        and [end for _, end in pieces].count(True) == 1
+    )
     spec = whole[0]["tokenizer"]
     tokens, sizes = prepare_data.encode(pieces, load_tokenizer(spec), np.uint16)
     assert len(sizes) == len(pieces) and sum(sizes) == len(tokens)
@@ -106,7 +124,9 @@ def test_rerun_is_identical_and_atomic(tmp_path, monkeypatch):
     (tmp_path / "broken.txt").write_bytes(b"fine so far " * 1000 + b"\xff\xfe")
     with pytest.raises(ValueError, match=r"broken.txt cannot be read as UTF-8 text"):
         prepared(tmp_path, source=str(tmp_path / "broken.txt"))
-    assert {p.name: p.read_bytes() for p in folder.iterdir()} == first  # nothing overwritten, nothing left behind
+    assert {
+        p.name: p.read_bytes() for p in folder.iterdir()
+    } == first  # nothing overwritten, nothing left behind
 
 
 def test_meta_describes_the_files(tmp_path):
@@ -123,7 +143,11 @@ def test_meta_describes_the_files(tmp_path):
 def test_wide_vocabulary_is_uint32(tmp_path, monkeypatch):
     ranks = {bytes([b]): b for b in range(256)} | {f"<{i}>".encode(): i for i in range(256, 70000)}
     encoding = tiktoken.Encoding("wide", pat_str=PATTERN, mergeable_ranks=ranks, special_tokens={EOT: 70000})
-    monkeypatch.setattr(prepare_data, "make_tokenizer", lambda *args: {"name": "wide", "pattern": PATTERN, "vocab_size": 70001})
+    monkeypatch.setattr(
+        prepare_data,
+        "make_tokenizer",
+        lambda *args: {"name": "wide", "pattern": PATTERN, "vocab_size": 70001},
+    )
     monkeypatch.setattr(prepare_data, "load_tokenizer", lambda spec: encoding)
     (tmp_path / "a.txt").write_text(EOT.join(STORIES))
     prepare(PrepareConfig(name="text", data_dir=str(tmp_path / "data"), source=str(tmp_path / "a.txt")))
@@ -138,7 +162,10 @@ def test_max_tokens_and_val_source(tmp_path):
     paths = {"source": str(tmp_path / "a.txt"), "val_source": str(tmp_path / "v.txt")}
     meta, splits, encoding = prepared(tmp_path, **paths, max_tokens=100)
     assert meta["documents"] == splits["train"].tolist().count(256) == 1
-    assert meta["tokens"] == {"train": 100, "val": 9} and encoding.decode(splits["val"][:-1].tolist()) == "held out"
+    assert (
+        meta["tokens"] == {"train": 100, "val": 9}
+        and encoding.decode(splits["val"][:-1].tolist()) == "held out"
+    )
 
 
 def test_download_of_a_url(tmp_path):
@@ -190,7 +217,11 @@ def test_wikitext_articles_are_documents(tmp_path):
     (tmp_path / "w.txt").write_text(text * 20)
     meta, splits, encoding = prepared(tmp_path, name="wikitext2", source=str(tmp_path / "w.txt"))
     found = documents(np.concatenate([splits["train"], splits["val"]]), encoding)
-    assert meta["documents"] == 40 and found[1].startswith(" = Second one = \n") and " = = Section = = \n" in found[0]
+    assert (
+        meta["documents"] == 40
+        and found[1].startswith(" = Second one = \n")
+        and " = = Section = = \n" in found[0]
+    )
 
 
 # ---- tokenizers
@@ -251,7 +282,10 @@ def test_arithmetic_is_right_disjoint_and_reproducible(tmp_path):
     for folder in ("one", "two"):
         prepare(PrepareConfig(data_dir=str(tmp_path / folder), num_problems=3000))
     one, two = (tmp_path / f / "arithmetic" for f in ("one", "two"))
-    texts, arrays = {"train.txt", "valid.txt", "test.txt"}, {"train.bin", "val.bin", "train_cuts.npy", "val_cuts.npy"}
+    texts, arrays = (
+        {"train.txt", "valid.txt", "test.txt"},
+        {"train.bin", "val.bin", "train_cuts.npy", "val_cuts.npy"},
+    )
     assert {p.name for p in one.iterdir()} == {*texts, *arrays, "meta.json"}
     assert all((one / p.name).read_bytes() == p.read_bytes() for p in two.iterdir())
     lines = {split: (one / f"{split}.txt").read_text().splitlines() for split in ("train", "valid", "test")}
@@ -259,7 +293,12 @@ def test_arithmetic_is_right_disjoint_and_reproducible(tmp_path):
     every = [line for part in lines.values() for line in part]
     assert len({line.split("||")[0] for line in every}) == len(every)
     assert all(grammar.check(as_document(line)) == "right" for line in every)
-    used = {i for line in every for i, (pattern, _) in enumerate(grammar.PATTERNS) if pattern.fullmatch(line.split("||")[0])}
+    used = {
+        i
+        for line in every
+        for i, (pattern, _) in enumerate(grammar.PATTERNS)
+        if pattern.fullmatch(line.split("||")[0])
+    }
     assert used == set(range(len(prepare_data.TEMPLATES))) and len(used) >= 10
     operators = {line.count("<<") for line in every}
     assert operators == {1, 2} and all(any(o in line.split("||")[1] for line in every) for o in "+-*/")
@@ -275,7 +314,13 @@ def test_the_grammar_oracle_sees_mistakes():
     assert grammar.check(good) == "right"
     for bad in (good.replace("=7", "=8"), good.replace("#### 7", "#### 8"), good.replace("<<3", "<<5")):
         assert grammar.check(bad) == "parses"
-    for bad in (good.replace("Answer:", "Answer"), good.replace("buys", "eats"), good.replace("3+4", "3-4"), good + " x", ""):
+    for bad in (
+        good.replace("Answer:", "Answer"),
+        good.replace("buys", "eats"),
+        good.replace("3+4", "3-4"),
+        good + " x",
+        "",
+    ):
         assert grammar.check(bad) == "no"
 
 
@@ -292,7 +337,8 @@ def test_cuts_find_the_parts_of_every_problem(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_data, "CHARS_AT_ONCE", 100)  # pieces of work that end anywhere in a problem
     lines = [f"How many are {i}+{i}? #### Answer: ||<<{i}+{i}={2 * i}>> #### {2 * i}" for i in range(200)]
     wanted = [
-        (f"Question: How many are {i}+{i}? #### Answer:", f" Answer: <<{i}+{i}={2 * i}>>", f" #### {2 * i}") for i in range(200)
+        (f"Question: How many are {i}+{i}? #### Answer:", f" Answer: <<{i}+{i}={2 * i}>>", f" #### {2 * i}")
+        for i in range(200)
     ]
     (tmp_path / "p.txt").write_text("\n".join(lines))
     source = {"name": "gsm8k", "source": str(tmp_path / "p.txt")}
@@ -307,7 +353,11 @@ def test_cuts_find_the_parts_of_every_problem(tmp_path, monkeypatch):
         prepared(tmp_path, **source, val_source=str(tmp_path / "p.txt"), max_tokens=max_tokens)
         meta, splits, _ = read(folder)
         n = splits["train"].tolist().count(meta["eot_id"])
-        assert parts(folder, "train") == wanted[:n] and n == meta["documents"] and len(splits["train"]) == max_tokens
+        assert (
+            parts(folder, "train") == wanted[:n]
+            and n == meta["documents"]
+            and len(splits["train"]) == max_tokens
+        )
 
 
 @settings(max_examples=200, deadline=None)
@@ -317,13 +367,25 @@ def test_the_parts_of_a_problem_have_the_tokens_of_the_whole(name, texts):
     """What makes it right to encode a question alone, and to go on with token ids, at evaluation."""
     tokenizer = load_tokenizer(make_tokenizer(name, split_digits=True, vocab_size=400, texts=STORIES))
     line = json.dumps({"question": texts[0], "answer": f"<<{texts[1]}>>#### {texts[2]}"})
-    pieces = [text for text, _ in Source.split_problem(SimpleNamespace(malformed=0, first_malformed=None), line, True, "")]
-    assert sum((tokenizer.encode_ordinary(piece) for piece in pieces), []) == tokenizer.encode_ordinary("".join(pieces))
+    pieces = [
+        text
+        for text, _ in Source.split_problem(
+            SimpleNamespace(malformed=0, first_malformed=None), line, True, ""
+        )
+    ]
+    assert sum((tokenizer.encode_ordinary(piece) for piece in pieces), []) == tokenizer.encode_ordinary(
+        "".join(pieces)
+    )
 
 
 def test_openai_files_become_the_same_documents(tmp_path):
     """An example of each form, as published; and where the real test files lie at hand, every problem of them."""
-    rows = [{"question": "Two  more than 3? ", "answer": "He has 3+2=<<3+2=5>>5.\nThen\n5*2=$<<5*2=10>>10\n#### 10"}]
+    rows = [
+        {
+            "question": "Two  more than 3? ",
+            "answer": "He has 3+2=<<3+2=5>>5.\nThen\n5*2=$<<5*2=10>>10\n#### 10",
+        }
+    ]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) * 30)
     (tmp_path / "a.txt").write_text("Two  more than 3?||<<3+2=5>> <<5*2=10>> #### 10\n" * 30)
     pairs = [(tmp_path / "a.jsonl", tmp_path / "a.txt", 30)]
@@ -331,24 +393,40 @@ def test_openai_files_become_the_same_documents(tmp_path):
     if real.exists():
         pairs.append((real / "test.jsonl", real / "test.txt", 1319))
     for json_file, text_file, n in pairs:
-        ours, theirs = ([text for text, _ in Source(str(path), "problems", "")] for path in (json_file, text_file))
+        ours, theirs = (
+            [text for text, _ in Source(str(path), "problems", "")] for path in (json_file, text_file)
+        )
         assert ours == theirs and len(ours) == 3 * n
 
 
 def test_malformed_lines_are_reported(tmp_path, capsys):
     lines = ["How many?||<<1+1=2>> #### 2"] * 30
-    (tmp_path / "p.txt").write_text("\n".join([*lines, "no bars #### 3", "q||no answer", "||x #### 1", "", "q||#### ", *lines]))
+    (tmp_path / "p.txt").write_text(
+        "\n".join([*lines, "no bars #### 3", "q||no answer", "||x #### 1", "", "q||#### ", *lines])
+    )
     meta, splits, encoding = prepared(tmp_path, name="gsm8k", source=str(tmp_path / "p.txt"))
     out = capsys.readouterr().out
-    assert meta["documents"] == 60 and "left out 4 lines that are neither 'question||" in out and "p.txt, line 31" in out
+    assert (
+        meta["documents"] == 60
+        and "left out 4 lines that are neither 'question||" in out
+        and "p.txt, line 31" in out
+    )
     assert DIGIT_PATTERN == meta["tokenizer"]["pattern"]
-    bad = [{"question": "q"}, {"question": "q", "answer": "no hashes"}, {"question": None, "answer": "#### 1"}, [1]]
+    bad = [
+        {"question": "q"},
+        {"question": "q", "answer": "no hashes"},
+        {"question": None, "answer": "#### 1"},
+        [1],
+    ]
     rows = [{"question": "q", "answer": "1 #### 1"}] * 30 + bad
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "{broken\n")
     assert prepared(tmp_path, name="gsm8k", source=str(tmp_path / "p.jsonl"))[0]["documents"] == 30
     out = capsys.readouterr().out
     assert "left out 5 lines" in out and "p.jsonl, line 31" in out
-    for text, message in {"q||t #### 1": "has too few problems to train on some", "no problem": "is empty"}.items():
+    for text, message in {
+        "q||t #### 1": "has too few problems to train on some",
+        "no problem": "is empty",
+    }.items():
         (tmp_path / "p.txt").write_text(text)
         with pytest.raises(ValueError, match=message):
             prepared(tmp_path, name="gsm8k", source=str(tmp_path / "p.txt"))
@@ -368,7 +446,11 @@ def test_malformed_lines_are_reported(tmp_path, capsys):
         ("text", {"val_fraction": 1.5}, "val_fraction is 1.5"),
         ("text", {"name": "nonsense"}, "unknown data set 'nonsense'; there are arithmetic"),
         ("text", {"name": "arithmetic"}, "arithmetic is generated"),
-        ("text", {"name": "arithmetic", "source": None, "num_problems": 10**6}, "the grammar is good for 1 to 100,000"),
+        (
+            "text",
+            {"name": "arithmetic", "source": None, "num_problems": 10**6},
+            "the grammar is good for 1 to 100,000",
+        ),
     ],
 )
 def test_bad_sources(tmp_path, content, options, message):
@@ -385,7 +467,10 @@ def test_a_json_line_may_be_long(tmp_path, monkeypatch):
 
 
 def test_bad_json(tmp_path):
-    for line, message in {"{": "line 2: no JSON", '{"a": 1}': "wanted an object with a 'text' field, got a"}.items():
+    for line, message in {
+        "{": "line 2: no JSON",
+        '{"a": 1}': "wanted an object with a 'text' field, got a",
+    }.items():
         (tmp_path / "a.jsonl").write_text('{"text": "x"}\n' + line + "\n")
         with pytest.raises(ValueError, match=message):
             prepared(tmp_path, source=str(tmp_path / "a.jsonl"))

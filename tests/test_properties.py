@@ -29,8 +29,16 @@ from model import generate
 from train import save_checkpoint
 
 CASES = {"derandomize": True, "database": None, "deadline": None, "suppress_health_check": list(HealthCheck)}
-ANY_TEXT = st.text(st.characters(exclude_categories=()), max_size=30)  # control characters and broken UTF-8 as well
-CONFIGS = [train.TrainConfig, sft_gsm8k.SFTConfig, sample.SampleConfig, eval_module.EvalConfig, prepare_data.PrepareConfig]
+ANY_TEXT = st.text(
+    st.characters(exclude_categories=()), max_size=30
+)  # control characters and broken UTF-8 as well
+CONFIGS = [
+    train.TrainConfig,
+    sft_gsm8k.SFTConfig,
+    sample.SampleConfig,
+    eval_module.EvalConfig,
+    prepare_data.PrepareConfig,
+]
 
 
 def through_run(main, capsys):
@@ -43,7 +51,11 @@ def through_run(main, capsys):
         if stop.code == 2:
             error = capsys.readouterr().err
             lines = [line for line in error.splitlines() if not line.startswith("sample")]
-            assert lines[-1].startswith("error: ") and error.count("error: ") >= 1 and len(error.split("error: ")[1].strip()) > 10
+            assert (
+                lines[-1].startswith("error: ")
+                and error.count("error: ") >= 1
+                and len(error.split("error: ")[1].strip()) > 10
+            )
             assert error.split("error: ", 1)[1].count("\n") == 1, error
         return stop.code
 
@@ -61,8 +73,15 @@ def arguments(draw):
     """Command lines in which keys exist or nearly do, and values are anything."""
     config_class = draw(st.sampled_from(CONFIGS))
     names = [field.name for field in dataclasses.fields(config_class)]
-    value = st.one_of(ANY_TEXT, st.floats().map(str), st.integers().map(str), st.sampled_from(["None", "True", "9" * 500, "1e999"]))
-    pair = st.builds(lambda key, value: f"--{key}={value}", st.one_of(st.sampled_from(names), ANY_TEXT), value)
+    value = st.one_of(
+        ANY_TEXT,
+        st.floats().map(str),
+        st.integers().map(str),
+        st.sampled_from(["None", "True", "9" * 500, "1e999"]),
+    )
+    pair = st.builds(
+        lambda key, value: f"--{key}={value}", st.one_of(st.sampled_from(names), ANY_TEXT), value
+    )
     return config_class, draw(st.lists(st.one_of(pair, ANY_TEXT, ANY_TEXT.map("--{}".format)), max_size=4))
 
 
@@ -83,7 +102,11 @@ def test_any_command_line_is_a_config_or_one_line(case, capsys):
 @st.composite
 def right_values(draw):
     config_class = draw(st.sampled_from(CONFIGS))
-    fields = draw(st.lists(st.sampled_from(dataclasses.fields(config_class)), max_size=5, unique_by=lambda field: field.name))
+    fields = draw(
+        st.lists(
+            st.sampled_from(dataclasses.fields(config_class)), max_size=5, unique_by=lambda field: field.name
+        )
+    )
     by_kind = {
         bool: st.booleans(),
         int: st.integers(-(2**63) + 2**10, 2**63 - 2**10),
@@ -91,7 +114,9 @@ def right_values(draw):
         str: st.text(st.characters(exclude_characters="\0"), max_size=20).filter(lambda text: text != "None"),
         type(None): st.none(),
     }
-    return config_class, {f.name: draw(st.one_of(*(by_kind[k] for k in kinds_of(config_class, f.name)))) for f in fields}
+    return config_class, {
+        f.name: draw(st.one_of(*(by_kind[k] for k in kinds_of(config_class, f.name)))) for f in fields
+    }
 
 
 @settings(max_examples=500, **CASES)
@@ -99,7 +124,9 @@ def right_values(draw):
 def test_what_is_set_is_what_is_read(case, tmp_path_factory):
     """From the command line and from a file: the same value, of the same type."""
     config_class, values = case
-    plain = dataclasses.make_dataclass("Plain", [(f.name, f.type, f.default) for f in dataclasses.fields(config_class)])
+    plain = dataclasses.make_dataclass(
+        "Plain", [(f.name, f.type, f.default) for f in dataclasses.fields(config_class)]
+    )
     plain.__module__ = config_class.__module__
     path = tmp_path_factory.getbasetemp() / "drawn.py"
     path.write_text("\n".join(f"{key} = float({str(value)!r})" if isinstance(value, float) else f"{key} = {value!r}" for key, value in values.items()), encoding="utf-8")  # fmt: skip # noqa: E501
@@ -135,7 +162,9 @@ def sampling(draw):
     if options["remasking"] == "confidence":
         options["threshold"] = draw(st.sampled_from([None, 0.2, 0.5]))
         options["block_length"] = draw(st.sampled_from([None, 1, 3, 8]))
-        options["prefix_cache"] = draw(st.booleans()) and options["block_length"] is not None and not options["cfg_scale"]
+        options["prefix_cache"] = (
+            draw(st.booleans()) and options["block_length"] is not None and not options["cfg_scale"]
+        )
     lengths = draw(st.one_of(st.none(), st.lists(st.integers(1, T), min_size=len(rows), max_size=len(rows))))
     seeds = draw(st.lists(st.integers(0, 2**32 - 1), min_size=len(rows), max_size=len(rows)))
     return draw(st.sampled_from(sorted(MODELS))), torch.tensor(rows), options, lengths, seeds
@@ -153,7 +182,9 @@ def test_what_every_sample_satisfies(case):
     filled, n_forward = generate(model, x, seeds=seeds, **options, **where)
     given_places = x != MASK
     assert torch.equal(filled[given_places], x[given_places]) and ((filled >= 0) & (filled < MASK)).all()
-    passes = 2 if options["cfg_scale"] else len(x) if options.get("prefix_cache") else 1  # rows in other blocks wait for each other
+    passes = (
+        2 if options["cfg_scale"] else len(x) if options.get("prefix_cache") else 1
+    )  # rows in other blocks wait for each other
     assert n_forward <= options["steps"] * passes and (n_forward > 0) == bool((x == MASK).any())
     for i in range(len(x)):
         T = lengths[i] if lengths else x.size(1)
@@ -168,13 +199,23 @@ def out_dir(tmp_path_factory):
     model = make_model(vocab_size=257, block_size=32)
     spec = {"name": "bytes", "pattern": prepare_data.PATTERN, "vocab_size": 257}
     meta = {"tokenizer": spec, "eot_id": 256, "documents": 9, "name": "text", "sha256": {}}
-    checkpoint = {"model": model.state_dict(), "model_config": vars(model.config), "meta": meta, "step": 0, "run_config": {}}
+    checkpoint = {
+        "model": model.state_dict(),
+        "model_config": vars(model.config),
+        "meta": meta,
+        "step": 0,
+        "run_config": {},
+    }
     save_checkpoint(folder / "ckpt.pt", checkpoint)
     return folder
 
 
 PROMPTS = st.lists(
-    st.one_of(ANY_TEXT, st.integers(-3, 10**25).map("[MASK:{}]".format), st.sampled_from(["[MASK]", "<|endoftext|>", "[MASK:0]"])),
+    st.one_of(
+        ANY_TEXT,
+        st.integers(-3, 10**25).map("[MASK:{}]".format),
+        st.sampled_from(["[MASK]", "<|endoftext|>", "[MASK:0]"]),
+    ),
     max_size=3,
 ).map("".join)
 
@@ -222,10 +263,17 @@ def test_absurd_numbers(name, data_dir, tmp_path, monkeypatch, capsys):
     """Each works or is refused in one line. What would run for ever (10^12 steps) is stopped by Ctrl-C after some seconds."""
     module, config_class, flags = SCRIPTS[name]
     trained = tmp_path / "trained"
-    monkeypatch.setattr(sys, "argv", ["train.py", *TINY_FLAGS, f"--data_dir={data_dir}", f"--out_dir={trained}"])
+    monkeypatch.setattr(
+        sys, "argv", ["train.py", *TINY_FLAGS, f"--data_dir={data_dir}", f"--out_dir={trained}"]
+    )
     train.main()
-    (tmp_path / "c.jsonl").write_text(json.dumps({"context": "Tom has", "choices": ["3", "4 5"], "gold": 0}) + "\n")
-    flags = flags + {"file": [f"--task={tmp_path / 'c.jsonl'}"], "bench": [f"--data={tmp_path / 'c.jsonl'}"]}.get(name, [])
+    (tmp_path / "c.jsonl").write_text(
+        json.dumps({"context": "Tom has", "choices": ["3", "4 5"], "gold": 0}) + "\n"
+    )
+    flags = flags + {
+        "file": [f"--task={tmp_path / 'c.jsonl'}"],
+        "bench": [f"--data={tmp_path / 'c.jsonl'}"],
+    }.get(name, [])
     before = signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(signal.SIGINT))
 
     def main():
@@ -243,7 +291,9 @@ def test_absurd_numbers(name, data_dir, tmp_path, monkeypatch, capsys):
             out_dir = trained if module in (sample, eval_module, bench) else tmp_path / f"out-{len(codes)}"
             place = [f"--out_dir={out_dir}"] if name != "prepare" else []
             place += (
-                [f"--data_dir={tmp_path / 'd' if name == 'prepare' else data_dir}"] if hasattr(config_class, "data_dir") else []
+                [f"--data_dir={tmp_path / 'd' if name == 'prepare' else data_dir}"]
+                if hasattr(config_class, "data_dir")
+                else []
             )
             # of fine-tuning's two lengths the one on trial counts
             own = [flag for flag in flags if not (field.name == "epochs" and "max_steps" in flag)]
@@ -252,4 +302,6 @@ def test_absurd_numbers(name, data_dir, tmp_path, monkeypatch, capsys):
             assert codes[-1] in (0, 2, 130), (field.name, number)
     signal.signal(signal.SIGALRM, before)
     assert codes.count(2) > len(codes) / 3 and codes.count(0) > 3
-    assert np.isfinite(sum(tensor.double().sum().item() for tensor in torch.load(trained / "ckpt.pt")["model"].values()))
+    assert np.isfinite(
+        sum(tensor.double().sum().item() for tensor in torch.load(trained / "ckpt.pt")["model"].values())
+    )

@@ -31,7 +31,11 @@ def tokenizer():
 def out_dir(tmp_path):
     """A checkpoint of an untrained model over bytes, of a corpus of many documents."""
     model = make_model(vocab_size=257, block_size=32)
-    meta = {"tokenizer": {"name": "bytes", "pattern": r"[\s\S]", "vocab_size": 257}, "eot_id": 256, "documents": 9}
+    meta = {
+        "tokenizer": {"name": "bytes", "pattern": r"[\s\S]", "vocab_size": 257},
+        "eot_id": 256,
+        "documents": 9,
+    }
     checkpoint = {"model": model.state_dict(), "model_config": vars(model.config), "meta": meta, "step": 0}
     save_checkpoint(tmp_path / "ckpt.pt", checkpoint)
     return tmp_path
@@ -45,7 +49,10 @@ def call(monkeypatch, capsys, out_dir, *flags):
 
 def test_prompts_and_gaps(tokenizer):
     assert encode_prompt("ab", tokenizer, MASK) == ([97, 98], False)
-    assert encode_prompt("[MASK:3]a[MASK]b[MASK:1]", tokenizer, MASK) == ([MASK] * 3 + [97, MASK, 98, MASK], True)
+    assert encode_prompt("[MASK:3]a[MASK]b[MASK:1]", tokenizer, MASK) == (
+        [MASK] * 3 + [97, MASK, 98, MASK],
+        True,
+    )
     assert encode_prompt("a<|endoftext|>b", tokenizer, MASK) == ([97, 256, 98], False)
     assert encode_prompt("", tokenizer, MASK) == ([], False)
     assert encode_prompt("[MASK:x]", tokenizer, MASK) == ([ord(c) for c in "[MASK:x]"], False)
@@ -75,7 +82,9 @@ def test_start_of_text(tokenizer):
 
 
 def test_output(monkeypatch, capsys, out_dir):
-    printed = call(monkeypatch, capsys, out_dir, "--prompt=Tom has ", "--num_samples=4", "--length=20", "--steps=5")
+    printed = call(
+        monkeypatch, capsys, out_dir, "--prompt=Tom has ", "--num_samples=4", "--length=20", "--steps=5"
+    )
     samples = printed.out.split("---\n")
     assert len(samples) == 4 and all(s.startswith("Tom has ") and "<|endoftext|>" not in s for s in samples)
     assert re.fullmatch(r"48 tokens in [\d.]+ s, [\d,]+ tokens/s, 5 forward passes of 4 rows\n", printed.err)
@@ -92,7 +101,9 @@ def test_a_text_that_has_ended_is_not_computed_any_further(monkeypatch, capsys, 
     rows = [row[1 : row.index(256, 1)] if 256 in row[1:] else row[1:] for row in filled.tolist()]
     assert 2 < sum(len(row) < 31 for row in rows) < 40
     rows_computed = []
-    monkeypatch.setattr(MDM, "forward", lambda self, x, **where: rows_computed.append(len(x)) or forward(self, x, **where))
+    monkeypatch.setattr(
+        MDM, "forward", lambda self, x, **where: rows_computed.append(len(x)) or forward(self, x, **where)
+    )
     flags = ["--prompt=ab", "--num_samples=40", "--steps=32", "--temperature=5"]
     printed = call(monkeypatch, capsys, out_dir, *flags)
     assert printed.out == "---\n".join(tokenizer.decode(row) + "\n" for row in rows)
@@ -112,7 +123,14 @@ def test_infilling_keeps_what_is_given(monkeypatch, capsys, out_dir):
 )
 def test_every_option_changes_the_text(monkeypatch, capsys, out_dir, flag):
     *more, flag = flag.split(",")  # what the option is an option of
-    base = ["--prompt=ab", "--num_samples=1", "--length=30", "--steps=10", "--temperature=0.9", *(f"--{key}" for key in more)]
+    base = [
+        "--prompt=ab",
+        "--num_samples=1",
+        "--length=30",
+        "--steps=10",
+        "--temperature=0.9",
+        *(f"--{key}" for key in more),
+    ]
     plain = call(monkeypatch, capsys, out_dir, *base).out
     assert plain == call(monkeypatch, capsys, out_dir, *base).out
     assert plain != call(monkeypatch, capsys, out_dir, *base, f"--{flag}").out
@@ -126,10 +144,24 @@ def test_best_checkpoint(monkeypatch, capsys, out_dir):
 
 
 def test_show_where_the_output_is_no_terminal(monkeypatch, capsys, out_dir):
-    out = call(monkeypatch, capsys, out_dir, "--prompt=ab", "--length=8", "--steps=5", "--num_samples=1", "--show=True").out
+    out = call(
+        monkeypatch,
+        capsys,
+        out_dir,
+        "--prompt=ab",
+        "--length=8",
+        "--steps=5",
+        "--num_samples=1",
+        "--show=True",
+    ).out
     lines = out.splitlines()
     assert lines[0].startswith("step   1  ab") and not any("\033" in line for line in lines[:5])
-    show = Show(torch.tensor([[97, MASK]]), load_tokenizer({"name": "bytes", "pattern": r"[\s\S]", "vocab_size": 257}), MASK, 0)
+    show = Show(
+        torch.tensor([[97, MASK]]),
+        load_tokenizer({"name": "bytes", "pattern": r"[\s\S]", "vocab_size": 257}),
+        MASK,
+        0,
+    )
     show(torch.tensor([[97, 256]]))
     assert capsys.readouterr().out == "step   1  a∎\n"
     hidden = [line.count("_") for line in lines[:5]]
@@ -155,7 +187,12 @@ def test_the_tokenizer_comes_from_the_checkpoint(monkeypatch, capsys, out_dir):
     """With the same ids under other names, the same model writes the same tokens as other text."""
     checkpoint = torch.load(out_dir / "ckpt.pt", weights_only=True)
     shifted = [base64.b64encode(bytes([(byte + 1) % 256])).decode() for byte in range(256)]
-    checkpoint["meta"]["tokenizer"] = {"name": "bpe", "pattern": r"[\s\S]", "vocab_size": 257, "ranks": shifted}
+    checkpoint["meta"]["tokenizer"] = {
+        "name": "bpe",
+        "pattern": r"[\s\S]",
+        "vocab_size": 257,
+        "ranks": shifted,
+    }
     flags = ["--temperature=0", "--num_samples=1", "--length=9", "--steps=8"]
     plain = call(monkeypatch, capsys, out_dir, "--prompt=abc", *flags).out
     save_checkpoint(out_dir / "ckpt.pt", checkpoint)
@@ -177,8 +214,17 @@ def test_a_question_is_answered_in_two_stages(monkeypatch, capsys, out_dir):
 
     monkeypatch.setattr(sample, "solve", fake)
     printed = call(monkeypatch, capsys, out_dir, "--question=How many?")
-    assert printed.out == "Answer: <<1+1=2>>\n#### 2\n" and printed.err.startswith("9 forward passes an answer")
-    flags = ["--num_samples=2", "--steps=5", "--temperature=0.4", "--remasking=random", "--cfg_scale=2", "--length=30"]
+    assert printed.out == "Answer: <<1+1=2>>\n#### 2\n" and printed.err.startswith(
+        "9 forward passes an answer"
+    )
+    flags = [
+        "--num_samples=2",
+        "--steps=5",
+        "--temperature=0.4",
+        "--remasking=random",
+        "--cfg_scale=2",
+        "--length=30",
+    ]
     printed = call(monkeypatch, capsys, out_dir, "--question=How many?", *flags)
     assert printed.out.endswith("#### 2\n---\nAnswer: <<\n(no room left)\n")
     (one, _, default, _), (two, seeds, first, second) = calls
@@ -193,7 +239,9 @@ def test_a_question_to_a_model_that_knows_nothing(monkeypatch, capsys, out_dir):
     shown = call(monkeypatch, capsys, out_dir, "--question=How many?", "--show=True").out
     assert plain == call(monkeypatch, capsys, out_dir, "--question=How many?").out and shown.endswith(plain)
     assert shown.startswith("step   1  Question: How many?")
-    assert plain != call(monkeypatch, capsys, out_dir, "--question=How many?", "--temperature=1", "--seed=3").out
+    assert (
+        plain != call(monkeypatch, capsys, out_dir, "--question=How many?", "--temperature=1", "--seed=3").out
+    )
     with pytest.raises(ValueError, match="a prompt and a question are both set; leave out one of them"):
         call(monkeypatch, capsys, out_dir, "--question=q", "--prompt=p")
     with pytest.raises(ValueError, match="the question leaves no room for thoughts; shorten it"):

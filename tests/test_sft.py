@@ -28,7 +28,9 @@ TINY_FLAGS = [f"--{key}={value}" for key, value in TINY.items()]
 
 
 def main(monkeypatch, data_dir, out_dir, *flags):
-    monkeypatch.setattr(sys, "argv", ["sft_gsm8k.py", *TINY_FLAGS, f"--data_dir={data_dir}", f"--out_dir={out_dir}", *flags])
+    monkeypatch.setattr(
+        sys, "argv", ["sft_gsm8k.py", *TINY_FLAGS, f"--data_dir={data_dir}", f"--out_dir={out_dir}", *flags]
+    )
     sft_gsm8k.main()
 
 
@@ -39,7 +41,11 @@ def few(tmp_path):
     lines[3] = "What is 13 + 14 (say again)?||<<13+14=27>> #### 27"
     (tmp_path / "train.txt").write_text("\n".join(lines[:11]))
     (tmp_path / "valid.txt").write_text("\n".join(lines[11:]))
-    source = {"source": str(tmp_path / "train.txt"), "val_source": str(tmp_path / "valid.txt"), "data_dir": str(tmp_path / "few")}
+    source = {
+        "source": str(tmp_path / "train.txt"),
+        "val_source": str(tmp_path / "valid.txt"),
+        "data_dir": str(tmp_path / "few"),
+    }
     prepare(PrepareConfig(name="gsm8k", tokenizer="bytes", **source))
     return tmp_path / "few" / "gsm8k"
 
@@ -50,7 +56,9 @@ def texts_of(get_batch, split, indices, tokenizer, eot):
     for index in indices:
         for x0, maskable in zip(*get_batch(split, index)):
             response = x0[maskable].tolist()
-            assert maskable.tolist() == sorted(maskable.tolist())  # the prompt comes first, all else may be hidden
+            assert maskable.tolist() == sorted(
+                maskable.tolist()
+            )  # the prompt comes first, all else may be hidden
             end = response.index(eot)
             assert set(response[end:]) == {eot}
             found.append((tokenizer.decode(x0[~maskable].tolist()), tokenizer.decode(response[:end])))
@@ -65,12 +73,18 @@ def test_examples_are_the_two_stages(few):
     sizes = {split: (len(examples), too_long) for split, (_, examples, too_long) in data.items()}
     assert sizes == {"train": (21, 1), "val": (10, 0)}
     found = texts_of(get_batch, "val", range(4), tokenizer, meta["eot_id"])[:10]
-    first = [(f"Question: What is {i} + {i + 1}?", f" Answer: <<{i}+{i + 1}={2 * i + 1}>>") for i in range(21, 26)]
-    second = [(question + thoughts, f" #### {2 * i + 1}") for i, (question, thoughts) in zip(range(21, 26), first)]
+    first = [
+        (f"Question: What is {i} + {i + 1}?", f" Answer: <<{i}+{i + 1}={2 * i + 1}>>") for i in range(21, 26)
+    ]
+    second = [
+        (question + thoughts, f" #### {2 * i + 1}") for i, (question, thoughts) in zip(range(21, 26), first)
+    ]
     assert found == first + second
     # An example that fills the length to its last token has no room for its end-of-text, and is left out.
     longest = max(int(e[2] - e[0]) for e in data["train"][1])
-    assert load_examples(few, meta, "train", longest)[2] > 1 == load_examples(few, meta, "train", longest + 1)[2]
+    assert (
+        load_examples(few, meta, "train", longest)[2] > 1 == load_examples(few, meta, "train", longest + 1)[2]
+    )
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -81,8 +95,13 @@ def test_each_example_once_an_epoch(few, world_size):
     for micro_batch_size in (2, 7):
         cfg = SFTConfig(block_size=64, micro_batch_size=micro_batch_size, seed=3)
         get_batch, data = example_batches(few, meta, cfg)
-        by_rank = [[get_batch("train", i) for i in range(rank, 84 // micro_batch_size, world_size)] for rank in range(world_size)]
-        rows = [x0 for step in zip(*by_rank) for batch, _ in step for x0 in batch]  # in the order of the steps
+        by_rank = [
+            [get_batch("train", i) for i in range(rank, 84 // micro_batch_size, world_size)]
+            for rank in range(world_size)
+        ]
+        rows = [
+            x0 for step in zip(*by_rank) for batch, _ in step for x0 in batch
+        ]  # in the order of the steps
         maskable = [m for step in zip(*by_rank) for _, batch in step for m in batch]
         examples = [(tuple(x0.tolist()), tuple(m.tolist())) for x0, m in zip(rows, maskable)]
         epochs = [examples[i : i + 21] for i in range(0, 84, 21)]
@@ -91,7 +110,10 @@ def test_each_example_once_an_epoch(few, world_size):
         orders.append(examples)
     assert orders[0] == orders[1]
     other, _ = example_batches(few, meta, SFTConfig(block_size=64, micro_batch_size=21, seed=4))
-    assert tuple(other("train", 0)[0][0].tolist()) != orders[0][0][0] or tuple(other("train", 0)[0][1].tolist()) != orders[0][1][0]
+    assert (
+        tuple(other("train", 0)[0][0].tolist()) != orders[0][0][0]
+        or tuple(other("train", 0)[0][1].tolist()) != orders[0][1][0]
+    )
 
 
 def test_the_prompt_is_never_hidden_and_never_in_the_loss(few, monkeypatch, tmp_path):
@@ -125,15 +147,30 @@ def weights(out_dir):
     return load_checkpoint(out_dir)["model"]
 
 
-def test_epochs_set_the_length_and_a_resumed_run_equals_an_uninterrupted_one(few, tmp_path, monkeypatch, capsys):
+def test_epochs_set_the_length_and_a_resumed_run_equals_an_uninterrupted_one(
+    few, tmp_path, monkeypatch, capsys
+):
     """22 examples less one in batches of 8: two epochs are 5 steps, with the end of the first one inside the third."""
     flags = ["--dataset=gsm8k", "--epochs=2", "--learning_rate=1e-2"]
     main(monkeypatch, few.parent, tmp_path / "whole", *flags)
     out = capsys.readouterr().out
-    assert "train: 21 examples, and 1 left out: longer than 64 tokens" in out and "stopped at step 5 of 5" in out
-    main(monkeypatch, few.parent, tmp_path / "cut", *flags, "--max_steps=2", "--epochs=None", "--warmup=0", "--min_lr=1e-2")
+    assert (
+        "train: 21 examples, and 1 left out: longer than 64 tokens" in out and "stopped at step 5 of 5" in out
+    )
+    main(
+        monkeypatch,
+        few.parent,
+        tmp_path / "cut",
+        *flags,
+        "--max_steps=2",
+        "--epochs=None",
+        "--warmup=0",
+        "--min_lr=1e-2",
+    )
     main(monkeypatch, few.parent, tmp_path / "long", *flags, "--warmup=0", "--min_lr=1e-2")
-    monkeypatch.setattr(sys, "argv", ["sft_gsm8k.py", f"--out_dir={tmp_path / 'cut'}", "--init_from=resume", "--epochs=2"])
+    monkeypatch.setattr(
+        sys, "argv", ["sft_gsm8k.py", f"--out_dir={tmp_path / 'cut'}", "--init_from=resume", "--epochs=2"]
+    )
     sft_gsm8k.main()
     whole, resumed = weights(tmp_path / "long"), weights(tmp_path / "cut")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
@@ -143,19 +180,50 @@ def test_epochs_set_the_length_and_a_resumed_run_equals_an_uninterrupted_one(few
 def test_two_processes_do_the_work_of_one(few, tmp_path, monkeypatch):
     flags = ["--dataset=gsm8k", "--max_steps=4", "--micro_batch_size=2"]
     main(monkeypatch, few.parent, tmp_path / "one", *flags)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "sft_gsm8k.py")]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(ROOT / "sft_gsm8k.py"),
+    ]
     place = [f"--data_dir={few.parent}", f"--out_dir={tmp_path / 'two'}"]
-    done = subprocess.run([*command, *TINY_FLAGS, *place, *flags], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [*command, *TINY_FLAGS, *place, *flags], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     for (name, a), b in zip(weights(tmp_path / "one").items(), weights(tmp_path / "two").values()):
         torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-3, msg=name)
 
 
 @pytest.mark.parametrize("variant", ["--n_sink=0", "--n_sink=1", "--gated_attention=True"])
-def test_a_pretrained_checkpoint_keeps_its_variant_and_may_change_its_length(few, tmp_path, monkeypatch, variant):
-    main(monkeypatch, few.parent, tmp_path / "a", "--dataset=gsm8k", "--max_steps=1", "--block_size=70", variant)
-    pretrained = [f"--init_from={tmp_path / 'a'}", f"--out_dir={tmp_path / 'b'}", f"--data_dir={few.parent}", "--dataset=gsm8k"]
-    flags = ["--max_steps=1", "--batch_size=4", "--micro_batch_size=4", "--eval_seqs=4", "--device=cpu", "--block_size=64"]
+def test_a_pretrained_checkpoint_keeps_its_variant_and_may_change_its_length(
+    few, tmp_path, monkeypatch, variant
+):
+    main(
+        monkeypatch,
+        few.parent,
+        tmp_path / "a",
+        "--dataset=gsm8k",
+        "--max_steps=1",
+        "--block_size=70",
+        variant,
+    )
+    pretrained = [
+        f"--init_from={tmp_path / 'a'}",
+        f"--out_dir={tmp_path / 'b'}",
+        f"--data_dir={few.parent}",
+        "--dataset=gsm8k",
+    ]
+    flags = [
+        "--max_steps=1",
+        "--batch_size=4",
+        "--micro_batch_size=4",
+        "--eval_seqs=4",
+        "--device=cpu",
+        "--block_size=64",
+    ]
     monkeypatch.setattr(sys, "argv", ["sft_gsm8k.py", *pretrained, *flags])
     sft_gsm8k.main()
     a, b = (load_checkpoint(tmp_path / name)["model_config"] for name in "ab")
@@ -184,7 +252,9 @@ def test_lengths_exclude_each_other():
     }.items():
         with pytest.raises(ValueError, match=message):
             parse(SFTConfig, [f"--{flag}"])
-    with pytest.raises(ValueError, match=r"max_steps \(command line\) and epochs \(command line\) all set the length"):
+    with pytest.raises(
+        ValueError, match=r"max_steps \(command line\) and epochs \(command line\) all set the length"
+    ):
         settle(*parse(SFTConfig, ["--epochs=3", "--max_steps=5"]))
     papers = [str(ROOT / "config" / "sft_gsm8k.py"), "--init_from=scratch"]
     for flags in ([], papers):
@@ -200,18 +270,32 @@ def test_what_does_not_fit_is_refused(few, tmp_path, monkeypatch, data_dir):
     with pytest.raises(ValueError, match="has other settings than this script: resume it with the script"):
         settle(*parse(TrainConfig, ["--init_from=resume", f"--out_dir={tmp_path / 'a'}"]))
     meta = load_meta(few)
-    with pytest.raises(ValueError, match="none of the 22 examples of .*train_cuts.npy fits into block_size 9; raise it"):
+    with pytest.raises(
+        ValueError, match="none of the 22 examples of .*train_cuts.npy fits into block_size 9; raise it"
+    ):
         load_examples(few, meta, "train", 9)
-    with pytest.raises(ValueError, match="0.1 epochs of 21 examples are less than one batch of 8; raise epochs"):
+    with pytest.raises(
+        ValueError, match="0.1 epochs of 21 examples are less than one batch of 8; raise epochs"
+    ):
         main(monkeypatch, few.parent, tmp_path / "b", "--dataset=gsm8k", "--epochs=0.1")
     tokens, cuts = (few / "train.bin").read_bytes(), (few / "train_cuts.npy").read_bytes()
-    for bad_tokens, bad_cuts in (bytes(len(tokens)), cuts), (tokens[:-20], cuts), (tokens, cuts[:200]), (tokens, b""):
+    for bad_tokens, bad_cuts in (
+        (bytes(len(tokens)), cuts),
+        (tokens[:-20], cuts),
+        (tokens, cuts[:200]),
+        (tokens, b""),
+    ):
         (few / "train.bin").write_bytes(bad_tokens)
         (few / "train_cuts.npy").write_bytes(bad_cuts)
-        with pytest.raises(ValueError, match="train_cuts.npy and train.bin do not belong together; prepare the data set again"):
+        with pytest.raises(
+            ValueError,
+            match="train_cuts.npy and train.bin do not belong together; prepare the data set again",
+        ):
             load_examples(few, meta, "train", 64)
     (few / "train_cuts.npy").unlink()
-    with pytest.raises(ValueError, match="train_cuts.npy not found: fine-tuning takes problems; prepare them with"):
+    with pytest.raises(
+        ValueError, match="train_cuts.npy not found: fine-tuning takes problems; prepare them with"
+    ):
         load_examples(few, meta, "train", 64)
 
 
@@ -224,12 +308,24 @@ def test_responses_do_not_depend_on_the_batch():
     generator = torch.Generator().manual_seed(0)
     prompts = [torch.randint(0, 11, (1 + i % 15,), generator=generator).tolist() for i in range(64)]
     random = {"remasking": "random", "temperature": 0.5, "cfg_scale": 0.5, "steps": 12}
-    waiting = {"block_length": 4, "prefix_cache": True, "steps": 20}  # rows wait for each other, but that is no pass
-    for length, options in (20, {"temperature": 0.8, "steps": 256}), (20, random), (17, {"steps": 5}), (20, waiting):
+    waiting = {
+        "block_length": 4,
+        "prefix_cache": True,
+        "steps": 20,
+    }  # rows wait for each other, but that is no pass
+    for length, options in (
+        (20, {"temperature": 0.8, "steps": 256}),
+        (20, random),
+        (17, {"steps": 5}),
+        (20, waiting),
+    ):
         together, passes = respond(model, prompts, 3, list(range(64)), length=length, **options)
         assert len({len(response) for response in together}) > 5
         for i in range(0, 64, 5):
-            assert respond(model, prompts[i : i + 1], 3, [i], length=length, **options) == ([together[i]], [passes[i]])
+            assert respond(model, prompts[i : i + 1], 3, [i], length=length, **options) == (
+                [together[i]],
+                [passes[i]],
+            )
             x = torch.full((1, length), 11)
             x[0, : len(prompts[i])] = torch.tensor(prompts[i])
             filled, n_forward = generate(model, x, seeds=[i], eot_id=3, **options)
@@ -239,7 +335,11 @@ def test_responses_do_not_depend_on_the_batch():
 
 def test_prompts_without_room():
     responses, passes = respond(make_model(), [[1] * 16, None, [1] * 15, [1] * 17], 3, [0, 1, 2, 3])
-    assert responses[0] is responses[1] is responses[3] is None and len(responses[2]) <= 1 and passes == [0, 0, 1, 0]
+    assert (
+        responses[0] is responses[1] is responses[3] is None
+        and len(responses[2]) <= 1
+        and passes == [0, 0, 1, 0]
+    )
     assert respond(make_model(), [None], 3, [0]) == ([None], [0])
 
 
@@ -268,7 +368,12 @@ def test_a_row_ends_with_its_first_end_of_text():
 def test_solve_goes_on_with_the_ids_it_wrote(monkeypatch):
     """The second prompt is the first one and the response, id for id, though other ids spell the same text."""
     ranks = [bytes([byte]) for byte in range(256)] + [b"AB"]
-    spec = {"name": "bpe", "pattern": r"\s|\S+", "vocab_size": 258, "ranks": [base64.b64encode(token).decode() for token in ranks]}
+    spec = {
+        "name": "bpe",
+        "pattern": r"\s|\S+",
+        "vocab_size": 258,
+        "ranks": [base64.b64encode(token).decode() for token in ranks],
+    }
     tokenizer = load_tokenizer(spec)
     assert tokenizer.encode_ordinary(" AB") == [32, 256]
     calls = []
@@ -291,7 +396,9 @@ def test_what_is_learned_is_answered(few, tmp_path, monkeypatch):
     flags += ["--learning_rate=3e-3", "--stratified_t=True", "--eval_interval=500"]
     main(monkeypatch, few.parent, tmp_path / "a", *flags)
     model, meta = MDM.from_checkpoint(tmp_path / "a"), load_meta(few)
-    solved = solve(model, load_tokenizer(meta["tokenizer"]), [f"What is {i} + {i + 1}?" for i in (10, 15, 20)], [0, 1, 2])
+    solved = solve(
+        model, load_tokenizer(meta["tokenizer"]), [f"What is {i} + {i + 1}?" for i in (10, 15, 20)], [0, 1, 2]
+    )
     assert [(thoughts, answer) for thoughts, answer, _ in solved] == [
         (f"Answer: <<{i}+{i + 1}={2 * i + 1}>>", f"#### {2 * i + 1}") for i in (10, 15, 20)
     ]

@@ -19,7 +19,16 @@ import torch.nn.functional as F
 from conftest import make_model
 
 import eval as eval_module
-from eval import CHANGES, EvalConfig, Trained, attention_weights, follow_sink, look_at_attention, states, trajectories
+from eval import (
+    CHANGES,
+    EvalConfig,
+    Trained,
+    attention_weights,
+    follow_sink,
+    look_at_attention,
+    states,
+    trajectories,
+)
 from model import MDMConfig
 from prepare_data import load_tokenizer
 from sft_gsm8k import SFTConfig
@@ -51,13 +60,19 @@ def test_recomputed_attention_is_sdpa_s(variant, sink_attention, monkeypatch):
         torch.testing.assert_close(weights @ v, output, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(weights.sum(dim=-1), torch.ones(weights.shape[:-1]))
         maps = look_at_attention(model, texts(), layer=layer)[3]
-        torch.testing.assert_close(maps[:, n_sink:], weights[:, :, -16:].sum(dim=1) / 2)  # of two heads, the text's rows
+        torch.testing.assert_close(
+            maps[:, n_sink:], weights[:, :, -16:].sum(dim=1) / 2
+        )  # of two heads, the text's rows
         torch.testing.assert_close(maps.sum(dim=-1), torch.ones(3, 16 + n_sink))
-        assert torch.equal(maps[:, :n_sink], torch.eye(16 + n_sink)[:n_sink].expand(3, -1, -1))  # a sink sees only itself
+        assert torch.equal(
+            maps[:, :n_sink], torch.eye(16 + n_sink)[:n_sink].expand(3, -1, -1)
+        )  # a sink sees only itself
         torch.testing.assert_close(mass[layer], weights[:, :, -16:].sum(dim=(1, 2)) / (2 * 16))
         torch.testing.assert_close(norms[layer], (v**2).sum(dim=-1).sqrt().sum(dim=1) / 2)
     torch.testing.assert_close(mass.sum(dim=-1), torch.ones(2, 3))
-    for whole, part in zip((mass, norms), look_at_attention(model, texts(), batch_tokens=20)):  # a text at a time
+    for whole, part in zip(
+        (mass, norms), look_at_attention(model, texts(), batch_tokens=20)
+    ):  # a text at a time
         torch.testing.assert_close(part, whole)
 
 
@@ -68,7 +83,9 @@ def test_looking_changes_nothing_and_its_error_is_honest(monkeypatch):
     assert torch.equal(model(xt), before) and not any(block.attn._forward_hooks for block in model.blocks)
     assert torch.get_float32_matmul_precision() == "highest"
     right = attention_weights
-    monkeypatch.setattr(eval_module, "attention_weights", lambda q, k, may_attend: right(q, 1.01 * k, may_attend))
+    monkeypatch.setattr(
+        eval_module, "attention_weights", lambda q, k, may_attend: right(q, 1.01 * k, may_attend)
+    )
     assert look_at_attention(model, xt)[2] > 1e-4
 
 
@@ -81,7 +98,11 @@ def test_looking_changes_nothing_and_its_error_is_honest(monkeypatch):
         ({"n_sink": 0}, [2, 2, 0, 3], [2, 2, 0, 3]),
         ({"n_sink": 1}, [0, 0, 3, 0], [-1, -1, 2, -1]),  # row 0 is the sink token
         ({"n_sink": 1, "sink_position": "end"}, [0, 0, 3, 0], [4, 4, 2, 4]),
-        ({"n_sink": 2, "sink_position": "end"}, [0, 1, 4, 1], [4, 4, 2, 4]),  # from one sink token to the other is no move
+        (
+            {"n_sink": 2, "sink_position": "end"},
+            [0, 1, 4, 1],
+            [4, 4, 2, 4],
+        ),  # from one sink token to the other is no move
     ],
 )
 def test_a_known_sink_is_found(flags, at, positions, monkeypatch):
@@ -107,20 +128,29 @@ def test_a_known_sink_is_found(flags, at, positions, monkeypatch):
     assert found["position"] == positions
     assert found["mass"] == pytest.approx([share] * 4, abs=1e-6)
     assert found["moved_by"] == [abs(b - a) for a, b in zip(positions, positions[1:])]
-    assert found["hidden"] == [not sink and bool(hidden[step, row - n]) for step, (row, sink) in enumerate(zip(at, is_sink))]
-    rows = [[3 if r == row else 10 + r for r in range(S)] for row in at]  # norms at each step, mean of the heads
+    assert found["hidden"] == [
+        not sink and bool(hidden[step, row - n]) for step, (row, sink) in enumerate(zip(at, is_sink))
+    ]
+    rows = [
+        [3 if r == row else 10 + r for r in range(S)] for row in at
+    ]  # norms at each step, mean of the heads
     assert found["norm"] == [3.0] * 4
     assert found["norm_of_others"] == [statistics.median(10 + r for r in range(S) if r != row) for row in at]
     assert found["text_norm"] == [statistics.median(norms[n:]) for norms in rows]
     assert found["text_mass"] == pytest.approx([others if sink else share for sink in is_sink], abs=1e-6)
     by_row = [[share if r == row else others for r in range(n, S)] for row in at]
-    wanted = [sum(m for m, is_mask in zip(*pair) if is_mask) / (sum(pair[1]) / S) for pair in zip(by_row, hidden.tolist())]
+    wanted = [
+        sum(m for m, is_mask in zip(*pair) if is_mask) / (sum(pair[1]) / S)
+        for pair in zip(by_row, hidden.tolist())
+    ]
     assert found["masks_get"] == pytest.approx(wanted, abs=1e-5)
     if not n:
         assert not {"sink_mass", "sink_norm"} & found.keys()
         return
     assert found["sink_norm"] == pytest.approx([sum(norms[:n]) / n for norms in rows], abs=1e-6)
-    assert found["sink_mass"] == pytest.approx([(n - 1) * others + share if sink else n * others for sink in is_sink], abs=1e-6)
+    assert found["sink_mass"] == pytest.approx(
+        [(n - 1) * others + share if sink else n * others for sink in is_sink], abs=1e-6
+    )
 
 
 def test_summary():
@@ -142,11 +172,24 @@ def test_summary():
     two = {"mass": [0.3], "moved_by": [], "hidden": [True], "norm": [3], "norm_of_others": [2]}
     two |= {"masks_get": [5], "text_mass": [0.2], "sink_mass": [0.0], "sink_norm": [1], "text_norm": [1]}
     (layer,) = eval_module.summarize_sinks([{"layers": [one]}, {"layers": [two]}])
-    wanted = {"mass": (0.7, 0.3), "hidden": (1 / 3, 1), "moved_by": (0.5, 0), "moved": (0.5, 0), "text_mass": (0.2, 0.2)}
-    wanted |= {"masks_get": (3, 5), "sink_mass": (0.6, 0), "norm_ratio": (2 / 3, 1.5), "sink_norm_ratio": (1 / 3, 1)}
+    wanted = {
+        "mass": (0.7, 0.3),
+        "hidden": (1 / 3, 1),
+        "moved_by": (0.5, 0),
+        "moved": (0.5, 0),
+        "text_mass": (0.2, 0.2),
+    }
+    wanted |= {
+        "masks_get": (3, 5),
+        "sink_mass": (0.6, 0),
+        "norm_ratio": (2 / 3, 1.5),
+        "sink_norm_ratio": (1 / 3, 1),
+    }
     for key, (a, b) in wanted.items():
         assert layer[key] == pytest.approx((a + b) / 2), key
-        assert layer[f"{key}_se"] == pytest.approx(abs(a - b) / 2), key  # sd of two is |a - b| / sqrt(2), over sqrt(2)
+        assert layer[f"{key}_se"] == pytest.approx(abs(a - b) / 2), (
+            key
+        )  # sd of two is |a - b| / sqrt(2), over sqrt(2)
 
 
 # ---- trajectories
@@ -158,7 +201,13 @@ def save(folder, data_dir, run_class=TrainConfig, **flags):
     model = make_model(vocab_size=meta["vocab_size"], **{"block_size": 24, **flags})
     settings = {"dataset": "arithmetic", "data_dir": str(data_dir), "micro_batch_size": 8, "batch_size": 8}
     run = asdict(run_class(**settings, block_size=model.config.block_size))
-    checkpoint = {"model": model.state_dict(), "model_config": vars(model.config), "run_config": run, "meta": meta, "step": 3}
+    checkpoint = {
+        "model": model.state_dict(),
+        "model_config": vars(model.config),
+        "run_config": run,
+        "meta": meta,
+        "step": 3,
+    }
     folder.mkdir()
     save_checkpoint(folder / "ckpt.pt", checkpoint)
     return folder
@@ -203,8 +252,12 @@ def test_the_steps_are_those_of_the_sampler(out_dir, options):
     mass, norms, error, _ = look_at_attention(trained.model, xt)
     assert record["error"] == pytest.approx(error, abs=1e-5) and trajectories(cfg, trained, []) == []
     for layer, found in enumerate(record["layers"]):
-        wanted = follow_sink(mass[layer].numpy(), norms[layer].numpy(), (xt == mask_id).numpy(), trained.model.config)
-        assert found.keys() == wanted.keys() and all(found[key] == pytest.approx(wanted[key], abs=2e-6) for key in wanted)
+        wanted = follow_sink(
+            mass[layer].numpy(), norms[layer].numpy(), (xt == mask_id).numpy(), trained.model.config
+        )
+        assert found.keys() == wanted.keys() and all(
+            found[key] == pytest.approx(wanted[key], abs=2e-6) for key in wanted
+        )
     x0 = eval_module.validation(trained, None, 4)[0]("val", 2)[0][0]
     assert record["tokens"][:given] == x0[:given].tolist()
 
@@ -240,19 +293,33 @@ def test_fine_tuned_and_many_sinks(data_dir, tmp_path):
 def table_of(out, title):
     """Rows of numbers under a line that begins with title."""
     lines = out[out.index(title) :].splitlines()[2:]
-    return [[float(word) for word in line.split() if word != "±"] for line in itertools.takewhile(lambda x: x[:1] == " ", lines)]
+    return [
+        [float(word) for word in line.split() if word != "±"]
+        for line in itertools.takewhile(lambda x: x[:1] == " ", lines)
+    ]
 
 
 def test_two_checkpoints_side_by_side(out_dir, monkeypatch, capsys):
     vanilla = out_dir.parent / "vanilla"
-    call(monkeypatch, out_dir, "--task=sinks", f"--compare={vanilla}", "--limit=3", "--prompt_length=8", "--steps=4")
+    call(
+        monkeypatch,
+        out_dir,
+        "--task=sinks",
+        f"--compare={vanilla}",
+        "--limit=3",
+        "--prompt_length=8",
+        "--steps=4",
+    )
     found, out = json.loads((out_dir / "sinks.json").read_text()), capsys.readouterr().out
     assert list(found) == [str(out_dir), str(vanilla)] and [run["n_sink"] for run in found.values()] == [1, 0]
     columns = "mass moved moved_by hidden norm_ratio masks_get sink_mass sink_norm_ratio text_mass".split()
     for folder, run in found.items():
         assert len(run["prompts"]) == 3 and run["layers"] == eval_module.summarize_sinks(run["prompts"])
         own = columns if run["n_sink"] else columns[:6]
-        wanted = [[i, *(layer[f"{key}{end}"] for key in own for end in ("", "_se"))] for i, layer in enumerate(run["layers"])]
+        wanted = [
+            [i, *(layer[f"{key}{end}"] for key in own for end in ("", "_se"))]
+            for i, layer in enumerate(run["layers"])
+        ]
         np.testing.assert_allclose(table_of(out, f"{folder}\nlayer"), wanted, atol=6e-4)
         assert f"An even share of attention is {1 / (24 + run['n_sink']):.4f}." in out
         mass, trained = np.load(Path(folder) / "sinks.npz")["mass"], load(Path(folder))
@@ -264,7 +331,12 @@ def test_two_checkpoints_side_by_side(out_dir, monkeypatch, capsys):
     ]
     (result,) = json.loads((out_dir / "results.json").read_text()).values()
     assert result["layers"] == found[str(out_dir)]["layers"] and result["settings"]["steps"] == 4
-    for more in (["--seed=3"], ["--temperature=1"], ["--prompt_length=9"], ["--remasking=random"]):  # are other measurements
+    for more in (
+        ["--seed=3"],
+        ["--temperature=1"],
+        ["--prompt_length=9"],
+        ["--remasking=random"],
+    ):  # are other measurements
         before = len(list(out_dir.glob("sinks-*.jsonl")))
         call(
             monkeypatch,
@@ -292,39 +364,74 @@ def test_pictures(out_dir, monkeypatch):
     drawn = {"imshow": [], "plot": [], "scatter": []}
     for name in drawn:
         real = getattr(Axes, name)
-        spy = lambda self, *args, _name=name, _real=real, **how: drawn[_name].append(args) or _real(self, *args, **how)  # noqa: E731
+        spy = lambda self, *args, _name=name, _real=real, **how: (
+            drawn[_name].append(args) or _real(self, *args, **how)
+        )  # noqa: E731
         monkeypatch.setattr(Axes, name, spy)
     vanilla = out_dir.parent / "vanilla"
     checkpoint = torch.load(vanilla / "ckpt.pt", weights_only=True)
     checkpoint["model"]["blocks.1.attn.qkv.weight"] *= 4  # attention that is sharp in this layer
     save_checkpoint(vanilla / "ckpt.pt", checkpoint)
-    call(monkeypatch, out_dir, "--task=sinks", f"--compare={vanilla}", "--limit=2", "--prompt_length=8", "--plot=True")
+    call(
+        monkeypatch,
+        out_dir,
+        "--task=sinks",
+        f"--compare={vanilla}",
+        "--limit=2",
+        "--prompt_length=8",
+        "--plot=True",
+    )
     assert all((out_dir / f"sinks_{name}.png").stat().st_size > 10_000 for name in ("maps", "paths", "norms"))
     found = json.loads((out_dir / "sinks.json").read_text())
     models = {folder: load(Path(folder)).model for folder in found}
 
     maps = iter(drawn["imshow"])
     for folder, model in models.items():
-        weights = look_at_attention(model, states(found[folder]["prompts"][0], model.config.mask_id), layer=1)[3]
+        weights = look_at_attention(
+            model, states(found[folder]["prompts"][0], model.config.mask_id), layer=1
+        )[3]
         for step in (1, 14):  # of 16 steps, 0 to 15
-            np.testing.assert_allclose(next(maps)[0], weights[step, model.config.n_sink :].clip(0.1 / 24), atol=1e-6)
+            np.testing.assert_allclose(
+                next(maps)[0], weights[step, model.config.n_sink :].clip(0.1 / 24), atol=1e-6
+            )
     with pytest.raises(ValueError, match="layer is 2; the layers are 0 to 1"):
         call(monkeypatch, out_dir, "--task=sinks", "--plot=True", "--layer=2")
     maps = list(drawn["imshow"])
-    call(monkeypatch, out_dir, "--task=sinks", f"--compare={vanilla}", "--limit=2", "--prompt_length=8", "--plot=True", "--layer=0")
-    assert not any(np.allclose(args[0], before[0]) for args, before in zip(drawn["imshow"][4:], maps, strict=True))
+    call(
+        monkeypatch,
+        out_dir,
+        "--task=sinks",
+        f"--compare={vanilla}",
+        "--limit=2",
+        "--prompt_length=8",
+        "--plot=True",
+        "--layer=0",
+    )
+    assert not any(
+        np.allclose(args[0], before[0]) for args, before in zip(drawn["imshow"][4:], maps, strict=True)
+    )
     drawn["plot"], drawn["scatter"] = drawn["plot"][:4], drawn["scatter"][:7]
     lines = [run["prompts"][0]["layers"][i]["position"] for i in (0, 1) for run in found.values()]
     assert [args[0] for args in drawn["plot"]] == lines
 
     (sink, sink_norms), (plain, plain_norms) = (
-        [array.numpy() for array in look_at_attention(models[folder], states(run["prompts"][0], models[folder].config.mask_id))[:2]]
+        [
+            array.numpy()
+            for array in look_at_attention(
+                models[folder], states(run["prompts"][0], models[folder].config.mask_id)
+            )[:2]
+        ]
         for folder, run in found.items()
     )
     steps = np.linspace(0, 15, 8).astype(int)
     is_mask = [np.load(Path(folder) / "sinks.npz")["hidden"][steps] for folder in found]
     assert [mask.sum(axis=1).tolist() for mask in is_mask] == [(16 - steps).tolist()] * 2
-    wanted = [sink_norms[:, steps, 1:][:, ~is_mask[0]], sink_norms[:, steps, 1:][:, is_mask[0]], None, sink_norms[:, steps, :1]]
+    wanted = [
+        sink_norms[:, steps, 1:][:, ~is_mask[0]],
+        sink_norms[:, steps, 1:][:, is_mask[0]],
+        None,
+        sink_norms[:, steps, :1],
+    ]
     wanted += [plain_norms[:, steps][:, ~is_mask[1]], plain_norms[:, steps][:, is_mask[1]], None]
     for index, (mass, norms) in ((2, (sink[..., 1:], sink_norms[..., 1:])), (6, (plain, plain_norms))):
         wanted[index] = [[norms[i, step][mass[i, step].argmax()] for step in steps] for i in (0, 1)]
@@ -337,11 +444,17 @@ def test_pictures(out_dir, monkeypatch):
     "argv, message",
     [
         (["--task=sinks", "--prompt_length=24"], "prompt_length 24 leaves nothing to write of 24 tokens"),
-        (["--task=sinks", "--compare={vanilla}", "--prefix_cache=True", "--block_length=4"], "makes no use of prefix_cache"),
+        (
+            ["--task=sinks", "--compare={vanilla}", "--prefix_cache=True", "--block_length=4"],
+            "makes no use of prefix_cache",
+        ),
         (["--task=sinks", "--compare=nowhere"], "no checkpoint at nowhere"),
         (["--task=sinks", "--layer=1"], "layer is that of a picture; set plot=True"),
         (["--task=loss", "--compare={vanilla}"], "makes no use of compare"),
-        (["--task=sink_changes", "--out_dir={vanilla}"], "has no sink tokens to change; train one with n_sink=1"),
+        (
+            ["--task=sink_changes", "--out_dir={vanilla}"],
+            "has no sink tokens to change; train one with n_sink=1",
+        ),
         (["--task=runs", "--limit=3"], "--task=runs makes no use of limit"),
         (["--task=loss,runs"], "task runs measures no model; call it alone"),
         (["--task=sinks", "--compare={vanilla}/../sink"], "compare takes another folder than out_dir"),
@@ -360,10 +473,14 @@ def test_other_texts_are_not_compared(out_dir, monkeypatch):
         checkpoint["run_config"][key] = value
         checkpoint["model_config"]["block_size"] = checkpoint["run_config"]["block_size"]
         save_checkpoint(vanilla / "ckpt.pt", checkpoint)
-        with pytest.raises(ValueError, match="has other validation sequences than .*sink; compare needs the same texts"):
+        with pytest.raises(
+            ValueError, match="has other validation sequences than .*sink; compare needs the same texts"
+        ):
             call(monkeypatch, out_dir, "--task=sinks", f"--compare={vanilla}")
     with pytest.raises(ValueError, match="and one process"):
-        eval_module.sinks(EvalConfig(out_dir=str(out_dir), compare=str(vanilla)), replace(load(out_dir), world_size=2))
+        eval_module.sinks(
+            EvalConfig(out_dir=str(out_dir), compare=str(vanilla)), replace(load(out_dir), world_size=2)
+        )
 
 
 # ---- changed sinks
@@ -384,12 +501,16 @@ def test_changed_sinks(data_dir, tmp_path, flags):
         "removed": {"n_sink": 0},
     }.items():
         wanted = make_model(**config | flags)
-        wanted.load_state_dict({k: v for k, v in model.state_dict().items() if k != "sink" or flags.get("n_sink", 1)})
+        wanted.load_state_dict(
+            {k: v for k, v in model.state_dict().items() if k != "sink" or flags.get("n_sink", 1)}
+        )
         for sinks in (changed[change].sink_keys_values(), None):
             torch.testing.assert_close(changed[change](xt, sinks=sinks), wanted(xt))
         assert (changed[change](xt) - before).abs().max() > 1e-3
     noisy = [model for change, model in changed.items() if change.startswith("embedding")]
-    noisy.append(eval_module.with_changed_sinks(trained, "embedding: noise of its norm, 1", 6).model)  # another seed
+    noisy.append(
+        eval_module.with_changed_sinks(trained, "embedding: noise of its norm, 1", 6).model
+    )  # another seed
     for one in noisy:
         torch.testing.assert_close(one.sink.norm(dim=1), model.sink.norm(dim=1))
         assert F.cosine_similarity(one.sink, model.sink).abs().max() < 0.9
@@ -402,19 +523,32 @@ def test_changed_sinks(data_dir, tmp_path, flags):
 
 def test_bounds_of_changed_sinks(out_dir, monkeypatch, capsys):
     """Without a change it is the bound of --task=loss; the differences are of the same sequences and masks."""
-    call(monkeypatch, out_dir, "--task=loss,sink_changes", "--limit=9", "--mc_num=3", f"--data={load_data(out_dir)}")
+    call(
+        monkeypatch,
+        out_dir,
+        "--task=loss,sink_changes",
+        "--limit=9",
+        "--mc_num=3",
+        f"--data={load_data(out_dir)}",
+    )
     loss, found = json.loads((out_dir / "results.json").read_text()).values()
     records, out = [json.loads(line) for line in open(found["items"])], capsys.readouterr().out
     assert [row["change"] for row in found["changes"]] == CHANGES and len(records) == 9 * len(CHANGES)
     for end in ("", "_se"):
-        assert found["changes"][0][f"nats_per_token{end}"] == pytest.approx(loss[f"nats_per_token{end}"], rel=1e-6)
+        assert found["changes"][0][f"nats_per_token{end}"] == pytest.approx(
+            loss[f"nats_per_token{end}"], rel=1e-6
+        )
     assert (found["changes"][0]["more"], found["changes"][0]["more_se"]) == (0, 0)
     nats = np.array([np.mean(record["nll"]) / 24 for record in records]).reshape(-1, 9)
     order = np.argsort([record["t"][0] for record in records[:9]])
     for row, own in zip(found["changes"], nats):
         more = (own - nats[0])[order]
-        neighbours = np.sqrt(np.mean((more - np.roll(more, 1)) ** 2) / 2 / 9)  # the spread that is left between neighbours in t
-        assert row["nats_per_token"] == pytest.approx(own.mean()) and row["more"] == pytest.approx(more.mean(), abs=1e-6)
+        neighbours = np.sqrt(
+            np.mean((more - np.roll(more, 1)) ** 2) / 2 / 9
+        )  # the spread that is left between neighbours in t
+        assert row["nats_per_token"] == pytest.approx(own.mean()) and row["more"] == pytest.approx(
+            more.mean(), abs=1e-6
+        )
         assert row["more_se"] == pytest.approx(neighbours, abs=1e-6)
         numbers = f"{row['nats_per_token']:.4f} ± {row['nats_per_token_se']:.4f} {row['more']:.4f} ± {row['more_se']:.4f}"
         assert f"{row['change']} {numbers}" in " ".join(out.split())
@@ -422,8 +556,18 @@ def test_bounds_of_changed_sinks(out_dir, monkeypatch, capsys):
     vanilla = make_model(**asdict(trained.model.config) | {"n_sink": 0})
     vanilla.load_state_dict({k: v for k, v in trained.model.state_dict().items() if k != "sink"})
     alone = eval_module.bounds(cfg, replace(trained, model=vanilla), list(range(9)))
-    np.testing.assert_allclose([record["nll"] for record in alone], [record["nll"] for record in records[-9:]], rtol=1e-5)
-    call(monkeypatch, out_dir, "--task=sink_changes", "--limit=9", "--mc_num=3", "--seed=1", f"--data={load_data(out_dir)}")
+    np.testing.assert_allclose(
+        [record["nll"] for record in alone], [record["nll"] for record in records[-9:]], rtol=1e-5
+    )
+    call(
+        monkeypatch,
+        out_dir,
+        "--task=sink_changes",
+        "--limit=9",
+        "--mc_num=3",
+        "--seed=1",
+        f"--data={load_data(out_dir)}",
+    )
     assert len(list(out_dir.glob("sink_changes-*.jsonl"))) == 2  # other noise is another measurement
 
 
@@ -439,7 +583,9 @@ def write_log(folder, seed, bounds, commit="c" * 40, resumed=False, **settings):
     lines.insert(2, {"step": 5, "loss": 1.0})
     if resumed:
         lines.insert(3, {**start, "step": 7, "config": {**config, "init_from": "resume"}})
-    (folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 99, "val_lo')
+    (folder / "log.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 99, "val_lo'
+    )
 
 
 def test_table_of_runs(tmp_path, capsys, monkeypatch):
@@ -459,10 +605,14 @@ def test_table_of_runs(tmp_path, capsys, monkeypatch):
         "0 True 1 4.0000".split(),
     ]
     write_log(tmp_path / "again", 1, [9.0, 5.0], n_sink=0)
-    with pytest.raises(ValueError, match="b-1/log.jsonl is a second run of seed 1 with the same settings and commit"):
+    with pytest.raises(
+        ValueError, match="b-1/log.jsonl is a second run of seed 1 with the same settings and commit"
+    ):
         eval_module.main()
     (tmp_path / "again" / "log.jsonl").unlink()
-    write_log(tmp_path / "a", 1, [9.0, 5.5], commit="c" * 40 + "-dirty", n_sink=0)  # other code is another kind
+    write_log(
+        tmp_path / "a", 1, [9.0, 5.5], commit="c" * 40 + "-dirty", n_sink=0
+    )  # other code is another kind
     write_log(tmp_path / "e", 1, [9.0, 5.0, 4.5], n_sink=0)  # and so is another length
     eval_module.main()
     head, *rows = [line.split() for line in capsys.readouterr().out.splitlines()]

@@ -21,7 +21,17 @@ from test_diffusion import Stub
 import train as train_module
 from configurator import describe, parse
 from model import MDM, MDMConfig, load_checkpoint, tokens_for_flops
-from train import TrainConfig, evaluate, get_lr, load_meta, seed_for, settle, start_model, token_batches, train
+from train import (
+    TrainConfig,
+    evaluate,
+    get_lr,
+    load_meta,
+    seed_for,
+    settle,
+    start_model,
+    token_batches,
+    train,
+)
 
 TINY = {
     "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 8, "micro_batch_size": 4, "max_steps": 6,
@@ -59,7 +69,9 @@ def rows(out_dir, key):
 
 
 def same(a, b):
-    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+    return all(
+        torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    )
 
 
 def interrupt_at(n):
@@ -74,14 +86,18 @@ def interrupt_at(n):
     return wrap
 
 
-@pytest.mark.parametrize("micro", [0, 5, 7])  # in the first step, the third, and the fourth, at whose end a validation is due
+@pytest.mark.parametrize(
+    "micro", [0, 5, 7]
+)  # in the first step, the third, and the fourth, at whose end a validation is due
 def test_interrupted_and_resumed_equals_uninterrupted(data_dir, tmp_path, micro, capsys):
     whole = run(data_dir, tmp_path / "whole")
     run(data_dir, tmp_path / "cut", wrap=interrupt_at(micro))
     stopped = load_checkpoint(tmp_path / "cut")["step"]
     assert stopped == micro // 2 + 1
     assert f"stopped at step {stopped} of 6" in capsys.readouterr().out
-    resumed = go(*parse(TrainConfig, ["--init_from=resume", f"--out_dir={tmp_path / 'cut'}"]))  # the rest is in the checkpoint
+    resumed = go(
+        *parse(TrainConfig, ["--init_from=resume", f"--out_dir={tmp_path / 'cut'}"])
+    )  # the rest is in the checkpoint
     assert same(whole, resumed)
     a, b = load_checkpoint(tmp_path / "whole"), load_checkpoint(tmp_path / "cut")
     for i, state in a["optimizer"]["state"].items():
@@ -112,8 +128,17 @@ def test_two_processes_do_the_work_of_one(data_dir, tmp_path):
     """1 process x 4 accumulation steps = 2 processes x 2, up to rounding: same texts, same masks, same weights after 6 steps."""
     flags = [*TINY_FLAGS, "--micro_batch_size=2", f"--data_dir={data_dir}"]
     one = run(data_dir, tmp_path / "one", "--micro_batch_size=2")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(ROOT / "train.py")]
-    done = subprocess.run([*command, *flags, f"--out_dir={tmp_path / 'two'}"], capture_output=True, text=True, timeout=120)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node=2",
+        str(ROOT / "train.py"),
+    ]
+    done = subprocess.run(
+        [*command, *flags, f"--out_dir={tmp_path / 'two'}"], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert "on 2 x cpu; a step is 2 x 2 x 2 sequences" in done.stdout
     two = MDM.from_checkpoint(tmp_path / "two")
@@ -123,9 +148,15 @@ def test_two_processes_do_the_work_of_one(data_dir, tmp_path):
         (steps, a), (other, b) = zip(*rows(tmp_path / "one", key)), zip(*rows(tmp_path / "two", key))
         assert steps == other and a == pytest.approx(b, rel=1e-4), key
     done = subprocess.run(
-        [*command, *flags, "--batch_size=6", f"--out_dir={tmp_path / 'three'}"], capture_output=True, text=True, timeout=120
+        [*command, *flags, "--batch_size=6", f"--out_dir={tmp_path / 'three'}"],
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
-    assert done.returncode != 0 and "batch_size 6 is not a multiple of micro_batch_size 2 x 2 processes = 4" in done.stderr
+    assert (
+        done.returncode != 0
+        and "batch_size 6 is not a multiple of micro_batch_size 2 x 2 processes = 4" in done.stderr
+    )
 
 
 @pytest.mark.parametrize(
@@ -138,7 +169,10 @@ def test_every_option_changes_the_result(data_dir, tmp_path, flag):
     plain = run(data_dir, tmp_path / "plain")
     other = run(data_dir, tmp_path / "other", f"--{flag}")
     a, b = plain.state_dict(), other.state_dict()
-    assert any(k not in b or v.shape != b[k].shape or not torch.equal(v, b[k]) for k, v in a.items()) or a.keys() != b.keys()
+    assert (
+        any(k not in b or v.shape != b[k].shape or not torch.equal(v, b[k]) for k, v in a.items())
+        or a.keys() != b.keys()
+    )
     assert all(v.isfinite().all() for v in b.values())
 
 
@@ -148,13 +182,20 @@ def test_log_and_checkpoints(data_dir, tmp_path, monkeypatch):
     model = run(data_dir, tmp_path, "--learning_rate=0.1")
     assert rows(tmp_path, "val_loss") == [(0, 3.0), (2, 2.0), (4, 2.5), (6, 2.7)]
     warmup_steps = round(0.34 * 6)
-    assert rows(tmp_path, "lr") == [(k, get_lr(k, 6, 0.1, TrainConfig.min_lr, warmup_steps)) for k in range(1, 7)]
+    assert rows(tmp_path, "lr") == [
+        (k, get_lr(k, 6, 0.1, TrainConfig.min_lr, warmup_steps)) for k in range(1, 7)
+    ]
     assert rows(tmp_path, "tokens") == [(k, k * 8 * 16) for k in range(1, 7)]
     for name, step in {"ckpt.pt": 6, "best.pt": 2}.items():
         checkpoint = load_checkpoint(tmp_path / name)
         assert (checkpoint["step"], checkpoint["best_val_loss"]) == (step, 2.0)
-        assert checkpoint["run_config"]["learning_rate"] == 0.1 and checkpoint["meta"]["tokenizer"]["name"] == "bpe"
-    assert same(model, MDM.from_checkpoint(tmp_path)) and same(model, MDM.from_checkpoint(str(tmp_path / "ckpt.pt")))
+        assert (
+            checkpoint["run_config"]["learning_rate"] == 0.1
+            and checkpoint["meta"]["tokenizer"]["name"] == "bpe"
+        )
+    assert same(model, MDM.from_checkpoint(tmp_path)) and same(
+        model, MDM.from_checkpoint(str(tmp_path / "ckpt.pt"))
+    )
     assert not list(tmp_path.glob("*.tmp"))
 
 
@@ -167,7 +208,8 @@ def test_schedule():
 def test_weight_decay_is_on_every_tensor(data_dir, tmp_path):
     """With zero gradients AdamW only shrinks: by lr * wd a step, norms, embeddings and the sink included."""
     cfg, set_by = parse(
-        TrainConfig, [*TINY_FLAGS, f"--data_dir={data_dir}", f"--out_dir={tmp_path}", "--max_steps=1", "--warmup=0"]
+        TrainConfig,
+        [*TINY_FLAGS, f"--data_dir={data_dir}", f"--out_dir={tmp_path}", "--max_steps=1", "--warmup=0"],
     )
     meta = load_meta(data_dir / "arithmetic")
     cfg, model, _ = start_run(cfg, set_by, meta)
@@ -186,7 +228,14 @@ def test_weight_decay_is_on_every_tensor(data_dir, tmp_path):
 def test_a_text_is_learned_by_heart(tmp_path):
     torch.manual_seed(0)
     x0 = torch.randint(0, 11, (1, 16)).expand(16, -1)
-    config = {"batch_size": 16, "micro_batch_size": 16, "block_size": 16, "max_steps": 250, "eval_interval": 250, "eval_seqs": 64}
+    config = {
+        "batch_size": 16,
+        "micro_batch_size": 16,
+        "block_size": 16,
+        "max_steps": 250,
+        "eval_interval": 250,
+        "eval_seqs": 64,
+    }
     cfg = TrainConfig(**config, learning_rate=1e-2, out_dir=str(tmp_path), device="cpu")
     torch.manual_seed(0)
     model = MDM(MDMConfig(block_size=16, vocab_size=11, n_layer=2, n_head=2, n_embd=32))
@@ -217,7 +266,9 @@ def test_validation_error_is_the_spread_of_the_estimate(monkeypatch):
     cfg = dataclasses.replace(TrainConfig(), eval_seqs=64, micro_batch_size=64)
     real, found = np.random.default_rng, []
     for draw in range(150):
-        monkeypatch.setattr(np.random, "default_rng", lambda key, draw=draw: real([*np.atleast_1d(key), draw]))
+        monkeypatch.setattr(
+            np.random, "default_rng", lambda key, draw=draw: real([*np.atleast_1d(key), draw])
+        )
         found.append(evaluate(cfg, Stub(lambda share: 1 + 5 * share), batches_of_zeros(64, 30)))
     means, errors = np.array(found).T
     assert means.std() == pytest.approx(errors.mean(), rel=0.25)
@@ -302,7 +353,11 @@ def test_validation_sequences_cover_the_file(data_dir):
 
 def test_start_from_the_weights_of_another_run(data_dir, tmp_path):
     first = run(data_dir, tmp_path / "a", "--gated_attention=True")
-    flags = [f"--init_from={tmp_path / 'a' / 'ckpt.pt'}", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'b'}"]
+    flags = [
+        f"--init_from={tmp_path / 'a' / 'ckpt.pt'}",
+        f"--data_dir={data_dir}",
+        f"--out_dir={tmp_path / 'b'}",
+    ]
     cfg, set_by = parse(TrainConfig, [*flags, "--block_size=32"])
     cfg, model, checkpoint = start_run(cfg, set_by, load_meta(data_dir / "arithmetic"))
     assert checkpoint is None and same(first, model)
@@ -319,20 +374,34 @@ def test_start_from_the_weights_of_another_run(data_dir, tmp_path):
 def test_resume_refuses_what_contradicts(data_dir, tmp_path):
     run(data_dir, tmp_path / "a")
     before = (tmp_path / "a" / "ckpt.pt").read_bytes()
-    with pytest.raises(ValueError, match="ckpt.pt exists; go on with --init_from=resume, or choose another --out_dir"):
+    with pytest.raises(
+        ValueError, match="ckpt.pt exists; go on with --init_from=resume, or choose another --out_dir"
+    ):
         run(data_dir, tmp_path / "a")
     resume = ["--init_from=resume", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'a'}"]
     meta = load_meta(data_dir / "arithmetic")
-    with pytest.raises(ValueError, match=r"seed=1 \(command line\), not 0; n_layer=3 \(command line\), not 2; leave them out"):
+    with pytest.raises(
+        ValueError, match=r"seed=1 \(command line\), not 0; n_layer=3 \(command line\), not 2; leave them out"
+    ):
         start_run(*parse(TrainConfig, [*resume, "--n_layer=3", "--seed=1"]), meta)
     parsed, set_by = parse(TrainConfig, [*resume, "--max_steps=9", "--n_layer=2"])
     cfg, _, checkpoint = start_run(parsed, set_by, meta)
     text = describe(cfg, set_by)
-    assert "n_embd = 16  (default 96, set by" in text and "max_steps = 9  (default 4000, set by command line)" in text
-    assert (cfg.max_steps, cfg.n_embd, cfg.learning_rate, checkpoint["step"]) == (9, 16, TrainConfig.learning_rate, 6)
+    assert (
+        "n_embd = 16  (default 96, set by" in text
+        and "max_steps = 9  (default 4000, set by command line)" in text
+    )
+    assert (cfg.max_steps, cfg.n_embd, cfg.learning_rate, checkpoint["step"]) == (
+        9,
+        16,
+        TrainConfig.learning_rate,
+        6,
+    )
     with pytest.raises(ValueError, match="has other tokens now"):
         start_run(*parse(TrainConfig, resume), {**meta, "sha256": {}})
-    with pytest.raises(ValueError, match=r"another vocabulary \(bpe of .*\) than data set arithmetic \(bytes of 257"):
+    with pytest.raises(
+        ValueError, match=r"another vocabulary \(bpe of .*\) than data set arithmetic \(bytes of 257"
+    ):
         start_run(*parse(TrainConfig, resume), {**meta, "tokenizer": {"name": "bytes"}, "vocab_size": 257})
     start_run(*parse(TrainConfig, resume), {**meta, "tokenizer": {**meta["tokenizer"], "pattern": "other"}})
     with pytest.raises(ValueError, match="4 steps, but the run to resume has made 6; raise max_steps"):
@@ -343,7 +412,9 @@ def test_resume_refuses_what_contradicts(data_dir, tmp_path):
 def test_length_by_flops_or_by_steps(data_dir, tmp_path):
     meta = load_meta(data_dir / "arithmetic")
     flags = [*TINY_FLAGS, f"--data_dir={data_dir}", f"--out_dir={tmp_path}", "--train_flops=1e8"]
-    with pytest.raises(ValueError, match=r"max_steps \(command line\) and train_flops \(command line\) all set the length"):
+    with pytest.raises(
+        ValueError, match=r"max_steps \(command line\) and train_flops \(command line\) all set the length"
+    ):
         settle(*parse(TrainConfig, flags))
     with pytest.raises(ValueError, match="max_steps and train_flops are all None"):
         parse(TrainConfig, ["--max_steps=None"])
@@ -357,11 +428,30 @@ def test_length_by_flops_or_by_steps(data_dir, tmp_path):
 
 
 def test_the_paper_configs_hold_its_recipe_and_differ_in_the_variant_only():
-    arms = {name: parse(TrainConfig, [str(ROOT / f"config/pretrain_472m_{name}.py")])[0] for name in ("vanilla", "sink", "gate")}
+    arms = {
+        name: parse(TrainConfig, [str(ROOT / f"config/pretrain_472m_{name}.py")])[0]
+        for name in ("vanilla", "sink", "gate")
+    }
     for name, cfg in arms.items():
-        assert (cfg.n_sink, cfg.gated_attention) == {"vanilla": (0, False), "sink": (1, False), "gate": (0, True)}[name]
-        assert (cfg.batch_size, cfg.block_size, cfg.beta1, cfg.beta2, cfg.weight_decay) == (256, 2048, 0.9, 0.95, 0.1)
-        assert (cfg.grad_clip, cfg.learning_rate, cfg.min_lr, cfg.warmup, cfg.stratified_t) == (1.0, 2e-4, 2e-5, 0.01, False)
+        assert (cfg.n_sink, cfg.gated_attention) == {
+            "vanilla": (0, False),
+            "sink": (1, False),
+            "gate": (0, True),
+        }[name]
+        assert (cfg.batch_size, cfg.block_size, cfg.beta1, cfg.beta2, cfg.weight_decay) == (
+            256,
+            2048,
+            0.9,
+            0.95,
+            0.1,
+        )
+        assert (cfg.grad_clip, cfg.learning_rate, cfg.min_lr, cfg.warmup, cfg.stratified_t) == (
+            1.0,
+            2e-4,
+            2e-5,
+            0.01,
+            False,
+        )
         shape = MDMConfig.preset(cfg.preset, n_sink=cfg.n_sink, gated_attention=cfg.gated_attention)
         assert int(tokens_for_flops(shape, cfg.train_flops) / (256 * 2048)) == 202089  # as the authors count
         assert cfg.sink_attention == "split" or cfg.n_sink == 0  # no mask in any arm
@@ -375,12 +465,20 @@ def test_defaults_are_the_authors_loss():
 
 def test_preset(data_dir, tmp_path):
     meta = load_meta(data_dir / "arithmetic")
-    cfg, model, _ = start_run(*parse(TrainConfig, ["--preset=6M", "--block_size=32", f"--out_dir={tmp_path}"]), meta)
+    cfg, model, _ = start_run(
+        *parse(TrainConfig, ["--preset=6M", "--block_size=32", f"--out_dir={tmp_path}"]), meta
+    )
     assert (cfg.n_layer, cfg.n_embd, cfg.mlp_hidden) == (6, 256, 1024)  # what the checkpoint will say
-    assert model.num_params() == 6_294_784 and model.config.block_size == 32 and model.config.vocab_size == meta["vocab_size"]
+    assert (
+        model.num_params() == 6_294_784
+        and model.config.block_size == 32
+        and model.config.vocab_size == meta["vocab_size"]
+    )
     train(dataclasses.replace(cfg, max_steps=0, eval_seqs=2), model, batches_of_zeros(16, 32), meta)
     flags = ["--preset=6M", f"--init_from={tmp_path}/ckpt.pt", f"--out_dir={tmp_path / 'b'}"]
-    assert same(model, start_run(*parse(TrainConfig, flags), meta)[1])  # the config that made a checkpoint can start from it
+    assert same(
+        model, start_run(*parse(TrainConfig, flags), meta)[1]
+    )  # the config that made a checkpoint can start from it
     with pytest.raises(ValueError, match=r"settings contradict preset 6M: n_layer=3 \(command line\), not 6"):
         start_run(*parse(TrainConfig, ["--preset=6M", "--n_layer=3", f"--out_dir={tmp_path}"]), meta)
 
@@ -391,7 +489,9 @@ def test_bad_data(data_dir, tmp_path):
     tokens = np.fromfile(folder / "train.bin", np.uint16)
     with pytest.raises(ValueError, match="is not prepared; run: python prepare_data.py shakespeare"):
         load_meta(data_dir / "shakespeare")
-    with pytest.raises(ValueError, match="train.bin has .* tokens, fewer than block_size 100000; lower block_size"):
+    with pytest.raises(
+        ValueError, match="train.bin has .* tokens, fewer than block_size 100000; lower block_size"
+    ):
         token_batches(str(folder), meta, TrainConfig(block_size=100_000))
     tokens[:-1].tofile(folder / "train.bin")
     with pytest.raises(
@@ -400,7 +500,10 @@ def test_bad_data(data_dir, tmp_path):
     ):
         load_meta(folder)
     (tokens + 500).astype(np.uint16).tofile(folder / "train.bin")
-    with pytest.raises(ValueError, match=r"train.bin holds other data than meta.json says \(sha256\); prepare the data set again"):
+    with pytest.raises(
+        ValueError,
+        match=r"train.bin holds other data than meta.json says \(sha256\); prepare the data set again",
+    ):
         load_meta(folder)
     with pytest.raises(ValueError, match=r"train.bin holds token \d+, meta.json has a vocabulary of"):
         token_batches(str(folder), meta, TrainConfig(block_size=16, align_documents=False))("train", 0)
@@ -446,7 +549,9 @@ def test_bad_settings(data_dir, tmp_path):
         flags = [f"--{flag}"]
         with pytest.raises(ValueError, match=message):
             if "preset" in flag:
-                start_run(*parse(TrainConfig, [*flags, f"--out_dir={tmp_path}"]), load_meta(data_dir / "arithmetic"))
+                start_run(
+                    *parse(TrainConfig, [*flags, f"--out_dir={tmp_path}"]), load_meta(data_dir / "arithmetic")
+                )
             else:
                 run(data_dir, tmp_path / "x", *flags)
 
@@ -458,7 +563,14 @@ def test_a_loss_that_is_no_number_ends_the_run(data_dir, tmp_path):
         run(data_dir, tmp_path / "a", *wild, "--eval_interval=100")
     assert load_checkpoint(tmp_path / "a")["step"] == 0  # the last good one
     with pytest.raises(ValueError, match="the validation loss is (nan|inf) at step 1; lower learning_rate"):
-        run(data_dir, tmp_path / "b", "--learning_rate=1e38", "--grad_clip=0", "--warmup=0", "--eval_interval=1")
+        run(
+            data_dir,
+            tmp_path / "b",
+            "--learning_rate=1e38",
+            "--grad_clip=0",
+            "--warmup=0",
+            "--eval_interval=1",
+        )
     assert load_checkpoint(tmp_path / "b")["step"] == 0
 
 
@@ -472,7 +584,10 @@ def test_a_failed_save_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "save", full_disk)
     with pytest.raises(ValueError, match="cannot save .*No space left on device.*; make room"):
         train_module.save_checkpoint(str(tmp_path / "ckpt.pt"), {"step": 2})
-    assert torch.load(tmp_path / "ckpt.pt", weights_only=True) == {"step": 1} and len(list(tmp_path.iterdir())) == 1
+    assert (
+        torch.load(tmp_path / "ckpt.pt", weights_only=True) == {"step": 1}
+        and len(list(tmp_path.iterdir())) == 1
+    )
 
 
 def test_float16_scales_the_loss(data_dir, tmp_path):
@@ -541,7 +656,13 @@ def test_either_way_of_attention_goes_on_with_the_other_s_checkpoint(data_dir, t
     run(data_dir, tmp_path / "half", "--sink_attention=mask", "--max_steps=3")
     both = run(data_dir, tmp_path / "half", "--init_from=resume", "--sink_attention=split", "--max_steps=6")
     assert both.config.sink_attention == "split"
-    new = run(data_dir, tmp_path / "new", f"--init_from={tmp_path / 'mask' / 'ckpt.pt'}", "--sink_attention=split", "--max_steps=0")
+    new = run(
+        data_dir,
+        tmp_path / "new",
+        f"--init_from={tmp_path / 'mask' / 'ckpt.pt'}",
+        "--sink_attention=split",
+        "--max_steps=0",
+    )
     assert new.config.sink_attention == "split" and torch.equal(new.sink, mask.sink)
     assert load_checkpoint(tmp_path / "new")["model_config"]["sink_attention"] == "split"
 
@@ -556,12 +677,18 @@ def test_compiled_equals_plain(data_dir, tmp_path, way, monkeypatch):
 
     def compile_and_watch(function, dynamic):
         compiled = real(function, dynamic=dynamic)
-        return compiled if dynamic else lambda xt, **where: shapes.append(tuple(xt.shape)) or compiled(xt, **where)
+        return (
+            compiled
+            if dynamic
+            else lambda xt, **where: shapes.append(tuple(xt.shape)) or compiled(xt, **where)
+        )
 
     monkeypatch.setattr(torch, "compile", compile_and_watch)
     torch._dynamo.reset()
     monkeypatch.setattr("model.LOGITS_AT_ONCE", 20 * 458)  # so that the loss is computed in parts
     compiled = run(data_dir, tmp_path / "compiled", *flags, "--compile=True")
-    assert set(shapes) == {(4, 16)} and 10 < len(shapes) < 24 + 7 * 2  # 24 micro-batches, 7 validations of 4 and 2 sequences
+    assert (
+        set(shapes) == {(4, 16)} and 10 < len(shapes) < 24 + 7 * 2
+    )  # 24 micro-batches, 7 validations of 4 and 2 sequences
     for (name, p), q in zip(plain.named_parameters(), compiled.parameters()):
         torch.testing.assert_close(p, q, atol=1e-3, rtol=0, msg=name)

@@ -110,7 +110,13 @@ train.seed_for = seed_for
 @pytest.fixture
 def small(data_dir):
     """Flags of a run of 60 steps of 8 sequences, whose log and validations do not fall on step 25."""
-    return [*TINY_FLAGS, "--max_steps=60", "--eval_interval=20", "--log_interval=10", f"--data_dir={data_dir}"]
+    return [
+        *TINY_FLAGS,
+        "--max_steps=60",
+        "--eval_interval=20",
+        "--log_interval=10",
+        f"--data_dir={data_dir}",
+    ]
 
 
 # ---- resume
@@ -126,11 +132,15 @@ def test_60_steps_are_25_and_35(script, processes, small, tmp_path):
         small = [*small, "--dataset=arithmetic", "--block_size=64"]
     finish(start(tmp_path, script, *small, f"--out_dir={tmp_path / 'whole'}", processes=processes))
     hook = STOP.format(index=24 * 2 + 1, name="SIGTERM")  # the last micro-batch of step 25
-    out, _ = finish(start(tmp_path, script, *small, f"--out_dir={tmp_path / 'cut'}", hook=hook, processes=processes))
+    out, _ = finish(
+        start(tmp_path, script, *small, f"--out_dir={tmp_path / 'cut'}", hook=hook, processes=processes)
+    )
     assert "stopped at step 25 of 60" in out and load_checkpoint(tmp_path / "cut")["step"] == 25
     if script == "sft_gsm8k":
         assert "train: 400 examples" in out
-    finish(start(tmp_path, script, "--init_from=resume", f"--out_dir={tmp_path / 'cut'}", processes=processes))
+    finish(
+        start(tmp_path, script, "--init_from=resume", f"--out_dir={tmp_path / 'cut'}", processes=processes)
+    )
     assert_same_runs(tmp_path / "whole", tmp_path / "cut")
 
 
@@ -177,7 +187,10 @@ def test_killed_20_times(small, tmp_path):
     assert len(steps) > 15 and steps == sorted(steps) and 30 < steps[-1] < 200
     finish(start(tmp_path, "train", "--init_from=resume", f"--out_dir={out_dir}"))
     assert_same_runs(tmp_path / "whole", out_dir)
-    assert load_checkpoint(out_dir / "best.pt")["step"] == load_checkpoint(tmp_path / "whole" / "best.pt")["step"]
+    assert (
+        load_checkpoint(out_dir / "best.pt")["step"]
+        == load_checkpoint(tmp_path / "whole" / "best.pt")["step"]
+    )
     assert not list(out_dir.glob("*.tmp"))
 
 
@@ -194,18 +207,35 @@ train.seed_for = seed_for
 """
     flags = [*small, "--micro_batch_size=2", "--max_steps=20", "--log_interval=1", "--eval_interval=5"]
     for processes in (1, 2, 4):
-        out, _ = finish(start(tmp_path, "train", *flags, f"--out_dir={tmp_path / str(processes)}", hook=note, processes=processes))
+        out, _ = finish(
+            start(
+                tmp_path,
+                "train",
+                *flags,
+                f"--out_dir={tmp_path / str(processes)}",
+                hook=note,
+                processes=processes,
+            )
+        )
         assert f"a step is {4 // processes} x {processes} x 2 sequences" in out
         seeds = [line.split() for line in (tmp_path / f"seeds-{processes}").read_text().splitlines()]
-        assert sorted(int(index) for index, _ in seeds) == list(range(80)) and len({seed for _, seed in seeds}) == 80
+        assert (
+            sorted(int(index) for index, _ in seeds) == list(range(80))
+            and len({seed for _, seed in seeds}) == 80
+        )
         for key in ("loss", "val_loss", "val_se", "grad_norm"):
             (steps, ours), (one_steps, one) = (zip(*rows(tmp_path / str(n), key)) for n in (processes, 1))
-            assert steps == one_steps and ours == pytest.approx(one, rel=1e-5 if "loss" in key else 1e-4), (processes, key)
+            assert steps == one_steps and ours == pytest.approx(one, rel=1e-5 if "loss" in key else 1e-4), (
+                processes,
+                key,
+            )
 
 
 def test_the_same_command_gives_the_same_weights(data_dir, tmp_path):
     for name in "ab":
-        finish(start(tmp_path, "train", *TINY_FLAGS, f"--data_dir={data_dir}", f"--out_dir={tmp_path / name}"))
+        finish(
+            start(tmp_path, "train", *TINY_FLAGS, f"--data_dir={data_dir}", f"--out_dir={tmp_path / name}")
+        )
     assert_same_runs(tmp_path / "a", tmp_path / "b")
 
 
@@ -226,7 +256,10 @@ def test_the_log_tells_what_made_it(data_dir, tmp_path):
     run(data_dir, tmp_path / "a", "--init_from=resume", "--seed=5", "--max_steps=8")
     lines = [json.loads(line) for line in open(tmp_path / "a" / "log.jsonl")]
     first, second = (line for line in lines if "config" in line)
-    assert (first["step"], second["step"]) == (0, 6) and (first["config"]["seed"], second["config"]["max_steps"]) == (5, 8)
+    assert (first["step"], second["step"]) == (0, 6) and (
+        first["config"]["seed"],
+        second["config"]["max_steps"],
+    ) == (5, 8)
     meta = load_meta(data_dir / "arithmetic")
     for line in (first, second):
         assert line["data_sha256"] == meta["sha256"] == load_checkpoint(tmp_path / "a")["meta"]["sha256"]
@@ -274,7 +307,9 @@ train.seed_for = seed_for
 @pytest.mark.parametrize("name, pause, code", [("SIGTERM", 1, 0), ("SIGINT", 0.1, 130)])
 def test_a_signal_that_comes_twice_is_one(name, pause, code, small, tmp_path):
     """SIGTERM always, as schedulers repeat it; Ctrl-C within half a second, as a launcher may pass it on."""
-    process = start(tmp_path, "train", *small, f"--out_dir={tmp_path / 'a'}", hook=LONG_STEP.format(seconds=4))
+    process = start(
+        tmp_path, "train", *small, f"--out_dir={tmp_path / 'a'}", hook=LONG_STEP.format(seconds=4)
+    )
     read_until(process, "long step")
     for _ in range(2):
         process.send_signal(signal.Signals[name])
@@ -318,7 +353,9 @@ def test_a_second_ctrl_c_leaves_at_once(small, tmp_path):
     start_time = time.time()
     _, err = finish(process, 130)
     assert time.time() - start_time < 10 and err == ""
-    assert (tmp_path / "a" / "ckpt.pt").read_bytes() == before and load_checkpoint(tmp_path / "a")["step"] == 20
+    assert (tmp_path / "a" / "ckpt.pt").read_bytes() == before and load_checkpoint(tmp_path / "a")[
+        "step"
+    ] == 20
 
 
 EXIT_CODES = """
@@ -340,7 +377,9 @@ configurator.run = run
 @pytest.mark.parametrize("name, code", [("SIGTERM", "0"), ("SIGINT", "130")])
 def test_signals_under_torchrun(name, code, small, tmp_path):
     """torchrun starts processes in sessions of their own and passes signals on."""
-    process = start(tmp_path, "train", *small, *LONG, f"--out_dir={tmp_path / 'a'}", hook=EXIT_CODES, processes=2)
+    process = start(
+        tmp_path, "train", *small, *LONG, f"--out_dir={tmp_path / 'a'}", hook=EXIT_CODES, processes=2
+    )
     read_until(process, "step     10/")
     process.send_signal(signal.Signals[name])
     out, err = process.communicate(timeout=60)
@@ -364,7 +403,9 @@ def test_disk_full_by_a_limit(small, tmp_path):
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, 40_000))  # noqa: E731
     resume = ["--init_from=resume", "--max_steps=5", f"--out_dir={out_dir}"]
     _, err = finish(start(tmp_path, "train", *resume, preexec_fn=limit), code=2)
-    assert err.count("\n") == 1 and err.startswith(f"error: cannot save {out_dir}/") and "File too large" in err
+    assert (
+        err.count("\n") == 1 and err.startswith(f"error: cannot save {out_dir}/") and "File too large" in err
+    )
     assert "make room, then --init_from=resume" in err
     assert (out_dir / "ckpt.pt").read_bytes() == before and not list(out_dir.glob("*.tmp"))
     finish(start(tmp_path, "train", *resume))
@@ -374,7 +415,9 @@ def test_disk_full_by_a_limit(small, tmp_path):
 def test_disk_full_on_a_small_disk(small, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(disk)], capture_output=True
+    ).returncode:
         pytest.skip("cannot mount a small disk here; the limit of a file's size is tested")
     try:
         finish(start(tmp_path, "train", *small, "--max_steps=0", f"--out_dir={disk}"))
@@ -382,7 +425,9 @@ def test_disk_full_on_a_small_disk(small, tmp_path):
         free = shutil.disk_usage(disk).free
         (disk / "filler").write_bytes(bytes(max(0, free - 60_000)))
         before = (disk / "ckpt.pt").read_bytes()
-        _, err = finish(start(tmp_path, "train", "--init_from=resume", "--max_steps=5", f"--out_dir={disk}"), code=2)
+        _, err = finish(
+            start(tmp_path, "train", "--init_from=resume", "--max_steps=5", f"--out_dir={disk}"), code=2
+        )
         assert err.count("\n") == 1 and "No space left on device" in err and f"cannot save {disk}/" in err
         assert (disk / "ckpt.pt").read_bytes() == before and load_checkpoint(disk)["step"] == 0
     finally:
@@ -430,7 +475,9 @@ def test_flipped_bytes_in_checkpoints(checkpoint):
     for _ in range(150):
         place = rng.randrange(len(whole))
         checkpoint.unlink()  # the good one is still mapped into memory
-        checkpoint.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << rng.randrange(8)]) + whole[place + 1 :])
+        checkpoint.write_bytes(
+            whole[:place] + bytes([whole[place] ^ 1 << rng.randrange(8)]) + whole[place + 1 :]
+        )
         try:
             found = load_checkpoint(checkpoint)
         except ValueError as error:
@@ -446,11 +493,16 @@ def test_weights_that_are_not_finite_write_no_text(checkpoint):
     content = load_checkpoint(checkpoint)
     content["model"]["ln_f.weight"][3] = math.nan
     save_checkpoint(checkpoint, content)
-    with pytest.raises(ValueError, match="ckpt.pt holds weights that are not finite, in ln_f.weight; take an earlier checkpoint"):
+    with pytest.raises(
+        ValueError,
+        match="ckpt.pt holds weights that are not finite, in ln_f.weight; take an earlier checkpoint",
+    ):
         load_trained(checkpoint.parent, "ckpt.pt", "cpu")
 
 
-@pytest.mark.parametrize("change", [{"step": "x"}, {"step": None}, {"meta": 5}, {"model_config": []}, {"model": None}])
+@pytest.mark.parametrize(
+    "change", [{"step": "x"}, {"step": None}, {"meta": 5}, {"model_config": []}, {"model": None}]
+)
 def test_what_is_no_checkpoint_of_ours(checkpoint, change):
     torch.save({**load_checkpoint(checkpoint), **change}, checkpoint.parent / "other.pt")
     with pytest.raises(ValueError, match="other.pt is no checkpoint of train.py"):
@@ -458,12 +510,15 @@ def test_what_is_no_checkpoint_of_ours(checkpoint, change):
 
 
 @pytest.mark.parametrize(
-    "change", [{"pattern": "("}, {"ranks": ["!"]}, {"ranks": ["YQ=="]}, {"vocab_size": "x"}, {"vocab_size": 3}]
+    "change",
+    [{"pattern": "("}, {"ranks": ["!"]}, {"ranks": ["YQ=="]}, {"vocab_size": "x"}, {"vocab_size": 3}],
 )
 def test_damaged_tokenizers(data_dir, change):
     spec = load_meta(data_dir / "arithmetic")["tokenizer"]
     assert spec["name"] == "bpe"
-    with pytest.raises(ValueError, match="the tokenizer's description is damaged .*; prepare the data set again"):
+    with pytest.raises(
+        ValueError, match="the tokenizer's description is damaged .*; prepare the data set again"
+    ):
         prepare_data.load_tokenizer({**spec, **change})
 
 
@@ -505,7 +560,9 @@ def test_data_replaced_while_they_are_read(data_dir, tmp_path, in_place):
 
         return batches
 
-    with pytest.raises(ValueError, match="train.bin was replaced while it was read; prepare changed data under another"):
+    with pytest.raises(
+        ValueError, match="train.bin was replaced while it was read; prepare changed data under another"
+    ):
         run(data_dir, tmp_path / "a", wrap=replace_at_9)
     assert load_checkpoint(tmp_path / "a")["step"] == 4
     with pytest.raises(ValueError, match=r"train.bin holds other data than meta.json says \(sha256\)"):
@@ -527,7 +584,9 @@ def test_meta_of_another_tokenizer(data_dir, tmp_path):
     """Whether it goes with a checkpoint's vocabulary or not, it does not go with the tokens."""
     prepare(PrepareConfig(data_dir=str(tmp_path / "other"), num_problems=300, tokenizer="bytes"))
     shutil.copy(tmp_path / "other" / "arithmetic" / "meta.json", data_dir / "arithmetic" / "meta.json")
-    with pytest.raises(ValueError, match="train.bin has .* bytes, meta.json says .*; prepare the data set again"):
+    with pytest.raises(
+        ValueError, match="train.bin has .* bytes, meta.json says .*; prepare the data set again"
+    ):
         run(data_dir, tmp_path / "a")
     meta = json.loads((data_dir / "arithmetic" / "meta.json").read_text())
     (data_dir / "arithmetic" / "meta.json").write_text(json.dumps({**meta, "tokenizer": None}))
@@ -575,17 +634,26 @@ def test_a_gradient_that_is_not_finite_stops_before_the_step(data_dir, tmp_path,
         return real(seed, index)
 
     monkeypatch.setattr(train_module, "seed_for", seed_for)
-    cfg, _ = parse(TrainConfig, [*TINY_FLAGS, f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'a'}", f"--dtype={dtype}"])
+    cfg, _ = parse(
+        TrainConfig,
+        [*TINY_FLAGS, f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'a'}", f"--dtype={dtype}"],
+    )
     meta = load_meta(data_dir / "arithmetic")
     model = start_model(cfg, None, meta)
     get_batch = train_module.token_batches(str(data_dir / "arithmetic"), meta, cfg)
     if dtype == "float32":
-        with pytest.raises(ValueError, match="step 4: the gradient's norm is .*, the losses of micro-batches 6 to 7 are finite"):
+        with pytest.raises(
+            ValueError,
+            match="step 4: the gradient's norm is .*, the losses of micro-batches 6 to 7 are finite",
+        ):
             train_module.train(cfg, model, get_batch, meta)
         assert load_checkpoint(tmp_path / "a")["step"] == 2
     else:
         train_module.train(cfg, model, get_batch, meta)
-        assert load_checkpoint(tmp_path / "a")["step"] == 6 and load_checkpoint(tmp_path / "a")["scaler"]["scale"] == 2**15
+        assert (
+            load_checkpoint(tmp_path / "a")["step"] == 6
+            and load_checkpoint(tmp_path / "a")["scaler"]["scale"] == 2**15
+        )
     assert all(p.isfinite().all() for p in model.parameters())
 
 
@@ -602,10 +670,23 @@ def name_failure(*args):
     return found
 train.seed_for, train.name_failure = seed_for, name_failure
 """
-    process = start(tmp_path, "train", *small, "--micro_batch_size=2", f"--out_dir={tmp_path / 'a'}", hook=hook, processes=2)
+    process = start(
+        tmp_path,
+        "train",
+        *small,
+        "--micro_batch_size=2",
+        f"--out_dir={tmp_path / 'a'}",
+        hook=hook,
+        processes=2,
+    )
     _, err = process.communicate(timeout=120)
-    assert process.returncode != 0 and "error: step 6: the loss of micro-batch 23 is nan; the step was not made" in err
-    assert [(tmp_path / f"found-{rank}").read_text() for rank in (0, 1)] == ["the loss of micro-batch 23 is nan"] * 2
+    assert (
+        process.returncode != 0
+        and "error: step 6: the loss of micro-batch 23 is nan; the step was not made" in err
+    )
+    assert [(tmp_path / f"found-{rank}").read_text() for rank in (0, 1)] == [
+        "the loss of micro-batch 23 is nan"
+    ] * 2
     assert load_checkpoint(tmp_path / "a")["step"] == 0
 
 
@@ -676,7 +757,9 @@ def test_a_failed_write_leaves_no_half_file(tmp_path):
         save_checkpoint(tmp_path / "none" / "ckpt.pt", {"step": 2})
     with pytest.raises(KeyboardInterrupt):
         save_checkpoint(tmp_path / "ckpt.pt", {"step": Interrupts()})
-    assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"] and torch.load(tmp_path / "ckpt.pt") == {"step": 1}
+    assert [path.name for path in tmp_path.iterdir()] == ["ckpt.pt"] and torch.load(tmp_path / "ckpt.pt") == {
+        "step": 1
+    }
 
 
 class Interrupts:
