@@ -1,15 +1,14 @@
-"""Settings of a script: one dataclass holds the defaults, files and flags override them, left to right.
+"""Settings of a script: a dataclass holds the defaults, config files and flags override them, left to right.
 
     python train.py config/shakespeare.py --learning_rate=1e-3 --out_dir=out/try
 
-The comment behind a field is its --help text. A config file is plain Python assignments, run in a namespace of its own; a name
-in it that is no field is an error, unless it begins with an underscore or is a function, a class or a module.
-"""
+The comment behind a field is its --help text. A config file is plain Python assignments; a name in it that is
+no field is an error, unless it starts with an underscore or is a module or callable."""
 
 import dataclasses
 import difflib
+import importlib
 import inspect
-import numbers
 import os
 import re
 import runpy
@@ -20,133 +19,107 @@ import typing
 
 
 def parse(config_class, argv=None, positional=None):
-    """The command line (default: sys.argv[1:]) as an instance of config_class, and where each key was set: {key: place}.
-
-    positional names the field that takes a word without dashes that is no .py file. Prints nothing, except for --help, after
-    which it exits. Raises ValueError for an unknown key, a value of the wrong type, a missing file."""
+    """The command line (default: sys.argv[1:]) as an instance of config_class, and {key: where it was set}.
+    positional names the field that takes a bare word. Raises ValueError for what does not fit."""
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
-        print(help_text(config_class, positional))
-        raise SystemExit(0)
+        print(help_text(config_class))
+        sys.exit(0)
     values, set_by = {}, {}
     for arg in argv:
-        if arg.startswith("--"):
-            key, equals, text = arg[2:].partition("=")  # only the first '=': a value may contain more of them
-            check_key(config_class, key, "command line")
-            if not equals:
-                raise ValueError(f"{arg}: wanted --{key}=value")
-            values[key], set_by[key] = convert(config_class, key, text, "command line"), "command line"
+        settings, source = {}, "command line"
+        if arg.startswith("--") and "=" in arg:
+            key, _, settings[key] = arg[2:].partition("=")  # at the first '=': a value may contain more
         elif arg.endswith(".py"):
-            if not os.path.isfile(arg):
-                raise ValueError(f"config file {arg} not found")
-            try:
-                settings = runpy.run_path(arg)
-            except (Exception, SystemExit) as error:  # whatever a Python file can do wrong
-                raise ValueError(f"config file {arg}: {type(error).__name__}: {error}") from error
-            for key, value in settings.items():
-                if key.startswith("_") or callable(value) or isinstance(value, types.ModuleType):
-                    continue
-                check_key(config_class, key, arg)
-                values[key], set_by[key] = convert(config_class, key, value, arg), arg
-        elif positional:
-            values[positional], set_by[positional] = arg, "command line"
+            settings, source = read_config(arg), arg
+        elif positional and not arg.startswith("-"):
+            settings[positional] = arg
         else:
-            raise ValueError(f"{arg}: wanted a config file (x.py) or --key=value; --help lists the keys")
+            raise ValueError(f"{arg}: wanted --key=value or a config file (x.py); --help lists the keys")
+        for key, value in settings.items():
+            values[key], set_by[key] = convert(config_class, key, value, source), source
     return config_class(**values), set_by
 
 
-def check_key(config_class, key, place):
-    names = [field.name for field in dataclasses.fields(config_class)]
-    if key not in names:
-        near = difflib.get_close_matches(key, names, n=1)
+def read_config(path):
+    """The assignments of a config file, {name: value}."""
+    try:
+        settings = runpy.run_path(path)
+    except (Exception, SystemExit) as error:  # whatever a Python file can do wrong
+        raise ValueError(f"config file {path}: {type(error).__name__}: {error}") from error
+    hidden = [k for k, v in settings.items() if k[0] == "_" or callable(v) or isinstance(v, types.ModuleType)]
+    return {key: value for key, value in settings.items() if key not in hidden}
+
+
+def convert(config_class, key, value, source):
+    """value, text from a flag or an object from a file, as the type of the field: 1 -> 1.0, 1e5 -> 100000."""
+    hints, text = typing.get_type_hints(config_class), str(value)
+    if key not in hints:
+        near = difflib.get_close_matches(key, hints, n=1)
         hint = f"did you mean {near[0]!r}?" if near else "--help lists the keys"
-        raise ValueError(f"unknown key {key!r} ({place}); {hint}")
-
-
-def convert(config_class, key, value, place):
-    """value, as text from a flag or as it stands in a file, as the type of the field: 1 -> 1.0, 1e5 -> 100000, 'None' -> None."""
-    kind = typing.get_type_hints(config_class)[key]
-    kinds = typing.get_args(kind) or (kind,)
-    if type(None) in kinds and (value is None or isinstance(value, str) and value == "None"):
+        raise ValueError(f"unknown key {key!r} ({source}); {hint}")
+    kinds = typing.get_args(hints[key]) or (hints[key],)
+    if type(None) in kinds and text == "None":
         return None
+    if bool in kinds and text.lower() in ("true", "false"):
+        return text.lower() == "true"
     if str in kinds and isinstance(value, str) and "\0" not in value:
         return value
-    if bool in kinds:
-        if str(value).lower() in ("true", "false"):
-            return str(value).lower() == "true"
-    elif isinstance(value, (str, numbers.Real)) and not isinstance(value, bool):
-        try:
-            number = float(value)
-            if float in kinds:
-                return number
-            if int in kinds and number.is_integer() and abs(number) < 2**63:
-                # from the text where it is one: that keeps every digit of a long integer, where float() rounds
-                return int(value) if re.fullmatch(r"[+-]?\d+", str(value)) else int(number)
-        except (ValueError, OverflowError):
-            pass
-    wanted = " or ".join("None" if k is type(None) else k.__name__ for k in kinds)
-    raise ValueError(f"{key}={value!r} ({place}): wanted {wanted}")
+    try:
+        number = int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)
+        if float in kinds:
+            return float(number)
+        if int in kinds and number == int(number) and abs(number) < 2**63:
+            return int(number)
+    except (ValueError, OverflowError):
+        pass
+    wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+    raise ValueError(f"{key}={value!r} ({source}): wanted {wanted}")
 
 
-def help_text(config_class, positional=None):
-    """Keys, defaults and the comments behind the fields, base classes first."""
-    comments = {}
-    for cls in reversed(config_class.__mro__[:-1]):
-        for line in inspect.getsource(cls).splitlines():
-            match = re.match(r"\s+(\w+)\s*:.*?=.*?#\s*(.*)", line)
-            if match:
-                comments[match[1]] = match[2]
-    doc = inspect.getdoc(sys.modules[config_class.__module__]) or ""
-    usage = f"python {os.path.basename(sys.argv[0])} {f'[{positional}] ' if positional else ''}[config/x.py ...] [--key=value ...]"
-    rows = [
-        f"  --{f.name}={f.default}".ljust(38) + f"  {comments.get(f.name, '')}"
-        for f in dataclasses.fields(config_class)
-    ]
-    return "\n".join([doc, "", "usage: " + usage, "Later settings win. Keys, with their defaults:", *rows])
+def help_text(config_class):
+    """The script's docstring, then its keys with their defaults and the comments behind them."""
+    source = "".join(inspect.getsource(cls) for cls in reversed(config_class.__mro__[:-1]))
+    comments = dict(re.findall(r"^ +(\w+)\s*:.*?=.*?# *(.*)", source, re.MULTILINE))
+    lines = [inspect.getdoc(sys.modules[config_class.__module__]) or "", "", "Later settings win. Keys:"]
+    for field in dataclasses.fields(config_class):
+        lines.append(f"  --{field.name}={field.default}".ljust(38) + "  " + comments.get(field.name, ""))
+    return "\n".join(lines)
 
 
 def describe(cfg, set_by):
-    """One line for each key that was set to something else than its default: value, default, where it was set."""
-    changed = [
-        field
-        for field in dataclasses.fields(cfg)
-        if field.name in set_by and getattr(cfg, field.name) != field.default
-    ]
-    lines = [
-        f"  {f.name} = {getattr(cfg, f.name)!r}  (default {f.default!r}, set by {set_by[f.name]})"
-        for f in changed
-    ]
-    return (
-        "\n".join(["settings that differ from the defaults:", *lines]) if lines else "settings: all defaults"
-    )
+    """A line for each key that differs from its default: value, default, where it was set."""
+    lines = []
+    for field in dataclasses.fields(cfg):
+        name, value, default = field.name, getattr(cfg, field.name), field.default
+        if name in set_by and value != default:
+            lines.append(f"\n  {name} = {value!r}  (default {default!r}, set by {set_by[name]})")
+    return "settings that differ from the defaults:" + ("".join(lines) or " none")
+
+
+def need(package, install=None):
+    """The package, for parts that not everybody uses. Raises ValueError with the install command."""
+    try:
+        return importlib.import_module(package)
+    except ImportError as error:
+        raise ValueError(f"{error}; run: pip install {install or package}") from error
 
 
 def run(main):
-    """Runs a script's main. What a user can mend ends with one line and exit code 2: a ValueError that one of our own lines
-    raises, an error of the file system, too little memory. Ctrl-C ends with 130. Anything else keeps its traceback."""
-    sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal cannot show is no reason to end
+    """Runs a script's main. A ValueError that our own files raise and an error of the file system end with one
+    line and exit code 2, Ctrl-C with 130. Anything else keeps its traceback."""
+    sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal cannot show is no reason to stop
     try:
         main()
+        sys.stdout.flush()
     except KeyboardInterrupt:
-        raise SystemExit(130) from None
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
-        last = traceback.extract_tb(error.__traceback__)[-1]
-        ours = os.path.dirname(os.path.abspath(last.filename)) == os.path.dirname(os.path.abspath(__file__))
-        no_memory = isinstance(error, MemoryError) or re.search(
-            "allocate|out of memory|overflow|too big", str(error)
-        )
-        if (
-            isinstance(error, ValueError)
-            and ours
-            and last.line.startswith("raise ")
-            or isinstance(error, OSError)
-        ):
-            what = error
-        elif no_memory:
-            what = f"not enough memory for that; lower the sizes or numbers that were set ({str(error)[:200] or 'MemoryError'})"
-        else:
+        sys.exit(130)
+    except BrokenPipeError:  # python sample.py | head -1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (ValueError, OSError) as error:
+        folder = os.path.dirname(os.path.abspath(traceback.extract_tb(error.__traceback__)[-1].filename))
+        root = os.path.dirname(os.path.abspath(__file__))
+        if isinstance(error, ValueError) and folder not in (root, os.path.join(root, "extras")):
             raise
-        print(
-            "error:", " ".join(str(what).split()), file=sys.stderr
-        )  # one line, whatever names and values hold
-        raise SystemExit(2) from None
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
