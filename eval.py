@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import configurator
-from model import check_decoding, guided_logits, sample_tokens, seed_for
+from model import guided_logits, sample_tokens, seed_for
 from prepare_data import CORPORA, Source
 from sample import load_trained
 from sft_gsm8k import SFTConfig, answer, example_batches
@@ -78,7 +78,6 @@ class EvalConfig:
             raise ValueError(f"seed is {self.seed}; it must be at least 0")
         if self.task not in ("loss", "gsm8k") and not os.path.isfile(self.task):
             raise ValueError(f"task {self.task!r} is not loss, gsm8k or a .jsonl file that exists")
-        check_decoding(**self.decoding())
 
     def decoding(self):
         keys = ("steps", "temperature", "remasking", "threshold", "cfg_scale")

@@ -17,16 +17,14 @@ NO TIME INPUT. The network is not told t. The share of [MASK] in xt shows it alr
 of a hidden token given the visible ones does not depend on t: q hides tokens without looking at them.
 
 THE SINK (arXiv 2601.19657). Softmax attention must put its mass somewhere, even when a head has nothing to
-look for. So some token with a small value vector becomes an attention sink, and in an MDM that sink moves
-from token to token as the text is denoised. The cure is one extra token, which attends only to itself while
-every token may attend to it:
+look for. So some token with a small value vector becomes an attention sink, and in an MDM that sink moves as
+the text is denoised. The cure: one more token, which attends only to itself and which all may attend to:
     M_ij = -inf if i is a sink and j != i, else 0;  attention = softmax(q k^T / sqrt(d) + M) v   (Eq. 5-6)
 The sink sees nothing else, so its hidden state in each layer is the same for every text and every t: a
 learned constant, a fixed place to leave surplus attention.
 
-NAMES. x0 clean tokens, xt partly hidden tokens, both (B, T); t noise level; p_mask probability to be hidden;
-masked = is hidden, maskable = may be hidden; B batch, T content tokens, S = T + n_sink, C = n_embd, H heads,
-V vocabulary.
+NAMES. x0 clean, xt partly hidden tokens (B, T); t noise level; p_mask probability to be hidden; masked = is
+hidden, maskable = may be hidden; B batch, T content tokens, S = T + n_sink, C = n_embd, H heads, V vocabulary
 """
 
 import math
@@ -49,7 +47,6 @@ PRESETS = {
     "1028M": (20, 14, 1792), "1233M": (24, 14, 1792), "1476M": (22, 16, 2048), "1678M": (25, 16, 2048),
     "2121M": (28, 17, 2176),
 }  # fmt: skip
-
 LOGITS_AT_ONCE = 2**25  # in sampling and scoring: 128 MB of float32
 
 
@@ -74,15 +71,13 @@ class MDMConfig:
             raise ValueError(f"sizes must be at least 1, and n_sink at least 0; got {self}")
         if self.n_embd % (2 * self.n_head):
             raise ValueError(f"n_embd {self.n_embd} does not give n_head {self.n_head} heads of even width")
-        if self.sink_position not in ("front", "end"):
-            raise ValueError(f"sink_position is {self.sink_position!r}; it must be 'front' or 'end'")
-        if self.sink_attention not in ("mask", "split"):
-            raise ValueError(f"sink_attention is {self.sink_attention!r}; it must be 'mask' or 'split'")
+        if self.sink_position not in ("front", "end") or self.sink_attention not in ("mask", "split"):
+            got = f"{self.sink_position!r} and {self.sink_attention!r}"
+            raise ValueError(f"wanted sink_position front or end, sink_attention mask or split; got {got}")
 
     @property
     def mask_id(self) -> int:
-        """[MASK] is the last row of the embedding. The head has no such row: [MASK] is never predicted."""
-        return self.vocab_size
+        return self.vocab_size  # last row of the embedding; the head has no such row and never predicts it
 
     @classmethod
     def preset(cls, size: str, **overrides) -> "MDMConfig":
@@ -122,12 +117,9 @@ class Attention(nn.Module):
 
     def forward(self, x, cos, sin, attn_mask):
         """x (B, S, C), the sinks first -> (B, S, C). attn_mask (S, S) bool: query i may attend to key j."""
-        B, S, C = x.shape
-        H, n_sink = self.config.n_head, self.config.n_sink
-        q, k, v = self.qkv(x).split(C, dim=2)
-        q = apply_rope(q.view(B, S, H, C // H).transpose(1, 2), cos, sin)  # (B, H, S, d)
-        k = apply_rope(k.view(B, S, H, C // H).transpose(1, 2), cos, sin)  # (B, H, S, d)
-        v = v.view(B, S, H, C // H).transpose(1, 2)  # (B, H, S, d)
+        (B, S, C), H, n_sink = x.shape, self.config.n_head, self.config.n_sink
+        q, k, v = self.qkv(x).view(B, S, 3, H, C // H).permute(2, 0, 3, 1, 4)  # each (B, H, S, d)
+        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
         if self.config.sink_zero_value:
             v = F.pad(v[:, :, n_sink:], (0, 0, n_sink, 0))
         if n_sink and self.config.sink_attention == "split":
@@ -144,8 +136,6 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """SwiGLU: w3(silu(w1 x) * w2 x)."""
-
     def __init__(self, config: MDMConfig):
         super().__init__()
         self.w1 = nn.Linear(config.n_embd, config.mlp_hidden, bias=False)
@@ -153,7 +143,7 @@ class MLP(nn.Module):
         self.w3 = nn.Linear(config.mlp_hidden, config.n_embd, bias=False)
 
     def forward(self, x):
-        return self.w3(F.silu(self.w1(x)) * self.w2(x))
+        return self.w3(F.silu(self.w1(x)) * self.w2(x))  # SwiGLU
 
 
 class Block(nn.Module):
@@ -189,26 +179,25 @@ class MDM(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed):
-        """SMDM's initialisation. Each tensor has its own generator, seeded by (seed, name): models of one seed
-        start with the same values in all that they share."""
-        C, n_layer = self.config.n_embd, self.config.n_layer
+        """SMDM's initialisation. Each tensor has its own generator, seeded by (seed, name): models of one
+        seed start with the same values in all that they share."""
+        C = self.config.n_embd
         for name, p in self.named_parameters():
             generator = torch.Generator().manual_seed(seed_for(seed, *name.encode()))
             if p.ndim == 1:  # the weight of a norm
                 p.fill_(1.0)
             elif name.endswith(("proj.weight", "w3.weight")):  # they write into the residual stream
-                p.normal_(std=1 / (math.sqrt(C) * n_layer), generator=generator)
+                p.normal_(std=1 / (math.sqrt(C) * self.config.n_layer), generator=generator)
             else:
                 p.normal_(std=math.sqrt(2 / (5 * C)), generator=generator)
 
     def forward(self, xt, masked=None):
-        """xt (B, T) token ids, mask_id where hidden -> logits (B, T, V). With masked (B, T) bool the head runs
-        at these N positions only: (N, V)."""
+        """xt (B, T) ids, mask_id where hidden -> logits (B, T, V), or with masked (B, T) only there: (N, V)."""
         x = self.trunk(xt)
         return self.head(x if masked is None else x[masked])
 
     def trunk(self, xt):
-        """Embedding, sinks, blocks: (B, T) ids -> (B, T, C). train.py compiles this part, of fixed shape."""
+        """Embedding, sinks, blocks: (B, T) ids -> (B, T, C). Its shape is fixed: train.py compiles it."""
         (B, T), n_sink = xt.shape, self.config.n_sink
         if T > self.config.block_size:
             raise ValueError(f"a sequence of {T} tokens exceeds block_size {self.config.block_size}")
@@ -217,8 +206,7 @@ class MDM(nn.Module):
         if n_sink:
             x = torch.cat((self.sink.expand(B, -1, -1), x), dim=1)  # (B, S, C): the sinks are the first rows
             if self.config.sink_attention == "mask":  # content sees every key, a sink only itself
-                is_content = positions >= n_sink
-                attn_mask = is_content[:, None] | (positions[:, None] == positions)
+                attn_mask = (positions >= n_sink)[:, None] | (positions[:, None] == positions)
             if self.config.sink_position == "end":  # attention knows the order from these angles alone
                 positions = positions.roll(n_sink)  # sinks T, T + 1, ...; content 0, 1, ...
         cos, sin = self.rope_cos[positions], self.rope_sin[positions]
@@ -227,8 +215,7 @@ class MDM(nn.Module):
         return x[:, n_sink:]
 
     def head(self, x):
-        """Last norm and output head: (..., C) -> logits (..., V)."""
-        return self.lm_head(self.ln_f(x))
+        return self.lm_head(self.ln_f(x))  # (..., C) -> logits (..., V)
 
     def num_params(self, non_embedding: bool = True) -> int:
         """Parameters; by default, as in the table of sizes, without embeddings, sinks and output head."""
@@ -237,7 +224,7 @@ class MDM(nn.Module):
 
     @classmethod
     def from_checkpoint(cls, checkpoint) -> "MDM":
-        """The model of a checkpoint, a path or the dict of load_checkpoint. Raises ValueError if that fails."""
+        """The model of a checkpoint, a path or a dict of load_checkpoint. Raises ValueError if that fails."""
         checkpoint = checkpoint if isinstance(checkpoint, dict) else load_checkpoint(checkpoint)
         try:
             model = cls(MDMConfig(**checkpoint["model_config"]))
@@ -248,8 +235,7 @@ class MDM(nn.Module):
 
 
 def load_checkpoint(path) -> dict:
-    """What train.py saved; model_config, run_config and meta are plain dicts. path is the file, or its folder
-    for ckpt.pt. Raises ValueError if there is none or it is damaged."""
+    """What train.py saved, from a file or from a folder's ckpt.pt. Raises ValueError if it cannot be read."""
     path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
     if not os.path.isfile(path):
         raise ValueError(f"no checkpoint at {path}; train a model first: python train.py --out_dir=...")
@@ -269,7 +255,6 @@ def load_checkpoint(path) -> dict:
 
 def mask_tokens(x0, p_mask, maskable, mask_id, noise=None):
     """Forward process q(xt | x0): each maskable token becomes [MASK] with probability p_mask (B, 1).
-
     x0, maskable (B, T); noise (B, T) uniform numbers, drawn here by default. Returns xt, masked (B, T)."""
     noise = torch.rand(x0.shape) if noise is None else noise
     masked = (noise < p_mask) & maskable
@@ -294,7 +279,6 @@ def weighted_nll(model, x0, xt, masked, p_mask):
 def diffusion_loss(model, x0, maskable, stratified=False, random_length=0.0):
     """One draw of the upper bound on -log p(x0), in nats per maskable token, hidden or not: a scalar.
     Pretraining (all tokens are maskable) and fine-tuning (the prompt is not) are the same line.
-
     x0, maskable (B, T) on the CPU. stratified: t = (u + i/B) mod 1 over the rows, less noise and the same
     mean (the authors: independent t). random_length: share of batches cut to a random length (SMDM: 0.01)."""
     B, T = x0.shape
@@ -309,9 +293,8 @@ def diffusion_loss(model, x0, maskable, stratified=False, random_length=0.0):
 
 
 def guided_logits(model, x, masked, given, cfg_scale=0.0):
-    """Yields logits of the N masked positions (B, T) of x, in pieces of bounded size: slice, (n, V) float32.
-    cfg_scale w > 0 is unsupervised classifier-free guidance: un + (1 + w)(cond - un), where un sees [MASK] in
-    place of the given tokens (B, T)."""
+    """Yields logits of the N masked positions of x (B, T), in pieces of bounded size: slice, (n, V) float32.
+    cfg_scale w is classifier-free guidance: un + (1 + w)(cond - un), un with [MASK] for the given tokens."""
     device = next(model.parameters()).device
     cond = model.trunk(x.to(device))[masked]  # (N, C)
     if cfg_scale:
@@ -326,8 +309,8 @@ def guided_logits(model, x, masked, given, cfg_scale=0.0):
 
 
 def sample_tokens(logits, temperature, uniform):
-    """A token for each row of logits (N, V) and the model's probability of it, both (N,) on the CPU: the argmax
-    at temperature 0, else where the cumulative softmax(logits / temperature) passes uniform (N,)."""
+    """A token for each row of logits (N, V) and the model's probability of it, both (N,) on the CPU: the
+    argmax at temperature 0, else where the cumulative softmax(logits / temperature) passes uniform (N,)."""
     logits = (logits.cpu() if logits.device.type == "mps" else logits).double()  # MPS has no float64
     tokens = logits.argmax(dim=-1)
     if temperature > 0:
@@ -337,22 +320,11 @@ def sample_tokens(logits, temperature, uniform):
     return tokens.cpu(), logits.softmax(dim=-1).gather(1, tokens[:, None])[:, 0].cpu()
 
 
-def check_decoding(steps, temperature=0.0, remasking="confidence", threshold=None, cfg_scale=0.0):
-    """Raises ValueError if an option of generate is out of range."""
-    if not (steps >= 1 and 0 <= temperature < math.inf and 0 <= cfg_scale < math.inf):
-        raise ValueError(f"{steps=}, {temperature=}, {cfg_scale=}: wanted at least 1, 0 and 0, and finite")
-    if remasking not in ("confidence", "random"):
-        raise ValueError(f"remasking is {remasking!r}; it must be 'confidence' or 'random'")
-    if threshold is not None and (remasking == "random" or not 0 <= threshold <= 1):
-        raise ValueError(f"threshold {threshold} must lie in 0..1 and needs remasking='confidence'")
-
-
 @torch.no_grad()
 def generate(model, x, steps, temperature=0.0, remasking="confidence", threshold=None, cfg_scale=0.0,
              seeds=None, eot_id=None, on_step=None):  # fmt: skip
-    """The reverse process: fills every mask_id in x. Given tokens may stand anywhere: this is infilling, too.
+    """The reverse process: fills every mask_id in x (B, T). Given tokens may stand anywhere, for infilling.
 
-    x            (B, T) token ids, mask_id where text is wanted
     steps        denoising steps; a row takes fewer if it is filled before
     temperature  0 takes the likeliest token, 1 draws from the model's distribution
     remasking    'confidence': of the predicted tokens keep the surest, ceil(hidden / steps left) in each step
@@ -363,7 +335,12 @@ def generate(model, x, steps, temperature=0.0, remasking="confidence", threshold
     eot_id       if given, a row ends with the first such token it writes, and is filled with it from there
     on_step      called with x (B, T) after every step
     Returns the filled rows (B, T) and each row's forward passes (B,), on the CPU. Raises ValueError."""
-    check_decoding(steps, temperature, remasking, threshold, cfg_scale)
+    if not (steps >= 1 and 0 <= temperature < math.inf and 0 <= cfg_scale < math.inf):
+        raise ValueError(f"{steps=}, {temperature=}, {cfg_scale=}: wanted at least 1, 0 and 0, and finite")
+    if remasking not in ("confidence", "random"):
+        raise ValueError(f"remasking is {remasking!r}; it must be 'confidence' or 'random'")
+    if threshold is not None and (remasking == "random" or not 0 <= threshold <= 1):
+        raise ValueError(f"threshold {threshold} must lie in 0..1 and needs remasking='confidence'")
     (B, T), mask_id = x.shape, model.config.mask_id
     seeds = torch.randint(2**31, (B,)).tolist() if seeds is None else seeds
     streams = [np.random.default_rng(seed) for seed in seeds]
@@ -376,17 +353,17 @@ def generate(model, x, steps, temperature=0.0, remasking="confidence", threshold
         passes[rows] += 2 if cfg_scale else 1
         xt = x[rows]
         hidden = xt == mask_id
-        uniform = np.stack([streams[row].random((2, T)) for row in rows])  # (R, 2, T)
-        for_tokens, for_positions = torch.from_numpy(uniform).unbind(dim=1)
+        uniform = np.stack([streams[row].random((2, T)) for row in rows], axis=1)
+        uniform = torch.from_numpy(uniform)  # (2, R, T): for tokens, for positions
         # 1. predict every hidden token
         tokens, confidence = xt.clone(), torch.full(xt.shape, -1.0, dtype=torch.float64)
         row, column = hidden.nonzero(as_tuple=True)
         for piece, logits in guided_logits(model, xt, hidden, given[rows], cfg_scale):
             at = row[piece], column[piece]
-            tokens[at], confidence[at] = sample_tokens(logits, temperature, for_tokens[at])
+            tokens[at], confidence[at] = sample_tokens(logits, temperature, uniform[0][at])
         # 2. choose row by row what to keep
         if remasking == "random":
-            keep = for_positions < 1 / steps_left
+            keep = uniform[1] < 1 / steps_left
         else:
             rank = confidence.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
             keep = rank < (hidden.sum(dim=1, keepdim=True) / steps_left).ceil()

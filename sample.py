@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 
 import configurator
-from model import MDM, check_decoding, generate, load_checkpoint, seed_for
+from model import MDM, generate, load_checkpoint, seed_for
 from prepare_data import load_tokenizer
 from sft_gsm8k import answer
 from train import autocast, setup_distributed
@@ -55,7 +55,6 @@ class SampleConfig:
             raise ValueError(
                 f"num_samples {self.num_samples} must be at least 1, seed {self.seed} at least 0"
             )
-        check_decoding(**self.decoding())
 
     def decoding(self):
         keys = ("steps", "temperature", "remasking", "threshold", "cfg_scale")
