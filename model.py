@@ -244,9 +244,7 @@ def load_checkpoint(path) -> dict:
     except Exception as error:  # a damaged file fails in many ways
         raise ValueError(f"{path} is damaged or no checkpoint ({str(error)[:200]}); take another") from error
     if not isinstance(checkpoint, dict) or "model_config" not in checkpoint:
-        raise ValueError(
-            f"{path} is no checkpoint of train.py; python -m extras.convert reads SMDM's weights"
-        )
+        raise ValueError(f"{path} is no checkpoint of train.py; python -m extras.convert reads SMDM's")
     return checkpoint
 
 

@@ -6,14 +6,13 @@
     python train.py --init_from=resume --out_dir=out/arithmetic            # continues where it stopped
 
 Whatever is random in a micro-batch follows from (seed, index), where index numbers the micro-batches of the
-whole run. So a resumed run continues exactly, two processes do the work of one, and two variants see the same
-texts with the same masks. `train` is the one loop; get_batch(split, index) is all that a task adds.
+run. So a resumed run continues exactly, two processes do the work of one, and two variants see the same texts
+with the same masks. `train` is the one loop; get_batch(split, index) is all that a task adds.
 """
 
 import json
 import math
 import os
-import platform
 import signal
 import subprocess
 import sys
@@ -27,27 +26,18 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import configurator
-from model import (
-    MDM,
-    MDMConfig,
-    diffusion_loss,
-    load_checkpoint,
-    mask_tokens,
-    noise_levels,
-    seed_for,
-    weighted_nll,
-)
+from model import MDM, MDMConfig, diffusion_loss, load_checkpoint, mask_tokens, noise_levels, seed_for
+
+from model import weighted_nll  # isort: skip
 
 
 @dataclass
 class TrainConfig:
-    # run
     dataset: str = "arithmetic"  # trains on data_dir/dataset, made by prepare_data.py
     data_dir: str = "data"  # where the data sets are
     out_dir: str | None = None  # checkpoints and log.jsonl go here; None: out/dataset
     init_from: str | None = "scratch"  # scratch, resume (from out_dir), or a checkpoint to take weights from
     seed: int = 0  # of weights, batches and masks
-    # model
     preset: str | None = None  # a size of model.py's table, such as 34M, instead of the next four keys
     n_layer: int = 3  # transformer blocks
     n_head: int = 4  # attention heads
@@ -59,41 +49,34 @@ class TrainConfig:
     sink_zero_value: bool = False  # force the sinks' value vectors to zero
     gated_attention: bool = False  # the gated-attention baseline
     sink_attention: str = "mask"  # mask: Eq. 5-6 literally; split: the same without a mask, for fast kernels
-    # batch and length
     batch_size: int = 16  # sequences per optimizer step, over all processes
     micro_batch_size: int = 16  # sequences per process and forward pass; the rest is gradient accumulation
     max_steps: int = 4000  # optimizer steps
     train_flops: float | None = None  # goes before max_steps: train until C = 6 N D, as the authors' --flops
-    # loss
     stratified_t: bool = False  # spread the noise levels of a micro-batch evenly (the authors: independent)
     random_length: float = 0.0  # share of micro-batches cut to a random length (SMDM: 0.01)
-    # optimizer
     learning_rate: float = 1e-3  # peak, after warm-up
     min_lr: float | None = None  # at the end of the cosine; None: a tenth of learning_rate
     warmup: float = 0.01  # share of the steps with a linearly rising rate
     weight_decay: float = 0.1  # on every tensor, norms and embeddings included, as the authors do
-    beta1: float = 0.9  # AdamW
-    beta2: float = 0.95  # AdamW
+    beta1: float = 0.9  # decay of the mean of the gradients
+    beta2: float = 0.95  # decay of the mean of their squares
     grad_clip: float = 1.0  # largest norm of the gradient; 0 = off
-    # validation and logging
     eval_interval: int = 500  # steps between validations, each of which saves a checkpoint
     eval_seqs: int = 512  # validation sequences, with fixed masks
     log_interval: int = 100  # steps between log lines; the loss is the mean over these steps
     wandb: str | None = None  # project name: also log to Weights & Biases
-    # machine
     device: str = "auto"  # auto: cuda, else mps, else cpu
     dtype: str = "auto"  # float32 or bfloat16 (autocast); auto: bfloat16 where a GPU has it
     compile: bool = False  # torch.compile: a minute at the start, then faster steps
 
     def __post_init__(self):
         self.out_dir = self.out_dir or f"out/{self.dataset}"
-        least = dict.fromkeys(("block_size", "batch_size", "micro_batch_size", "eval_interval", "log_interval"), 1)
-        least["eval_seqs"] = 2  # a standard error needs two
         for name, value in asdict(self).items():
-            if isinstance(value, (int, float)) and not least.get(name, 0) <= value < math.inf:
-                raise ValueError(f"{name} is {value}; it must be a number from {least.get(name, 0)}")
-        if max(self.warmup, self.random_length, self.beta1, self.beta2) > 1:
-            raise ValueError("warmup, random_length, beta1 and beta2 must not be above 1")
+            least = 2 if name == "eval_seqs" else int(name.endswith(("_size", "_interval")))
+            most = 1 if name in ("warmup", "random_length", "beta1", "beta2") else 1e30
+            if isinstance(value, (int, float)) and not least <= value <= most:
+                raise ValueError(f"{name} is {value}; it must lie between {least} and {most}")
         if self.min_lr is not None and self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr {self.min_lr} is above learning_rate {self.learning_rate}; lower it")
         if self.dtype not in ("auto", "float32", "bfloat16"):
@@ -102,43 +85,36 @@ class TrainConfig:
 
 MODEL_KEYS = [field.name for field in fields(MDMConfig) if field.name != "vocab_size"]
 # What a resumed run may set anew. Every other key keeps its value.
-MAY_CHANGE = "data_dir max_steps train_flops epochs eval_interval log_interval wandb device compile".split()
-
-
-# ---------- Data
+MAY_CHANGE = {"data_dir", "max_steps", "train_flops", "epochs", "eval_interval", "log_interval", "wandb"}
+MAY_CHANGE |= {"device", "compile", "sink_attention"}
 
 
 def load_meta(folder: str) -> dict:
-    """meta.json of a prepared data set. Raises ValueError if it is missing, or a token file has another size."""
+    """meta.json of prepared data. Raises ValueError if it is missing, or a token file has another size."""
     path, again = os.path.join(folder, "meta.json"), f"run: python prepare_data.py {os.path.basename(folder)}"
-    try:
-        with open(path) as file:
-            meta = json.load(file)
-        sizes = {split: n * np.dtype(meta["dtype"]).itemsize for split, n in meta["tokens"].items()}
-    except FileNotFoundError:
-        raise ValueError(f"data set {folder} is not prepared; {again}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}); {again}") from error
-    for split, size in sizes.items():
-        path = os.path.join(folder, f"{split}.bin")
+    if not os.path.exists(path):
+        raise ValueError(f"data set {folder} is not prepared; {again}")
+    with open(path) as file:
+        meta = json.load(file)
+    for split, n in meta["tokens"].items():
+        path, size = os.path.join(folder, f"{split}.bin"), n * np.dtype(meta["dtype"]).itemsize
         if not os.path.exists(path) or os.path.getsize(path) != size:
             raise ValueError(f"{path} does not have the {size:,} bytes that meta.json says; {again}")
     return meta
 
 
 def token_batches(folder: str, meta: dict, cfg: TrainConfig):
-    """get_batch for pretraining on token files: every token is maskable. Training sequences start at positions
-    drawn from (seed, index): anywhere, or at the end-of-text before a document if documents are short, one a
-    line. The eval_seqs validation sequences are spread evenly over the held-out part."""
-    B, T, align = cfg.micro_batch_size, cfg.block_size, meta["one_per_line"]
-    data, starts = {}, {}
+    """get_batch for pretraining on token files: all tokens are maskable. Training sequences start at positions
+    drawn from (seed, index), or where documents are short, one a line, at the end-of-text before one. The
+    eval_seqs validation sequences are spread evenly over the held-out part."""
+    B, T, data, starts = cfg.micro_batch_size, cfg.block_size, {}, {}
     for split in ("train", "val"):
         data[split] = np.memmap(os.path.join(folder, f"{split}.bin"), meta["dtype"], mode="r")
-        n = max(0, len(data[split]) - T + 1)
-        starts[split] = np.flatnonzero(data[split][:n] == meta["eot_id"]) if align else range(n)
+        starts[split] = range(max(0, len(data[split]) - T + 1))
+        if meta["one_per_line"]:
+            starts[split] = np.flatnonzero(data[split][: len(starts[split])] == meta["eot_id"])
         if len(starts[split]) == 0:
-            kind = "document" if align else "sequence"
-            raise ValueError(f"{folder}/{split}.bin has no {kind} of block_size {T} tokens; lower block_size")
+            raise ValueError(f"{folder}/{split}.bin is too short for block_size {T}; lower block_size")
 
     def get_batch(split, index):
         n = len(starts[split])
@@ -152,11 +128,8 @@ def token_batches(folder: str, meta: dict, cfg: TrainConfig):
     return get_batch
 
 
-# ---------- Machine
-
-
 def setup_distributed(device: str = "auto"):
-    """(rank, world_size, device) of this process. Joins the processes that torchrun has started, if it has."""
+    """(rank, world_size, device) of this process. Joins the processes that torchrun started, if it did."""
     distributed = "RANK" in os.environ
     if device == "auto":
         has_mps = torch.backends.mps.is_available() and not distributed  # it has no process groups
@@ -168,11 +141,12 @@ def setup_distributed(device: str = "auto"):
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
-    torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32
-    if distributed and not dist.is_initialized():
+    torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32 on a GPU
+    if not distributed:
+        return 0, 1, torch.device(device)
+    if not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    rank, world_size = (dist.get_rank(), dist.get_world_size()) if distributed else (0, 1)
-    return rank, world_size, torch.device(device)
+    return dist.get_rank(), dist.get_world_size(), torch.device(device)
 
 
 def close_distributed():
@@ -184,8 +158,9 @@ def close_distributed():
 
 def autocast(device, dtype: str):
     """The context in which forward passes run in dtype."""
-    auto = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16" or dtype == "auto" and auto)
+    if dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False):
+        dtype = "bfloat16"
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
 # Dense peak of bfloat16 matrix products, FLOP/s, by the vendors' data sheets
@@ -193,27 +168,24 @@ PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "
 
 
 def flops_utilization(model, T, tokens_per_s):
-    """MFU of one GPU, None if its peak is unknown. FLOPs per token (PaLM, appendix B): 6 per weight, and 12 *
-    n_layer * n_embd * T for attention. The head counts half: on average half of the tokens are hidden."""
-    c, head = model.config, model.lm_head.weight
-    flops = 6 * (model.num_params() + head.numel() / 2) + 12 * c.n_layer * c.n_embd * T
+    """MFU of a GPU, or None. FLOPs per token (PaLM, appendix B): 6 per weight, and 12 * n_layer * n_embd * T. The
+    head counts half: on average half of the tokens are hidden."""
+    config, head = model.config, model.lm_head.weight
+    flops = 6 * (model.num_params() + head.numel() / 2) + 12 * config.n_layer * config.n_embd * T
     name = torch.cuda.get_device_name(head.device) if head.is_cuda else ""
     peaks = [peak for key, peak in PEAK_FLOPS.items() if key in name]
     return flops * tokens_per_s / peaks[0] if peaks else None
 
 
 def made_by() -> dict:
-    """What made a number besides settings, weights and data: the commit, if git knows one, and versions."""
-    git = ["git", "-C", os.path.dirname(os.path.abspath(__file__)), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    except OSError:  # no git
-        commit = None
-    return {"commit": commit, "python": platform.python_version(), "torch": torch.__version__}
+    """What made a number besides settings, weights and data: the commit, if there is one, and torch."""
+    git, folder = "git describe --always --dirty --exclude=*", os.path.dirname(os.path.abspath(__file__))
+    commit = subprocess.run(git, shell=True, cwd=folder, capture_output=True, text=True).stdout.strip()
+    return {"commit": commit or None, "torch": torch.__version__}
 
 
 def lock(folder, name):
-    """Locks the folder for this process, as long as the returned file is open. Raises ValueError if another has it."""
+    """Locks folder until the returned file is closed. Raises ValueError if another process has locked it."""
     os.makedirs(folder, exist_ok=True)
     file = open(os.path.join(folder, name), "w")
     try:
@@ -221,8 +193,8 @@ def lock(folder, name):
 
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        raise ValueError(f"another process works in {folder}; wait for it, or choose another out_dir") from None
-    except (ImportError, OSError):  # Windows, or a disk without locks
+        raise ValueError(f"another process works in {folder}; wait, or choose another out_dir") from None
+    except (ImportError, OSError):  # Windows, and some network disks
         pass
     return file
 
@@ -243,26 +215,21 @@ def write_file(path, write):
             os.remove(temporary)
 
 
-# ---------- Parts of the loop
-
-
 def get_lr(step, max_steps, peak, floor, warmup_steps):
     """Linear from 0 to peak over warmup_steps, then half a cosine down to floor at max_steps."""
     if step < warmup_steps:
         return peak * step / warmup_steps
-    if step > max_steps:
-        return floor
-    progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
+    progress = min(1, (step - warmup_steps) / max(1, max_steps - warmup_steps))
     return floor + 0.5 * (1 + math.cos(math.pi * progress)) * (peak - floor)
 
 
 @torch.no_grad()
 def validate(model, get_batch, B, n_seqs, dtype="auto", mc_num=1, rank=0, world_size=1):
-    """The bound on -log p of n_seqs validation sequences, of which get_batch makes B at once: nats per maskable
-    token, its standard error, and nats and tokens of each sequence. A sequence has mc_num evenly spaced noise
-    levels and its own fixed noise: the same for every model, batch size and number of processes."""
+    """The bound on -log p of n_seqs validation sequences, of which get_batch makes B: nats per maskable token, its
+    standard error, and nats and tokens of each sequence. A sequence has mc_num evenly spaced noise levels and
+    fixed noise, the same for every model, batch size and number of processes."""
     device = next(model.parameters()).device
-    t = torch.arange(n_seqs) * 0.6180339887 % 1 / mc_num  # golden ratio: even, and in no order of the corpus
+    t = torch.arange(n_seqs) * 0.6180339887 % 1 / mc_num  # golden ratio: even, in no order of the corpus
     sums = torch.zeros(2, n_seqs, dtype=torch.float64)  # nats, tokens
     for index in range(rank, math.ceil(n_seqs / B), world_size):
         rows = range(index * B, min(n_seqs, (index + 1) * B))
@@ -284,8 +251,8 @@ def validate(model, get_batch, B, n_seqs, dtype="auto", mc_num=1, rank=0, world_
 
 def mean_and_error(nats, tokens, t):
     """Nats per token and its standard error, from nats and tokens (N,) of sequences with noise levels t (N,).
-    Evenly spread t add no variance to the mean. So the error comes from differences between neighbours in t, of
-    which the first and the last count twice. It takes the texts for different ones."""
+    Even spacing takes the spread over t out of the mean. So the error comes from differences of neighbours in
+    t, of which the first and the last count twice. It takes the texts for different ones."""
     mean = nats.sum() / tokens.sum()
     squares = ((nats - mean * tokens)[t.argsort()] / tokens.mean()).diff().square()
     variance = (squares.sum() + squares[0] + squares[-1]) / 2 / (len(t) + 1)
@@ -301,20 +268,17 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
     get_batch(split, index) -> x0, maskable: (micro_batch_size, T) on the CPU, split 'train' or 'val'
     meta    the data set's meta.json, kept in the checkpoints with its tokenizer
     resume  a checkpoint to continue from: its step and optimizer state (its weights are in model already)
-
-    Writes out_dir/ckpt.pt (the latest), best.pt (lowest validation loss) and log.jsonl. Ctrl-C or SIGTERM ends
-    the step, saves, and exits with 128 + signal; a second Ctrl-C exits at once. Raises ValueError for a
-    batch_size that does not divide, and for a loss that is not finite."""
+    Writes ckpt.pt (the latest), best.pt (lowest validation loss) and log.jsonl. Ctrl-C or SIGTERM ends the step,
+    saves, and exits with 128 + signal; a second Ctrl-C exits at once. Raises ValueError if a loss is not finite."""
     rank, world_size, device = setup_distributed(cfg.device)
     B, T = cfg.micro_batch_size, cfg.block_size
-    grad_accum, rest = divmod(cfg.batch_size, B * world_size)
-    if rest:
-        product = f"micro_batch_size {B} x {world_size} processes = {B * world_size}"
+    grad_accum, step_tokens = cfg.batch_size // (B * world_size), cfg.batch_size * T
+    if grad_accum * B * world_size != cfg.batch_size:
+        product = f"micro_batch_size {B} x {world_size} processes"
         raise ValueError(f"batch_size {cfg.batch_size} is not a multiple of {product}; change one of them")
-    max_steps, step_tokens = cfg.max_steps, cfg.batch_size * T
-    if cfg.train_flops is not None:  # C = 6 N D with the table's N, also for the gate: every arm has the same D
+    max_steps, resume = cfg.max_steps, resume or {}
+    if cfg.train_flops is not None:  # C = 6 N D with the N of the table, for every arm the same
         max_steps = int(cfg.train_flops / (6 * model.config.table_params() * step_tokens))
-    resume = resume or {}
     start, best_val_loss = resume.get("step", 0), resume.get("best_val_loss", math.inf)
     losses = resume.get("losses", [])  # of the steps since the last log line
     if start > max_steps:
@@ -344,63 +308,58 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
         wandb_run = configurator.need("wandb").init(**names, config=asdict(cfg))
 
     def log(line, **row):
-        """A line for people, and a row of log.jsonl. A resumed run may log a step again: the last row counts."""
+        """A line for people, a row of log.jsonl. A resumed run may log a step again: its last row counts."""
         if rank == 0:
             bar.write(line)
-            log_file.write(json.dumps(row) + "\n")
-            log_file.flush()
+            print(json.dumps(row), file=log_file, flush=True)
         if wandb_run:
             wandb_run.log(row, step=row["step"])
 
-    def save(name, step, validated):
-        checkpoint = dict(
-            model=model.state_dict(), optimizer=optimizer.state_dict(), model_config=asdict(model.config),
-            run_config=asdict(cfg), meta=meta, step=step, validated=validated, best_val_loss=best_val_loss,
-            losses=losses, wandb_id=wandb_run and wandb_run.id,
-        )  # fmt: skip
+    def save(name, validated):
+        state = {"step": step, "validated": validated, "best_val_loss": best_val_loss, "losses": losses}
+        state |= {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "meta": meta}
+        state |= {"model_config": asdict(model.config), "run_config": asdict(cfg)}
+        state["wandb_id"] = wandb_run and wandb_run.id
         if rank == 0:
-            write_file(os.path.join(cfg.out_dir, name), lambda file: torch.save(checkpoint, file))
-
-    stop = stop_signal = 0
+            write_file(os.path.join(cfg.out_dir, name), lambda file: torch.save(state, file))
 
     def request_stop(signum, frame):
         nonlocal stop_signal
         stop_signal = signum
-        if world_size == 1:  # under torchrun a Ctrl-C comes twice, from the terminal and from torchrun
+        if world_size == 1:  # torchrun repeats a Ctrl-C, which its processes have got already
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
+    stop = stop_signal = 0
     handlers = {signum: signal.signal(signum, request_stop) for signum in (signal.SIGINT, signal.SIGTERM)}
-    sizes = f"{model.num_params(False):,} parameters ({model.num_params():,} non-embedding)"
-    machine = f"{world_size} x {device}" + f" ({torch.get_num_threads()} threads)" * (device.type == "cpu")
-    batch = f"a step is {grad_accum} x {world_size} x {B} sequences of {T} tokens"
-    length = f"{max_steps:,} steps" + " by train_flops" * (cfg.train_flops is not None)
-    facts = {**made_by(), "data_sha256": meta and meta["sha256"], "device": str(device), "processes": world_size}
-    log(f"{sizes} on {machine}; {batch}; {length}", step=start, config=asdict(cfg), **facts)
+    size = f"{model.num_params(False):,} parameters ({model.num_params():,} non-embedding)"
+    machine = f"{world_size} x {device} with {torch.get_num_threads()} CPU threads"
+    batch = f"{max_steps:,} steps of {grad_accum} x {world_size} x {B} sequences of {T} tokens"
+    facts = {**made_by(), "config": asdict(cfg), "data_sha256": meta and meta["sha256"]}
+    log(f"{size} on {machine}; {batch}", step=start, **facts, device=str(device), processes=world_size)
     index = start * grad_accum * world_size + rank  # of the micro-batch in the whole run
     x0, maskable = get_batch("train", index)
     log_time, log_step = time.time(), start
     try:
         for step in range(start, max_steps + 1):
-            last_step = step == max_steps
             if stop:  # without a validation that is due: there may be no time for it
-                save("ckpt.pt", step, validated=False)
+                save("ckpt.pt", validated=False)
                 break
             validated = step == start and resume.get("validated")
-            if (last_step or step % cfg.eval_interval == 0) and not validated:
-                eval_time, options = time.time(), {"dtype": cfg.dtype, "rank": rank, "world_size": world_size}
-                val_loss, val_se, *_ = validate(model, get_batch, B, cfg.eval_seqs, **options)
+            if (step == max_steps or step % cfg.eval_interval == 0) and not validated:
+                eval_time, processes = time.time(), {"rank": rank, "world_size": world_size}
+                val_loss, val_se, *_ = validate(model, get_batch, B, cfg.eval_seqs, cfg.dtype, **processes)
                 line = f"step {step:>6}/{max_steps}  val loss {val_loss:.4f} ± {val_se:.4f}"
                 log(line, step=step, val_loss=val_loss, val_se=val_se)
                 if val_loss < best_val_loss:
                     best_val_loss = val_loss
-                    save("best.pt", step, validated=True)
-                save("ckpt.pt", step, validated=True)
+                    save("best.pt", validated=True)
+                save("ckpt.pt", validated=True)
                 log_time += time.time() - eval_time  # not counted in tokens/s
-            if last_step:
+            if step == max_steps:
                 break
 
             # ---- one optimizer step
-            lr = get_lr(step + 1, max_steps, cfg.learning_rate, floor, warmup_steps)  # the last one is at the floor
+            lr = get_lr(step + 1, max_steps, cfg.learning_rate, floor, warmup_steps)
             for param_group in optimizer.param_groups:
                 param_group["lr"] = lr
             stats = torch.zeros(3, device=device)  # loss, gradient norm, stop
@@ -418,10 +377,10 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
             stats[2] = stop_signal
             if world_size > 1:
                 dist.all_reduce(stats)
-            loss, grad_norm, stop = (stats / world_size).tolist()  # the one place where the CPU waits for a GPU
+            loss, grad_norm, stop = (stats / world_size).tolist()  # here the CPU waits for the GPU
             if not math.isfinite(loss + grad_norm):
                 what = f"step {step + 1} was not made: its loss is {loss}, the gradient's norm {grad_norm}"
-                raise ValueError(f"{what}. Start a new run from {cfg.out_dir}/ckpt.pt with a lower learning_rate")
+                raise ValueError(f"{what}. Start a new run with a lower learning_rate (now {lr:.1e})")
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
@@ -432,12 +391,11 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
             if done % cfg.log_interval == 0 or done == max_steps:
                 seconds, loss = time.time() - log_time, sum(losses) / len(losses)
                 speed = (done - log_step) * step_tokens / seconds
-                row = {"lr": lr, "grad_norm": grad_norm, "tokens": done * step_tokens, "tokens_per_s": speed}
-                row["mfu"] = flops_utilization(model, T, speed / world_size)
-                mfu = f"  mfu {row['mfu']:.1%}" if row["mfu"] else ""
+                mfu = flops_utilization(model, T, speed / world_size)
                 left = tqdm.format_interval((max_steps - done) * seconds / (done - log_step))
-                line = f"step {done:>6}/{max_steps}  loss {loss:.4f}  {speed:,.0f} tokens/s{mfu}  {left} left"
-                log(line, step=done, loss=loss, **row)
+                line = f"step {done:>6}/{max_steps}  loss {loss:.4f}  {speed:,.0f} tokens/s  {left} left"
+                row = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_s": speed, "mfu": mfu}
+                log(line + (f"  mfu {mfu:.1%}" if mfu else ""), step=done, tokens=done * step_tokens, **row)
                 losses, log_time, log_step = [], time.time(), done
     finally:
         for signum, handler in handlers.items():
@@ -458,55 +416,60 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
 
 
 def fix(cfg, set_by, fixed, source):
-    """cfg with what source fixes, {key: value}. Raises ValueError for a key that was set to something else."""
+    """cfg with what source fixes, {key: value}. Raises ValueError for a key that is set to something else."""
     for key, value in fixed.items():
         if key in set_by and getattr(cfg, key) != value:
-            was_set = f"{key}={getattr(cfg, key)!r} ({set_by[key]})"
-            raise ValueError(f"{was_set} contradicts {source}, which has {value!r}; leave it out")
+            setting = f"{key}={getattr(cfg, key)!r} ({set_by[key]})"
+            raise ValueError(f"{setting} contradicts {source}, which has {value!r}; leave it out")
         set_by.setdefault(key, source)
     return replace(cfg, **fixed)
 
 
-def start_run(cfg: TrainConfig, set_by: dict, meta: dict):
-    """(cfg, model, checkpoint to resume or None), as init_from and preset want them; set_by learns what they set.
+def start_run(cfg: TrainConfig, set_by: dict):
+    """(cfg, meta, model, checkpoint to resume or None), as init_from and preset want; set_by learns what they set.
     Raises ValueError where settings, checkpoint, data and out_dir contradict each other."""
     if cfg.preset is not None:
-        shape = asdict(MDMConfig.preset(cfg.preset))
-        shape = {key: shape[key] for key in ("n_layer", "n_head", "n_embd", "mlp_hidden")}
+        shape = MDMConfig.preset(cfg.preset)
+        shape = {key: getattr(shape, key) for key in ("n_layer", "n_head", "n_embd", "mlp_hidden")}
         cfg = fix(cfg, set_by, shape, f"preset {cfg.preset}")
     resumes = cfg.init_from == "resume"
     for name in ("ckpt.pt", "best.pt", "log.jsonl"):
-        if not resumes and os.path.exists(os.path.join(cfg.out_dir, name)):
-            raise ValueError(f"{cfg.out_dir} has a {name}; continue with --init_from=resume, or set another --out_dir")
+        if not resumes and os.path.exists(path := os.path.join(cfg.out_dir, name)):
+            raise ValueError(f"{path} exists; continue with --init_from=resume, or set another --out_dir")
     if cfg.init_from == "scratch":
+        meta = load_meta(os.path.join(cfg.data_dir, cfg.dataset))
         shape = {key: getattr(cfg, key) for key in MODEL_KEYS}
-        return cfg, MDM(MDMConfig(vocab_size=meta["vocab_size"], **shape), cfg.seed), None
+        return cfg, meta, MDM(MDMConfig(vocab_size=meta["vocab_size"], **shape), cfg.seed), None
 
     path = cfg.out_dir if resumes else cfg.init_from
     checkpoint = load_checkpoint(path)
-    shape, trained_on = checkpoint["model_config"], checkpoint["meta"] or meta
-    fixed = {key: shape[key] for key in MODEL_KEYS if key not in ("block_size", "sink_attention") or key not in set_by}
+    shape, trained_on = checkpoint["model_config"], checkpoint["meta"]
+    fixed, may_change = {key: shape[key] for key in MODEL_KEYS}, {"block_size", "sink_attention"}
     if resumes:
-        fixed = {k: v for k, v in checkpoint["run_config"].items() if k not in MAY_CHANGE or k not in set_by} | fixed
-        fixed |= {"out_dir": cfg.out_dir, "init_from": "resume"}
-        if fixed.keys() - asdict(cfg).keys():
+        fixed, may_change = (
+            dict(checkpoint["run_config"], out_dir=cfg.out_dir, init_from="resume"),
+            MAY_CHANGE,
+        )
+        if fixed.keys() != asdict(cfg).keys():
             raise ValueError(f"{path} was made by another script or version; resume it with that one")
-        if trained_on["sha256"] != meta["sha256"]:
-            raise ValueError(f"cannot resume: {cfg.dataset} has other tokens now than when {path} was saved")
+    for key in may_change & set_by.keys():
+        del fixed[key]
     cfg = fix(cfg, set_by, fixed, path)
-    same = all(trained_on["tokenizer"].get(key) == meta["tokenizer"].get(key) for key in ("name", "ranks"))
-    if not same or shape["vocab_size"] != meta["vocab_size"]:
+    meta = load_meta(os.path.join(cfg.data_dir, cfg.dataset))
+    tokenizers = [data["tokenizer"] | {"pattern": None} for data in (trained_on or meta, meta)]
+    if tokenizers[0] != tokenizers[1] or shape["vocab_size"] != meta["vocab_size"]:
         sizes = f"({shape['vocab_size']:,} and {meta['vocab_size']:,} tokens)"
-        raise ValueError(f"{path} and data set {cfg.dataset} have different vocabularies {sizes}; prepare it again")
+        raise ValueError(f"{path} and data set {cfg.dataset} have different vocabularies {sizes}")
+    if resumes and trained_on and trained_on["sha256"] != meta["sha256"]:
+        raise ValueError(f"cannot resume: {cfg.dataset} has other tokens than when {path} was saved")
     shape.update(block_size=cfg.block_size, sink_attention=cfg.sink_attention)
-    return cfg, MDM.from_checkpoint(checkpoint), checkpoint if resumes else None
+    return cfg, meta, MDM.from_checkpoint(checkpoint), checkpoint if resumes else None
 
 
 def main():
     cfg, set_by = configurator.parse(TrainConfig)
     rank, _, _ = setup_distributed(cfg.device)
-    meta = load_meta(os.path.join(cfg.data_dir, cfg.dataset))
-    cfg, model, resume = start_run(cfg, set_by, meta)
+    cfg, meta, model, resume = start_run(cfg, set_by)
     if rank == 0:
         print(configurator.describe(cfg, set_by))
     train(cfg, model, token_batches(os.path.join(cfg.data_dir, cfg.dataset), meta, cfg), meta, resume)
