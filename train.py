@@ -10,6 +10,7 @@ run. So a resumed run continues exactly, two processes do the work of one, and t
 with the same masks. `train` is the one loop; get_batch(split, index) is all that a task adds.
 """
 
+import atexit
 import json
 import math
 import os
@@ -77,7 +78,8 @@ class TrainConfig:
             most = 1 if name in ("warmup", "random_length", "beta1", "beta2") else 1e30
             if isinstance(value, (int, float)) and not least <= value <= most:
                 raise ValueError(f"{name} is {value}; it must lie between {least} and {most}")
-        if self.min_lr is not None and self.min_lr > self.learning_rate:
+        self.min_lr = self.learning_rate / 10 if self.min_lr is None else self.min_lr
+        if self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr {self.min_lr} is above learning_rate {self.learning_rate}; lower it")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"dtype is {self.dtype!r}; it must be auto, float32 or bfloat16")
@@ -146,14 +148,8 @@ def setup_distributed(device: str = "auto"):
         return 0, 1, torch.device(device)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        atexit.register(dist.destroy_process_group)
     return dist.get_rank(), dist.get_world_size(), torch.device(device)
-
-
-def close_distributed():
-    """Leaves the process group, if there is one, once every process has come this far."""
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
 
 
 def autocast(device, dtype: str):
@@ -168,13 +164,13 @@ PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "
 
 
 def flops_utilization(model, T, tokens_per_s):
-    """MFU of a GPU, or None. FLOPs per token (PaLM, appendix B): 6 per weight, and 12 * n_layer * n_embd * T. The
-    head counts half: on average half of the tokens are hidden."""
+    """MFU of a GPU, 0 if its peak is unknown. FLOPs per token (PaLM, appendix B): 6 per weight, and 12 * n_layer *
+    n_embd * T. The head counts half: on average half of the tokens are hidden."""
     config, head = model.config, model.lm_head.weight
-    flops = 6 * (model.num_params() + head.numel() / 2) + 12 * config.n_layer * config.n_embd * T
     name = torch.cuda.get_device_name(head.device) if head.is_cuda else ""
-    peaks = [peak for key, peak in PEAK_FLOPS.items() if key in name]
-    return flops * tokens_per_s / peaks[0] if peaks else None
+    peak = max((flops for key, flops in PEAK_FLOPS.items() if key in name), default=math.inf)
+    weights = model.num_params() + head.numel() / 2
+    return (6 * weights + 12 * config.n_layer * config.n_embd * T) * tokens_per_s / peak
 
 
 def made_by() -> dict:
@@ -184,16 +180,16 @@ def made_by() -> dict:
     return {"commit": commit or None, "torch": torch.__version__}
 
 
-def lock(folder, name):
-    """Locks folder until the returned file is closed. Raises ValueError if another process has locked it."""
-    os.makedirs(folder, exist_ok=True)
-    file = open(os.path.join(folder, name), "w")
+def open_locked(path):
+    """path, opened for appending and locked until it is closed. Raises ValueError if another process has it."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    file = open(path, "a")
     try:
         import fcntl
 
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):
-        raise ValueError(f"another process works in {folder}; wait, or choose another out_dir") from None
+        raise ValueError(f"another process writes {path}; wait, or choose another out_dir") from None
     except (ImportError, OSError):  # Windows, and some network disks
         pass
     return file
@@ -274,8 +270,8 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
     B, T = cfg.micro_batch_size, cfg.block_size
     grad_accum, step_tokens = cfg.batch_size // (B * world_size), cfg.batch_size * T
     if grad_accum * B * world_size != cfg.batch_size:
-        product = f"micro_batch_size {B} x {world_size} processes"
-        raise ValueError(f"batch_size {cfg.batch_size} is not a multiple of {product}; change one of them")
+        passes = f"micro_batch_size {B} x {world_size} processes"
+        raise ValueError(f"batch_size {cfg.batch_size} is not a multiple of {passes}; change one of them")
     max_steps, resume = cfg.max_steps, resume or {}
     if cfg.train_flops is not None:  # C = 6 N D with the N of the table, for every arm the same
         max_steps = int(cfg.train_flops / (6 * model.config.table_params() * step_tokens))
@@ -283,7 +279,6 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
     losses = resume.get("losses", [])  # of the steps since the last log line
     if start > max_steps:
         raise ValueError(f"the run to resume has made {start} steps, but max_steps is {max_steps}; raise it")
-    floor = cfg.learning_rate / 10 if cfg.min_lr is None else cfg.min_lr
     warmup_steps = round(cfg.warmup * max_steps)
 
     model.to(device)
@@ -298,8 +293,7 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
     if resume:
         optimizer.load_state_dict(resume["optimizer"])
 
-    locked = lock(cfg.out_dir, ".train.lock") if rank == 0 else None  # noqa: F841
-    log_file = open(os.path.join(cfg.out_dir, "log.jsonl") if rank == 0 else os.devnull, "a")
+    log_file = open_locked(os.path.join(cfg.out_dir, "log.jsonl")) if rank == 0 else None
     no_bar = rank > 0 or not sys.stderr.isatty()
     bar = tqdm(total=max_steps, initial=start, desc=cfg.out_dir, unit="step", disable=no_bar)
     wandb_run = None
@@ -331,11 +325,10 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
 
     stop = stop_signal = 0
     handlers = {signum: signal.signal(signum, request_stop) for signum in (signal.SIGINT, signal.SIGTERM)}
-    size = f"{model.num_params(False):,} parameters ({model.num_params():,} non-embedding)"
-    machine = f"{world_size} x {device} with {torch.get_num_threads()} CPU threads"
-    batch = f"{max_steps:,} steps of {grad_accum} x {world_size} x {B} sequences of {T} tokens"
+    line = f"{model.num_params(False):,} parameters on {world_size} x {device} ({torch.get_num_threads()} threads)"
+    line += f", {max_steps:,} steps of {grad_accum} x {world_size} x {B} sequences of {T} tokens"
     facts = {**made_by(), "config": asdict(cfg), "data_sha256": meta and meta["sha256"]}
-    log(f"{size} on {machine}; {batch}", step=start, **facts, device=str(device), processes=world_size)
+    log(line, step=start, **facts, device=str(device), processes=world_size)
     index = start * grad_accum * world_size + rank  # of the micro-batch in the whole run
     x0, maskable = get_batch("train", index)
     log_time, log_step = time.time(), start
@@ -359,7 +352,7 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
                 break
 
             # ---- one optimizer step
-            lr = get_lr(step + 1, max_steps, cfg.learning_rate, floor, warmup_steps)
+            lr = get_lr(step + 1, max_steps, cfg.learning_rate, cfg.min_lr, warmup_steps)
             for param_group in optimizer.param_groups:
                 param_group["lr"] = lr
             stats = torch.zeros(3, device=device)  # loss, gradient norm, stop
@@ -389,13 +382,18 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
             losses.append(loss)
             bar.update(1)
             if done % cfg.log_interval == 0 or done == max_steps:
-                seconds, loss = time.time() - log_time, sum(losses) / len(losses)
-                speed = (done - log_step) * step_tokens / seconds
-                mfu = flops_utilization(model, T, speed / world_size)
-                left = tqdm.format_interval((max_steps - done) * seconds / (done - log_step))
-                line = f"step {done:>6}/{max_steps}  loss {loss:.4f}  {speed:,.0f} tokens/s  {left} left"
-                row = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_s": speed, "mfu": mfu}
-                log(line + (f"  mfu {mfu:.1%}" if mfu else ""), step=done, tokens=done * step_tokens, **row)
+                speed = (done - log_step) * step_tokens / (time.time() - log_time)
+                left = tqdm.format_interval((max_steps - done) * step_tokens / speed)
+                row = {
+                    "loss": sum(losses) / len(losses),
+                    "lr": lr,
+                    "grad_norm": grad_norm,
+                    "tokens_per_s": speed,
+                }
+                row["mfu"] = flops_utilization(model, T, speed / world_size)
+                mfu = f"  mfu {row['mfu']:.1%}" if row["mfu"] else ""
+                line = f"step {done:>6}/{max_steps}  loss {row['loss']:.4f}  {speed:,.0f} tokens/s{mfu}  {left} left"
+                log(line, step=done, tokens=done * step_tokens, **row)
                 losses, log_time, log_step = [], time.time(), done
     finally:
         for signum, handler in handlers.items():
@@ -403,16 +401,11 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
         bar.close()
         if wandb_run:
             wandb_run.finish(exit_code=int(sys.exc_info()[0] is not None))  # 1 marks a failed run
-    if rank == 0:
-        hint = f"; continue with --init_from=resume --out_dir={cfg.out_dir}" if stop else ""
-        print(f"stopped at step {step} of {max_steps}; {cfg.out_dir}/ckpt.pt is saved{hint}")
     if stop:
-        close_distributed()
+        if rank == 0:
+            print(f"stopped at step {step}; continue with --init_from=resume --out_dir={cfg.out_dir}")
         sys.exit(128 + (stop_signal or signal.SIGTERM))
     return model
-
-
-# ---------- Start: from scratch, resumed, or from the weights of a checkpoint
 
 
 def fix(cfg, set_by, fixed, source):
@@ -446,10 +439,8 @@ def start_run(cfg: TrainConfig, set_by: dict):
     shape, trained_on = checkpoint["model_config"], checkpoint["meta"]
     fixed, may_change = {key: shape[key] for key in MODEL_KEYS}, {"block_size", "sink_attention"}
     if resumes:
-        fixed, may_change = (
-            dict(checkpoint["run_config"], out_dir=cfg.out_dir, init_from="resume"),
-            MAY_CHANGE,
-        )
+        fixed, may_change = checkpoint["run_config"], MAY_CHANGE
+        fixed.update(out_dir=cfg.out_dir, init_from="resume")
         if fixed.keys() != asdict(cfg).keys():
             raise ValueError(f"{path} was made by another script or version; resume it with that one")
     for key in may_change & set_by.keys():
@@ -473,7 +464,6 @@ def main():
     if rank == 0:
         print(configurator.describe(cfg, set_by))
     train(cfg, model, token_batches(os.path.join(cfg.data_dir, cfg.dataset), meta, cfg), meta, resume)
-    close_distributed()
 
 
 if __name__ == "__main__":
