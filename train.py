@@ -106,8 +106,8 @@ def load_meta(folder: str) -> dict:
 
 
 def token_batches(folder: str, meta: dict, cfg: TrainConfig):
-    """get_batch for pretraining on token files: all tokens are maskable. Training sequences start at positions
-    drawn from (seed, index), or where documents are short, one a line, at the end-of-text before one. The
+    """get_batch for pretraining on token files: all tokens are maskable. Training sequences start at random
+    (by seed and index), or where documents are short, one a line, at the end-of-text before one. The
     eval_seqs validation sequences are spread evenly over the held-out part."""
     B, T, data, starts = cfg.micro_batch_size, cfg.block_size, {}, {}
     for split in ("train", "val"):
@@ -164,8 +164,8 @@ PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "
 
 
 def flops_utilization(model, T, tokens_per_s):
-    """MFU of a GPU, 0 if its peak is unknown. FLOPs per token (PaLM, appendix B): 6 per weight, and 12 * n_layer *
-    n_embd * T. The head counts half: on average half of the tokens are hidden."""
+    """MFU of a GPU, 0 if its peak is unknown. FLOPs per token (PaLM, appendix B): 6 per weight, and 12 *
+    n_layer * n_embd * T. The head counts half: on average half of the tokens are hidden."""
     config, head = model.config, model.lm_head.weight
     name = torch.cuda.get_device_name(head.device) if head.is_cuda else ""
     peak = max((flops for key, flops in PEAK_FLOPS.items() if key in name), default=math.inf)
@@ -181,7 +181,7 @@ def made_by() -> dict:
 
 
 def open_locked(path):
-    """path, opened for appending and locked until it is closed. Raises ValueError if another process has it."""
+    """path, opened to append, locked until it is closed. Raises ValueError if another process has it."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     file = open(path, "a")
     try:
@@ -196,7 +196,7 @@ def open_locked(path):
 
 
 def write_file(path, write):
-    """write(file) under a temporary name, flushed, then renamed: a crash or a full disk keeps the old file."""
+    """write(file) under a temporary name, flushed, then renamed: a crash or full disk keeps the old file."""
     temporary = f"{path}.{os.getpid()}.tmp"
     try:
         with open(temporary, "wb") as file:
@@ -221,8 +221,8 @@ def get_lr(step, max_steps, peak, floor, warmup_steps):
 
 @torch.no_grad()
 def validate(model, get_batch, B, n_seqs, dtype="auto", mc_num=1, rank=0, world_size=1):
-    """The bound on -log p of n_seqs validation sequences, of which get_batch makes B: nats per maskable token, its
-    standard error, and nats and tokens of each sequence. A sequence has mc_num evenly spaced noise levels and
+    """The bound on -log p of n_seqs validation sequences, of which get_batch makes B: nats per maskable token,
+    its standard error, nats and tokens of each sequence. A sequence has mc_num evenly spaced noise levels and
     fixed noise, the same for every model, batch size and number of processes."""
     device = next(model.parameters()).device
     t = torch.arange(n_seqs) * 0.6180339887 % 1 / mc_num  # golden ratio: even, in no order of the corpus
@@ -264,8 +264,9 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
     get_batch(split, index) -> x0, maskable: (micro_batch_size, T) on the CPU, split 'train' or 'val'
     meta    the data set's meta.json, kept in the checkpoints with its tokenizer
     resume  a checkpoint to continue from: its step and optimizer state (its weights are in model already)
-    Writes ckpt.pt (the latest), best.pt (lowest validation loss) and log.jsonl. Ctrl-C or SIGTERM ends the step,
-    saves, and exits with 128 + signal; a second Ctrl-C exits at once. Raises ValueError if a loss is not finite."""
+    Writes ckpt.pt (the latest), best.pt (lowest validation loss) and log.jsonl. Ctrl-C or SIGTERM ends the
+    step, saves, and exits with 128 + signal; a second Ctrl-C exits at once. Raises ValueError for a loss that
+    is not finite."""
     rank, world_size, device = setup_distributed(cfg.device)
     B, T = cfg.micro_batch_size, cfg.block_size
     grad_accum, step_tokens = cfg.batch_size // (B * world_size), cfg.batch_size * T
@@ -287,7 +288,7 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
     ddp = model
     if world_size > 1:
         ids = [device.index] if device.type == "cuda" else None
-        ddp = DistributedDataParallel(model, ids, broadcast_buffers=False, gradient_as_bucket_view=True)
+        ddp = DistributedDataParallel(model, ids, gradient_as_bucket_view=True)
     options = {"lr": cfg.learning_rate, "betas": (cfg.beta1, cfg.beta2), "weight_decay": cfg.weight_decay}
     optimizer = torch.optim.AdamW(model.parameters(), **options, fused=device.type in ("cuda", "cpu"))
     if resume:
@@ -325,8 +326,8 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
 
     stop = stop_signal = 0
     handlers = {signum: signal.signal(signum, request_stop) for signum in (signal.SIGINT, signal.SIGTERM)}
-    line = f"{model.num_params(False):,} parameters on {world_size} x {device} ({torch.get_num_threads()} threads)"
-    line += f", {max_steps:,} steps of {grad_accum} x {world_size} x {B} sequences of {T} tokens"
+    line = f"{model.num_params(False):,} parameters, {world_size} x {device}, {torch.get_num_threads()} threads, "
+    line += f"{max_steps:,} steps of {grad_accum} x {world_size} x {B} sequences of {T} tokens"
     facts = {**made_by(), "config": asdict(cfg), "data_sha256": meta and meta["sha256"]}
     log(line, step=start, **facts, device=str(device), processes=world_size)
     index = start * grad_accum * world_size + rank  # of the micro-batch in the whole run
@@ -384,16 +385,11 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
             if done % cfg.log_interval == 0 or done == max_steps:
                 speed = (done - log_step) * step_tokens / (time.time() - log_time)
                 left = tqdm.format_interval((max_steps - done) * step_tokens / speed)
-                row = {
-                    "loss": sum(losses) / len(losses),
-                    "lr": lr,
-                    "grad_norm": grad_norm,
-                    "tokens_per_s": speed,
-                }
-                row["mfu"] = flops_utilization(model, T, speed / world_size)
-                mfu = f"  mfu {row['mfu']:.1%}" if row["mfu"] else ""
-                line = f"step {done:>6}/{max_steps}  loss {row['loss']:.4f}  {speed:,.0f} tokens/s{mfu}  {left} left"
-                log(line, step=done, tokens=done * step_tokens, **row)
+                mfu = flops_utilization(model, T, speed / world_size)
+                row = {"loss": sum(losses) / len(losses), "lr": lr, "grad_norm": grad_norm, "mfu": mfu}
+                line = f"step {done:>6}/{max_steps}  loss {row['loss']:.4f}  {speed:,.0f} tokens/s"
+                line += f"  mfu {mfu:.1%}" * (mfu > 0) + f"  {left} left"
+                log(line, step=done, tokens=done * step_tokens, tokens_per_s=speed, **row)
                 losses, log_time, log_step = [], time.time(), done
     finally:
         for signum, handler in handlers.items():
@@ -419,8 +415,8 @@ def fix(cfg, set_by, fixed, source):
 
 
 def start_run(cfg: TrainConfig, set_by: dict):
-    """(cfg, meta, model, checkpoint to resume or None), as init_from and preset want; set_by learns what they set.
-    Raises ValueError where settings, checkpoint, data and out_dir contradict each other."""
+    """(cfg, meta, model, checkpoint to resume or None), as init_from and preset want. set_by learns what they
+    set. Raises ValueError where settings, checkpoint, data and out_dir contradict each other."""
     if cfg.preset is not None:
         shape = MDMConfig.preset(cfg.preset)
         shape = {key: getattr(shape, key) for key in ("n_layer", "n_head", "n_embd", "mlp_hidden")}
