@@ -1,14 +1,13 @@
 """Measures a trained model. Everything about it comes from its checkpoint.
 
-    python eval.py --task=loss --out_dir=out/arithmetic                       # bound on -log p of the validation set
-    python eval.py --task=gsm8k --out_dir=out/sft-arithmetic                  # answers the data set's test problems
-    python eval.py --task=piqa.jsonl --out_dir=out/x --nll_type=chain_rule    # questions with choices, or targets
+    python eval.py --task=loss --out_dir=out/arithmetic                      # bound of the validation set
+    python eval.py --task=gsm8k --out_dir=out/sft-arithmetic                 # answers the test problems
+    python eval.py --task=piqa.jsonl --out_dir=out/x --nll_type=chain_rule   # choices, or targets
     torchrun --standalone --nproc_per_node=8 eval.py --task=gsm8k --out_dir=out/sft-gsm8k
 
-A .jsonl file has one item a line, {"context": "...", "choices": ["...", "..."], "gold": 0} or {"context": "...",
-"target": "..."}; a space joins the two texts. Results and settings are added to results.json beside the checkpoint.
-Each item goes to a .jsonl file there at once, and the same command continues where it was interrupted.
-"""
+A .jsonl file has one item a line: {"context": "...", "choices": ["...", "..."], "gold": 0}, or
+{"context": "...", "target": "..."}. Results go to results.json beside the checkpoint, each item to a file
+at once: the same command continues an interrupted evaluation."""
 
 import glob
 import hashlib
@@ -27,90 +26,68 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import configurator
+import train
 from model import guided_logits, sample_tokens, seed_for
-from prepare_data import CORPORA, Source
+from prepare_data import CORPORA, Source, file_sha256
 from sample import load_trained
 from sft_gsm8k import SFTConfig, answer, example_batches
-from train import (
-    TrainConfig,
-    autocast,
-    close_distributed,
-    load_meta,
-    lock,
-    made_by,
-    setup_distributed,
-    token_batches,
-    validate,
-    write_file,
-)
+from train import autocast
 
 
 @dataclass
 class EvalConfig:
     task: str = "loss"  # loss, gsm8k, or a .jsonl file
-    out_dir: str = "out/arithmetic"  # the checkpoint: its folder (for ckpt.pt), or a file such as out/x/best.pt
-    data: str | None = None  # loss: a prepared folder; gsm8k: file or URL of problems; None: those of training
-    limit: int | None = None  # only the first so many items (validation sequences: evenly spread)
-    batch_size: int = 64  # rows of a forward pass; changes results by rounding only
-    # likelihood (file.jsonl)
-    nll_type: str = "mc"  # mc: Monte Carlo, mc_num draws; chain_rule: left to right, a pass for each token
-    mc_num: int = 32  # draws of the noise for each request, or validation sequence (the paper: 1024)
+    out_dir: str = "out/arithmetic"  # the checkpoint: its folder (for ckpt.pt), or a file like out/x/best.pt
+    data: str | None = None  # loss: a prepared folder; gsm8k: a file or URL of problems; None: as in training
+    limit: int | None = None  # only the first so many items (loss: sequences, evenly spread)
+    batch_size: int = 64  # rows of a forward pass
+    nll_type: str = "mc"  # likelihood. mc: Monte Carlo, mc_num draws; chain_rule: a pass for each token
+    mc_num: int = 32  # draws of the noise for each text, also of loss (the paper: 1024)
     mc_masking: str = "exact"  # exact: a draw hides an exact number of tokens; coins: each with probability t
-    cfg_scale: float = 0.0  # w of classifier-free guidance towards context or question; above 0, twice the work
-    # generation (gsm8k)
-    steps: int = 256  # denoising steps of thoughts and of answer; a row needs no more than it has tokens
+    cfg_scale: float = (
+        0.0  # w of classifier-free guidance towards context or question; above 0, twice the work
+    )
+    steps: int = 256  # gsm8k: denoising steps of thoughts and of answer, as the next four keys
     length: int | None = None  # tokens of a row, question included; None: the model's block_size
     temperature: float = 0.1  # 0: the likeliest token
-    remasking: str = "confidence"  # confidence: keep the surest tokens first; random: the exact reverse process
+    remasking: str = "confidence"  # confidence: keep the surest tokens first; random: the reverse process
     threshold: float | None = None  # with confidence: keep every token above this probability; 0.9 is usual
     seed: int = 0  # of the random draws, of which each item has its own
     device: str = "auto"  # auto: cuda, else mps, else cpu
     dtype: str = "auto"  # float32 or bfloat16
 
     def __post_init__(self):
-        for name in ("limit", "batch_size", "mc_num", "length"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if min(self.limit or 1, self.batch_size, self.mc_num, self.length or 1, self.seed + 1) < 1:
+            raise ValueError("limit, batch_size, mc_num and length must be at least 1, seed at least 0")
         if self.nll_type not in ("mc", "chain_rule") or self.mc_masking not in ("exact", "coins"):
-            got = f"{self.nll_type!r} and {self.mc_masking!r}"
-            raise ValueError(f"wanted nll_type mc or chain_rule, and mc_masking exact or coins; got {got}")
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}; it must be at least 0")
+            raise ValueError("wanted nll_type mc or chain_rule, and mc_masking exact or coins")
         if self.task not in ("loss", "gsm8k") and not os.path.isfile(self.task):
-            raise ValueError(f"task {self.task!r} is not loss, gsm8k or a .jsonl file that exists")
-
-    def decoding(self):
-        keys = ("steps", "temperature", "remasking", "threshold", "cfg_scale")
-        return {key: getattr(self, key) for key in keys}
-
-
-# ---------- Likelihood of a continuation given a context
+            raise ValueError(f"task {self.task!r} is neither loss nor gsm8k, nor a .jsonl file that exists")
 
 
 def encode_pair(tokenizer, context, continuation, block_size):
-    """Token ids of a context and of its continuation, as they stand in the joint text: the first token that reaches
-    beyond the context is the continuation's. An empty context becomes end-of-text, as in training. A long context
-    loses tokens on its left; the third result is their number. Raises ValueError for a too long continuation."""
-    texts = [text.encode("utf-8", "replace").decode() for text in (context, continuation)]  # half surrogate pairs
-    ids = tokenizer.encode_ordinary("".join(texts))
+    """Token ids of context and continuation as they stand in the joint text: a token that reaches beyond the
+    context is the continuation's. An empty context becomes end-of-text; a long one loses tokens on its left,
+    and their number is the third result. Raises ValueError for a too long continuation."""
+    ids = tokenizer.encode_ordinary(context + continuation)
     ends = np.cumsum([len(piece) for piece in tokenizer.decode_tokens_bytes(ids)])
-    n = int((ends <= len(texts[0].encode())).sum())
+    n = int((ends <= len(context.encode())).sum())
     context, target = ids[:n] or [tokenizer.eot_token], ids[n:]
-    if len(target) > block_size:
-        raise ValueError(f"a continuation of {len(target)} tokens exceeds block_size {block_size}; leave it out")
     n_cut = max(0, len(context) + len(target) - block_size)
+    if n_cut > len(context):
+        raise ValueError(
+            f"a continuation of {len(target)} tokens exceeds block_size {block_size}; leave it out"
+        )
     return context[n_cut:], target, n_cut
 
 
 def draws(L, cfg, rng):
-    """The forward passes of a request with L target tokens: which are hidden in each, (n, L) bool, and what each
-    -log p weighs, (n, L). The sum of weight * -log p estimates -log p(target | context).
-
+    """The forward passes of a request with L target tokens: which are hidden, (n, L) bool, and the weight of
+    each -log p, (n, L). The weighted sum over all estimates -log p(target | context).
     chain_rule  pass j sees target[:j] and predicts token j: exact for the order from left to right
-    mc          an estimate of the bound, with t = (u + i) / mc_num for draw i
-      coins     each token is hidden with probability t, and weighs 1 / t
-      exact     k = floor(t L) + 1 tokens are hidden, and weigh L / k: the coins' t integrated for each k. The tokens
-                are dealt from one shuffled deck, so each is hidden equally often. Both lower the variance."""
+    mc, coins   t = (u + i) / mc_num in draw i; a token is hidden with probability t and weighs 1 / t
+    mc, exact   k = floor(t L) + 1 tokens are hidden and weigh L / k: the integral of coins over the t of that k.
+                They are dealt from one shuffled deck, each equally often. Less variance."""
     if cfg.nll_type == "chain_rule":
         return np.triu(np.ones((L, L), bool)), np.eye(L)
     t = (rng.random() + np.arange(cfg.mc_num)) / cfg.mc_num
@@ -121,100 +98,87 @@ def draws(L, cfg, rng):
         dealt = np.cumsum(k) - k  # cards dealt before this draw, which takes the next k
         hidden, weight = (rng.permutation(L) - dealt[:, None]) % L < k[:, None], L / k
     hidden, number = np.unique(hidden, axis=0, return_inverse=True)  # equal passes are made once
-    weight = np.bincount(number.ravel(), weight / cfg.mc_num)[:, None] * hidden
-    return hidden[hidden.any(axis=1)], weight[hidden.any(axis=1)]
+    return hidden, np.bincount(number.ravel(), weight / cfg.mc_num)[:, None] * hidden
 
 
 @torch.no_grad()
 def nll_of(model, context, target, hidden, weight, cfg):
-    """Sum of weight * -log p over the passes of one request, in nats. context, target: token ids; hidden, weight
-    (n, L) of `draws`. With cfg_scale it ranks choices, but is no likelihood of the model."""
-    n = len(context)
-    x0 = torch.tensor(context + target)
-    hidden, weight = (F.pad(torch.from_numpy(array), (n, 0)) for array in (hidden, weight))  # (n, n + L)
-    total = 0.0
-    for start in range(0, len(hidden), cfg.batch_size):
-        rows = slice(start, start + cfg.batch_size)
-        xt = torch.where(hidden[rows], model.config.mask_id, x0)
-        given, scored = (torch.arange(len(x0)) < n).expand_as(xt), weight[rows] > 0
+    """Sum of weight * -log p over the passes of `draws`, in nats: one request is one batch. With cfg_scale it
+    ranks choices, but is no likelihood of the model."""
+    n, x0, total = len(context), torch.tensor(context + target), 0.0
+    hidden, weight = (F.pad(torch.from_numpy(array), (n, 0)) for array in (hidden, weight))  # (passes, n + L)
+    for rows in torch.arange(len(hidden)).split(cfg.batch_size):
+        xt, scored = torch.where(hidden[rows], model.config.mask_id, x0), weight[rows] > 0
         targets, weights = x0.expand_as(xt)[scored], weight[rows][scored]
+        given = (torch.arange(len(x0)) < n).expand_as(xt)
         with autocast(next(model.parameters()).device, cfg.dtype):
             for piece, logits in guided_logits(model, xt, scored, given, cfg.cfg_scale):
                 nll = F.cross_entropy(logits, targets[piece].to(logits.device), reduction="none")
                 total += (nll.cpu().double() * weights[piece]).sum().item()
-    if not math.isfinite(total):
-        raise ValueError(f"a -log p is {total}: the model is broken, or dtype too coarse; try --dtype=float32")
     return total
 
 
 def log_likelihood(model, context, target, cfg):
-    """log p(target | context) in nats, or an estimate of its bound. The draws follow from the seed and the tokens."""
+    """log p(target | context) in nats, or its bound. The draws follow from the seed and the tokens."""
     rng = np.random.default_rng([cfg.seed, zlib.crc32(np.array([*context, -1, *target]).tobytes())])
     return -nll_of(model, context, target, *draws(len(target), cfg, rng), cfg) if target else 0.0
 
 
 @torch.no_grad()
 def greedy_match(model, context, target, cfg):
-    """Would greedy decoding write the target? It reveals one token a step, the surest one; the first wrong token
-    ends it."""
-    n, mask_id = len(context), model.config.mask_id
-    x = torch.tensor([context + [mask_id] * len(target)])
-    given = torch.arange(x.size(1))[None] < n
+    """Would greedy decoding write the target? It reveals the surest token in each step; a wrong one ends it."""
+    x = torch.tensor([context + [model.config.mask_id] * len(target)])
+    given = torch.arange(x.size(1))[None] < len(context)
     for _ in target:
-        hidden = x == mask_id
+        hidden, drawn = x == model.config.mask_id, []
         with autocast(next(model.parameters()).device, cfg.dtype):
-            pieces = [sample_tokens(logits, 0.0, None) for _, logits in guided_logits(model, x, hidden, given, cfg.cfg_scale)]
-        tokens, confidence = (torch.cat(parts) for parts in zip(*pieces))
-        at = hidden[0].nonzero()[confidence.argmax(), 0]
-        x[0, at] = tokens[confidence.argmax()]
-        if x[0, at] != target[at - n]:
+            for _, logits in guided_logits(model, x, hidden, given, cfg.cfg_scale):
+                drawn.append(sample_tokens(logits, 0.0, None))
+        tokens, confidence = (torch.cat(parts) for parts in zip(*drawn))
+        surest = confidence.argmax()
+        position = hidden[0].nonzero()[surest, 0]
+        x[0, position] = tokens[surest]
+        if tokens[surest] != target[position - len(context)]:
             return False
     return True
 
 
-# ---------- Tasks: a list of items, and a function that makes a record of each
-
-
 def read_items(path):
     """Items of a .jsonl file, all with choices or all with a target. Raises ValueError for another line."""
-    items, wanted = [], '{"context": text, "choices": [text, ...], "gold": number} or {"context": text, "target": text}'
+    items, wanted = [], '{"context": ..., "choices": [...], "gold": 0} or {"context": ..., "target": ...}'
     with open(path, encoding="utf-8-sig", errors="replace") as file:
         for number, line in enumerate(file, start=1):
             try:
                 item = json.loads(line)
-                texts = [item["context"], *(item["choices"] if "choices" in item else [item["target"]])]
-                fits = all(isinstance(text, str) for text in texts) and all(texts[1:])
-                fits = fits and ("choices" not in item or item["gold"] in range(len(texts) - 1))
+                texts = item["choices"] if "choices" in item else [item["target"]]
+                fits = all(texts) and "".join([item["context"], *texts])
+                fits = fits and ("target" in item or item["gold"] in range(len(texts)))
                 fits = fits and ("choices" in item) == ("choices" in (items or [item])[0])
             except (ValueError, TypeError, KeyError):
                 fits = False
             if not fits:
-                raise ValueError(f"{path}, line {number}: wanted {wanted}, one kind in all lines; got {line.strip()[:80]!r}")
+                raise ValueError(f"{path}, line {number}: wanted {wanted}; got {line[:80]!r}")
             items.append(item)
-    if not items:
-        raise ValueError(f"{path} is empty; wanted {wanted}")
     return items
 
 
 def score_item(model, tokenizer, item, cfg):
-    """Record of an item of a file: acc, and for choices acc_norm (log p over characters) and acc_bytes, all as
-    lm-evaluation-harness defines them."""
-    answers = item["choices"] if "choices" in item else [item["target"]]
-    pairs = [encode_pair(tokenizer, item["context"], " " + text, model.config.block_size) for text in answers]
-    log_p = [log_likelihood(model, context, target, cfg) for context, target, _ in pairs]
-    record = {**item, "log_p": log_p, "cut": max(n_cut for *_, n_cut in pairs)}
+    """An item of a file with log_p, acc, and for choices acc_norm (log p over characters) and acc_bytes (over
+    bytes), as lm-evaluation-harness has them."""
+    texts = item["choices"] if "choices" in item else [item["target"]]
+    pairs = [encode_pair(tokenizer, item["context"], " " + text, model.config.block_size) for text in texts]
+    log_p = np.array([log_likelihood(model, context, target, cfg) for context, target, _ in pairs])
+    record = {**item, "log_p": log_p.tolist(), "cut": max(n_cut for *_, n_cut in pairs)}
     if "target" in item:
         return record | {"log_p": log_p[0], "acc": greedy_match(model, *pairs[0][:2], cfg)}
-    sizes = {"acc": [1] * len(answers), "acc_norm": [len(text) for text in answers]}
-    sizes["acc_bytes"] = [len(text.encode("utf-8", "replace")) for text in answers]
-    for name, lengths in sizes.items():
-        record[name] = int(np.argmax(np.array(log_p) / lengths)) == item["gold"]
-    return record
+    lengths = [len(text) for text in texts], [len(text.encode()) for text in texts]
+    scores = {"acc": log_p, "acc_norm": log_p / lengths[0], "acc_bytes": log_p / lengths[1]}
+    return record | {name: int(score.argmax()) == item["gold"] for name, score in scores.items()}
 
 
 def final_number(text):
-    """The number behind the first '#### ' of a text as OpenAI's grader reads it, without commas; None if there is none."""
-    match = re.search(r"#### (\-?[0-9\.\,]+)", text)
+    """The number behind the first '#### ' as OpenAI's grader reads it, without commas; None if there is none."""
+    match = re.search(r"#### (\-?[0-9\.\,]+)", text or "")
     try:
         return Decimal(match[1].replace(",", "")) if match else None
     except InvalidOperation:  # such as 1.2.3
@@ -222,7 +186,7 @@ def final_number(text):
 
 
 def read_problems(address, download_dir):
-    """[(question, gold)] of a source of problems, gold a string. Lines that are none are left out, with a note."""
+    """[(question, gold)] of a source of problems. Lines that are none are left out, with a note."""
     source = Source(address, "problems", download_dir)
     texts = [text for text, _ in source]  # question, thoughts, answer, question, ...
     problems = [(q.removeprefix("Question: "), final_number(a)) for q, a in zip(texts[::3], texts[2::3])]
@@ -231,164 +195,132 @@ def read_problems(address, download_dir):
     if len(numeric) < len(problems):
         print(f"{address}: left out {len(problems) - len(numeric):,} problems whose answer is no number")
     if not numeric:
-        raise ValueError(f"{address} holds no problems; wanted question||thoughts #### answer, or OpenAI's .jsonl")
+        raise ValueError(f"{address} holds no problems; wanted question||thoughts #### answer, or a .jsonl")
     return numeric
 
 
 def answer_problems(model, tokenizer, indices, problems, cfg):
-    """Records of problems (question, gold). Text follows from problem and index, whatever else is in the batch."""
+    """Records of problems (question, gold). An answer follows from problem and index, not from the batch."""
     questions, golds = zip(*problems)
-    seeds = [seed_for(cfg.seed, index) for index in indices]
+    options = {
+        key: getattr(cfg, key) for key in ("steps", "temperature", "remasking", "threshold", "cfg_scale")
+    }
+    seeds, records = [seed_for(cfg.seed, index) for index in indices], []
     with autocast(next(model.parameters()).device, cfg.dtype):
-        answers = answer(model, tokenizer, questions, seeds, cfg.length, **cfg.decoding())
-    records = []
+        answers = answer(model, tokenizer, questions, seeds, cfg.length, **options)
     for question, gold, (thoughts, text, passes) in zip(questions, golds, answers):
-        record = {"question": question, "thoughts": thoughts, "answer": text, "gold": gold, "forward_passes": passes}
-        records.append(record | {"acc": final_number(text or "") == Decimal(gold)})
+        record = {"question": question, "gold": gold, "thoughts": thoughts, "answer": text}
+        records.append(record | {"acc": final_number(text) == Decimal(gold), "forward_passes": passes})
     return records
 
 
-def measure(name, items, work, cfg, rank, world_size):
-    """Records of all items, in order: work(indices, items) makes those of a batch; each process takes every
-    world_size-th item. Each record goes to a file of its process at once: an interrupted evaluation continues."""
-    files, done = os.path.join(folder_of(cfg), name), {}
-    for path in glob.glob(glob.escape(files) + ".*.jsonl"):
-        with open(path, encoding="utf-8") as file:
+def measure(path, items, batch_size, work, rank, world_size):
+    """Records of all items in order. work(indices, items) makes those of a batch; a process takes every
+    world_size-th item, and appends to path.rank.jsonl at once. What is there already is not computed again."""
+    done = {}
+    for part in glob.glob(glob.escape(path) + ".*.jsonl"):
+        with open(part, encoding="utf-8") as file:
             records = [json.loads(line) for line in file if line.endswith("\n")]  # the last may be cut off
         done |= {record["index"]: record for record in records}
     if world_size > 1:
         dist.barrier()  # all have read before one writes
     todo = [i for i in range(len(items)) if i not in done][rank::world_size]
-    size = cfg.batch_size if cfg.task == "gsm8k" else 1
-    bar = tqdm(total=len(todo), desc=cfg.task, unit="item", disable=rank > 0)
-    with open(f"{files}.{rank}.jsonl", "a", encoding="utf-8") as file, bar:
-        for start in range(0, len(todo), size):
-            indices = todo[start : start + size]
+    bar = tqdm(total=len(todo), unit="item", disable=rank > 0)
+    with open(f"{path}.{rank}.jsonl", "a", encoding="utf-8") as file, bar:
+        for start in range(0, len(todo), batch_size):
+            indices = todo[start : start + batch_size]
             for index, record in zip(indices, work(indices, [items[i] for i in indices])):
                 done[index] = {"index": index, **record}
-                file.write(json.dumps(done[index]) + "\n")
-            file.flush()
+                print(json.dumps(done[index]), file=file, flush=True)
             bar.update(len(indices))
             bar.set_postfix_str(f"acc {np.mean([record['acc'] for record in done.values()]):.3f}")
+    parts = [done] * world_size
     if world_size > 1:
-        parts = [None] * world_size
         dist.all_gather_object(parts, done)
-        done = {index: record for part in parts for index, record in part.items()}
+    done = {index: record for part in parts for index, record in part.items()}
     return [done[i] for i in range(len(items))]
-
-
-def folder_of(cfg):
-    """Where results go: beside the checkpoint."""
-    return cfg.out_dir if os.path.isdir(cfg.out_dir) else os.path.dirname(cfg.out_dir)
-
-
-def identity_of(cfg, checkpoint, data):
-    """What a result depends on: settings, data, weights and our own code; and what made it."""
-    digest = hashlib.sha256(json.dumps(data).encode())
-    for tensor in checkpoint["model"].values():
-        digest.update(tensor.contiguous().view(torch.uint8).numpy())
-    for name in ("model.py", "train.py", "sft_gsm8k.py", "eval.py", "prepare_data.py"):
-        with open(os.path.join(os.path.dirname(os.path.abspath(__file__)), name), "rb") as file:
-            digest.update(file.read())
-    settings = {key: value for key, value in asdict(cfg).items() if key not in ("batch_size", "device")}
-    return {"settings": settings, "sha256": digest.hexdigest(), **made_by()}
-
-
-def means(records, names):
-    """{name: mean, name_se: its standard error} over the records."""
-    result = {}
-    for name in names:
-        values = np.array([record[name] for record in records], float)
-        result[name] = float(values.mean())
-        result[f"{name}_se"] = float(values.std(ddof=1) / math.sqrt(len(values))) if len(values) > 1 else None
-    return result
-
-
-# ---------- --task=loss
 
 
 def validation(run, data, tokenizer, limit):
     """(get_batch, sequences, meta) of the validation set that a run had, or of another prepared folder: as many
     sequences as the tokens fill, or all examples of fine-tuning; limit of them, evenly spread."""
     folder = data or os.path.join(run["data_dir"], run["dataset"])
-    meta = load_meta(folder)
-    if meta["tokenizer"]["name"] != tokenizer.name or meta["vocab_size"] != tokenizer.n_vocab:
-        raise ValueError(f"{folder} has another vocabulary than the checkpoint; prepare it with the same tokenizer")
+    meta = train.load_meta(folder)
+    if (meta["tokenizer"]["name"], meta["vocab_size"]) != (tokenizer.name, tokenizer.n_vocab):
+        raise ValueError(f"{folder} has another vocabulary than the checkpoint; prepare it again")
     if "epochs" in run:  # a model of sft_gsm8k.py
-        run_cfg = SFTConfig(**run)
-        get_batch, examples = example_batches(folder, meta, run_cfg)
+        cfg = SFTConfig(**run)
+        get_batch, examples = example_batches(folder, meta, cfg)
         n = len(examples["val"][1])
     else:
-        run_cfg = TrainConfig(**run)
-        get_batch, n = token_batches(folder, meta, run_cfg), meta["tokens"]["val"] // run_cfg.block_size
-    run_cfg.eval_seqs = max(2, min(n, limit or n))
-    return get_batch, run_cfg.eval_seqs, meta
-
-
-def measure_loss(cfg, model, tokenizer, checkpoint, rank, world_size):
-    """The bound on -log p of the validation set, in nats per token and in bits per byte of text."""
-    run = checkpoint["run_config"]
-    get_batch, n, meta = validation(run, cfg.data, tokenizer, cfg.limit)
-    B = run["micro_batch_size"]
-    nats, se, _, tokens = validate(model, get_batch, B, n, cfg.dtype, cfg.mc_num, rank, world_size)
-    sizes = [0 if i == tokenizer.eot_token else len(tokenizer.decode_bytes([i])) for i in range(tokenizer.n_vocab)]
-    batches = [get_batch("val", index) for index in range(math.ceil(n / B))]
-    x0, maskable = (torch.cat(tensors)[:n] for tensors in zip(*batches))
-    bits = tokens.sum().item() / torch.tensor(sizes)[x0[maskable]].sum().item() / math.log(2)
-    result = {"nats_per_token": nats, "nats_per_token_se": se, "perplexity_bound": math.exp(nats)}
-    return {"n": n, **result, "bits_per_byte": nats * bits, "bits_per_byte_se": se * bits}, meta["sha256"]["val"]
-
-
-# ---------- All tasks
+        cfg = train.TrainConfig(**run)
+        get_batch, n = train.token_batches(folder, meta, cfg), meta["tokens"]["val"] // cfg.block_size
+    cfg.eval_seqs = max(2, min(n, limit or n))
+    return get_batch, cfg.eval_seqs, meta
 
 
 def main():
     cfg, set_by = configurator.parse(EvalConfig)
-    rank, world_size, device = setup_distributed(cfg.device)
-    model, tokenizer, checkpoint = load_trained(cfg.out_dir, device)
-    locked = lock(folder_of(cfg), ".eval.lock") if rank == 0 else None  # noqa: F841
-    options = (cfg, rank, world_size)
+    rank, world_size, device = train.setup_distributed(cfg.device)
+    path = os.path.join(cfg.out_dir, "ckpt.pt") if os.path.isdir(cfg.out_dir) else cfg.out_dir
+    model, tokenizer, checkpoint = load_trained(path, device)
+    run, folder = checkpoint["run_config"], os.path.dirname(path)
+    locked = train.open_locked(os.path.join(folder, ".eval.lock")) if rank == 0 else None  # noqa: F841
     if rank == 0:
         print(configurator.describe(cfg, set_by))
     if cfg.task == "loss":
-        result, data = measure_loss(cfg, model, tokenizer, checkpoint, rank, world_size)
-        identity = identity_of(cfg, checkpoint, data)
-        name = f"loss-{identity['sha256'][:8]}"
+        get_batch, n, meta = validation(run, cfg.data, tokenizer, cfg.limit)
+        data = [meta["sha256"], n]
     elif cfg.task == "gsm8k":
-        corpus, data_dir = checkpoint["meta"]["name"], checkpoint["run_config"]["data_dir"]
-        folder = os.path.join(data_dir, corpus)
-        address = cfg.data or CORPORA[corpus].test_source or os.path.join(folder, "test.txt")
-        problems = read_problems(address, os.path.join(folder, "download"))[: cfg.limit]
-        identity = identity_of(cfg, checkpoint, problems)
-        name = f"gsm8k-{identity['sha256'][:8]}"
-        work = lambda indices, batch: answer_problems(model, tokenizer, indices, batch, cfg)  # noqa: E731
-        records = measure(name, problems, work, *options)
-        wrong = [record for record in records if not record["acc"]]
-        result = {
-            "n": len(records), **means(records, ["acc", "forward_passes"]), "wrong": len(wrong),
-            "wrong_empty": sum(not record["answer"] for record in wrong), "data": address,
-        }  # fmt: skip
+        corpus = os.path.join(run["data_dir"], run["dataset"])
+        address = cfg.data or CORPORA[run["dataset"]].test_source or os.path.join(corpus, "test.txt")
+        data = read_problems(address, os.path.join(corpus, "download"))[: cfg.limit]
+        names = ["acc", "forward_passes"]
     else:
-        items = read_items(cfg.task)[: cfg.limit]
-        identity = identity_of(cfg, checkpoint, items)
-        name = f"{os.path.splitext(os.path.basename(cfg.task))[0]}-{identity['sha256'][:8]}"
-        work = lambda indices, batch: [score_item(model, tokenizer, item, cfg) for item in batch]  # noqa: E731
-        records = measure(name, items, work, *options)
-        names = ["acc", "acc_norm", "acc_bytes"] if "choices" in items[0] else ["acc", "log_p"]
-        result = {"n": len(records), **means(records, names), "contexts_cut": sum(r["cut"] > 0 for r in records)}
-    if rank == 0:
-        path = os.path.join(folder_of(cfg), "results.json")
-        results = json.load(open(path)) if os.path.exists(path) else {}
-        results[name] = {**result, "step": checkpoint["step"], "processes": world_size, **identity}
-        write_file(path, lambda file: file.write(json.dumps(results, indent=1).encode()))
-        print(f"{name}, {cfg.out_dir}, step {checkpoint['step']:,}")
-        for key, value in result.items():
-            error = result.get(f"{key}_se")
-            if not key.endswith("_se"):
-                value = f"{value:.4f}" if isinstance(value, float) else value
-                print(f"  {key:<16} {value}" + (f" ± {error:.4f}" if error is not None else ""))
-        print(f"added to {path}")
-    close_distributed()
+        data = read_items(cfg.task)[: cfg.limit]
+        names = ["acc", "acc_norm", "acc_bytes"] if "choices" in data[0] else ["acc", "log_p"]
+
+    # A result is named by what it depends on: settings, data, checkpoint and code
+    identity = [asdict(cfg) | {"out_dir": "", "batch_size": 0, "device": ""}, data, file_sha256(path)]
+    root = os.path.dirname(os.path.abspath(__file__))
+    for module in ("model", "train", "sft_gsm8k", "prepare_data", "eval"):
+        identity.append(file_sha256(os.path.join(root, f"{module}.py")))
+    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
+    name = f"{os.path.splitext(os.path.basename(cfg.task))[0]}-{digest[:8]}"
+
+    def work(indices, items):
+        if cfg.task == "gsm8k":
+            return answer_problems(model, tokenizer, indices, items, cfg)
+        return [score_item(model, tokenizer, item, cfg) for item in items]
+
+    if cfg.task == "loss":
+        processes = {"mc_num": cfg.mc_num, "rank": rank, "world_size": world_size}
+        nats, se, *_ = train.validate(model, get_batch, run["micro_batch_size"], n, cfg.dtype, **processes)
+        result = {"n": n, "nats_per_token": nats, "nats_per_token_se": se, "perplexity_bound": math.exp(nats)}
+    else:
+        size = cfg.batch_size if cfg.task == "gsm8k" else 1
+        records = measure(os.path.join(folder, name), data, size, work, rank, world_size)
+        result = {"n": len(records)}
+        for key in names:
+            values = np.array([record[key] for record in records], float)
+            result[key] = values.mean()
+            result[f"{key}_se"] = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+        if cfg.task == "gsm8k":
+            wrong = [record for record in records if not record["acc"]]
+            result |= {"wrong": len(wrong), "wrong_and_empty": sum(not record["answer"] for record in wrong)}
+        else:
+            result["contexts_cut"] = sum(record["cut"] > 0 for record in records)
+    if rank > 0:
+        return
+    path = os.path.join(folder, "results.json")
+    results = json.load(open(path)) if os.path.exists(path) else {}
+    results[name] = {**result, "step": checkpoint["step"], "settings": asdict(cfg), **train.made_by()}
+    train.write_file(path, lambda file: file.write(json.dumps(results, indent=1).encode()))
+    print(f"{name}: {cfg.out_dir}, step {checkpoint['step']:,}; added to {path}")
+    for key, value in result.items():
+        if not key.endswith("_se"):
+            error = f" ± {result[f'{key}_se']:.4f}" if f"{key}_se" in result else ""
+            print(f"  {key:<16} {value if isinstance(value, int) else f'{value:.4f}'}{error}")
 
 
 if __name__ == "__main__":

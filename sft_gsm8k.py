@@ -22,7 +22,7 @@ import torch
 
 import configurator
 from model import generate, seed_for
-from train import TrainConfig, close_distributed, load_meta, setup_distributed, start_run, train
+from train import TrainConfig, setup_distributed, start_run, train
 
 
 @dataclass
@@ -131,10 +131,8 @@ def main():
     if "max_steps" in set_by and "epochs" not in set_by:
         cfg.epochs = None  # what is set goes before a default
     rank, _, _ = setup_distributed(cfg.device)
-    folder = os.path.join(cfg.data_dir, cfg.dataset)
-    meta = load_meta(folder)
-    cfg, model, resume = start_run(cfg, set_by, meta)
-    get_batch, data = example_batches(folder, meta, cfg)
+    cfg, meta, model, resume = start_run(cfg, set_by)
+    get_batch, data = example_batches(os.path.join(cfg.data_dir, cfg.dataset), meta, cfg)
     if cfg.epochs is not None and cfg.train_flops is None:
         cfg = replace(cfg, max_steps=int(cfg.epochs * len(data["train"][1]) / cfg.batch_size))
     if rank == 0:
@@ -144,7 +142,6 @@ def main():
                 f"{split}: {len(examples):,} examples; {too_long:,} left out, longer than {cfg.block_size} tokens"
             )
     train(cfg, model, get_batch, meta, resume)
-    close_distributed()
 
 
 if __name__ == "__main__":
