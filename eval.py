@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import configurator
 import train
-from model import guided_logits, sample_tokens, seed_for
+from model import generate, guided_logits, seed_for
 from prepare_data import CORPORA, Source, file_sha256
 from sample import load_trained
 from sft_gsm8k import SFTConfig, answer, example_batches
@@ -86,7 +86,7 @@ def draws(L, cfg, rng):
     each -log p, (n, L). The weighted sum over all estimates -log p(target | context).
     chain_rule  pass j sees target[:j] and predicts token j: exact for the order from left to right
     mc, coins   t = (u + i) / mc_num in draw i; a token is hidden with probability t and weighs 1 / t
-    mc, exact   k = floor(t L) + 1 tokens are hidden and weigh L / k: the integral of coins over the t of that k.
+    mc, exact   k = floor(t L) + 1 tokens are hidden and weigh L / k, the integral of coins over the t of k.
                 They are dealt from one shuffled deck, each equally often. Less variance."""
     if cfg.nll_type == "chain_rule":
         return np.triu(np.ones((L, L), bool)), np.eye(L)
@@ -124,23 +124,12 @@ def log_likelihood(model, context, target, cfg):
     return -nll_of(model, context, target, *draws(len(target), cfg, rng), cfg) if target else 0.0
 
 
-@torch.no_grad()
 def greedy_match(model, context, target, cfg):
-    """Would greedy decoding write the target? It reveals the surest token in each step; a wrong one ends it."""
+    """Would greedy decoding, which writes the surest token in each step, write the target?"""
     x = torch.tensor([context + [model.config.mask_id] * len(target)])
-    given = torch.arange(x.size(1))[None] < len(context)
-    for _ in target:
-        hidden, drawn = x == model.config.mask_id, []
-        with autocast(next(model.parameters()).device, cfg.dtype):
-            for _, logits in guided_logits(model, x, hidden, given, cfg.cfg_scale):
-                drawn.append(sample_tokens(logits, 0.0, None))
-        tokens, confidence = (torch.cat(parts) for parts in zip(*drawn))
-        surest = confidence.argmax()
-        position = hidden[0].nonzero()[surest, 0]
-        x[0, position] = tokens[surest]
-        if tokens[surest] != target[position - len(context)]:
-            return False
-    return True
+    with autocast(next(model.parameters()).device, cfg.dtype):
+        x, _ = generate(model, x, max(1, len(target)), cfg_scale=cfg.cfg_scale)
+    return x[0, len(context) :].tolist() == target
 
 
 def read_items(path):
@@ -159,12 +148,14 @@ def read_items(path):
             if not fits:
                 raise ValueError(f"{path}, line {number}: wanted {wanted}; got {line[:80]!r}")
             items.append(item)
+    if not items:
+        raise ValueError(f"{path} is empty; wanted {wanted}")
     return items
 
 
 def score_item(model, tokenizer, item, cfg):
-    """An item of a file with log_p, acc, and for choices acc_norm (log p over characters) and acc_bytes (over
-    bytes), as lm-evaluation-harness has them."""
+    """An item with log_p and acc, and for choices acc_norm (log p over characters) and acc_bytes (over bytes),
+    as lm-evaluation-harness has them."""
     texts = item["choices"] if "choices" in item else [item["target"]]
     pairs = [encode_pair(tokenizer, item["context"], " " + text, model.config.block_size) for text in texts]
     log_p = np.array([log_likelihood(model, context, target, cfg) for context, target, _ in pairs])
@@ -177,7 +168,7 @@ def score_item(model, tokenizer, item, cfg):
 
 
 def final_number(text):
-    """The number behind the first '#### ' as OpenAI's grader reads it, without commas; None if there is none."""
+    """The number behind the first '#### ', as OpenAI's grader reads it, without commas; or None."""
     match = re.search(r"#### (\-?[0-9\.\,]+)", text or "")
     try:
         return Decimal(match[1].replace(",", "")) if match else None
@@ -215,8 +206,8 @@ def answer_problems(model, tokenizer, indices, problems, cfg):
 
 
 def measure(path, items, batch_size, work, rank, world_size):
-    """Records of all items in order. work(indices, items) makes those of a batch; a process takes every
-    world_size-th item, and appends to path.rank.jsonl at once. What is there already is not computed again."""
+    """Records of all items in order, from work(indices, items) on batches. A process takes each world_size-th
+    item and appends to path.rank.jsonl at once; what is there already is not computed again."""
     done = {}
     for part in glob.glob(glob.escape(path) + ".*.jsonl"):
         with open(part, encoding="utf-8") as file:
@@ -242,7 +233,7 @@ def measure(path, items, batch_size, work, rank, world_size):
 
 
 def validation(run, data, tokenizer, limit):
-    """(get_batch, sequences, meta) of the validation set that a run had, or of another prepared folder: as many
+    """(get_batch, sequences, meta) of the validation set of a run, or of another prepared folder: as many
     sequences as the tokens fill, or all examples of fine-tuning; limit of them, evenly spread."""
     folder = data or os.path.join(run["data_dir"], run["dataset"])
     meta = train.load_meta(folder)
@@ -278,13 +269,15 @@ def main():
         names = ["acc", "forward_passes"]
     else:
         data = read_items(cfg.task)[: cfg.limit]
+        for item in data:  # a text that is too long is told before the work
+            for text in item.get("choices", [item.get("target")]):
+                encode_pair(tokenizer, item["context"], " " + text, model.config.block_size)
         names = ["acc", "acc_norm", "acc_bytes"] if "choices" in data[0] else ["acc", "log_p"]
 
     # A result is named by what it depends on: settings, data, checkpoint and code
     identity = [asdict(cfg) | {"out_dir": "", "batch_size": 0, "device": ""}, data, file_sha256(path)]
-    root = os.path.dirname(os.path.abspath(__file__))
     for module in ("model", "train", "sft_gsm8k", "prepare_data", "eval"):
-        identity.append(file_sha256(os.path.join(root, f"{module}.py")))
+        identity.append(file_sha256(os.path.join(os.path.dirname(os.path.abspath(__file__)), f"{module}.py")))
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     name = f"{os.path.splitext(os.path.basename(cfg.task))[0]}-{digest[:8]}"
 

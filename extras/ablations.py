@@ -21,7 +21,7 @@ class AblationsConfig:
 
 
 def read_run(path):
-    """Path, seed, settings, and validation losses {step: loss} of a run. Raises ValueError for a foreign log."""
+    """Path, seed, settings, validation losses {step: loss} of a run. Raises ValueError for a foreign log."""
     try:
         rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]]  # the last may be cut off
         losses = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}  # a step's last row

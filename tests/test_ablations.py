@@ -1,0 +1,93 @@
+"""The table and the curves of runs, from logs with known numbers: python -m pytest tests/test_ablations.py"""
+
+import json
+import sys
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+
+from extras import ablations
+from train import TrainConfig
+
+
+def write_log(folder, losses, again=None, commit="c1", data="d" * 64, **settings):
+    """As train.py writes it, its last line cut off. losses {step: loss}; again: those of a resumed run."""
+    config = asdict(TrainConfig(out_dir=str(folder), **settings))
+    rows = [{"config": config, "commit": commit, "data_sha256": {"train": data}, "step": 0}]
+    rows += [{"step": step, "val_loss": loss} for step, loss in losses.items()] + [{"step": 5, "loss": 1.0}]
+    if again:
+        rows.append(
+            {**rows[0], "config": {**config, "init_from": "resume", "max_steps": 9000, "device": "cpu"}}
+        )
+        rows += [{"step": step, "val_loss": loss} for step, loss in again.items()]
+    folder.mkdir(exist_ok=True)
+    (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 99, "val')
+
+
+@pytest.fixture
+def call(tmp_path, monkeypatch, capsys):
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["ablations.py", str(tmp_path), *flags])
+        ablations.main()
+        return [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()[1:]]
+
+    return run
+
+
+def test_means_and_paired_differences(tmp_path, call):
+    """Of 5.0, 5.3, 5.6 the standard deviation is 0.3, of 4.8, 5.0, 5.2 it is 0.2, of the differences 0.1."""
+    for seed, vanilla, sink in ((0, 5.0, 4.8), (1, 5.3, 5.0), (2, 5.6, 5.2)):
+        write_log(tmp_path / f"a-{seed}", {0: 9.0, 10: vanilla}, seed=seed, n_sink=0)
+        write_log(tmp_path / f"b-{seed}", {0: 9.0, 10: sink}, seed=seed, device="mps", eval_interval=10)
+    write_log(tmp_path / "c", {0: 9.0, 10: 5.0}, seed=2, n_sink=4)
+    write_log(tmp_path / "d", {0: 9.0, 10: 4.0}, seed=7, n_sink=2)  # the first row has no such seed
+    assert call() == [
+        "3 5.3000 ± 0.1732 0.0000 ± 0.0000 n_sink=0",
+        "3 5.0000 ± 0.1155 -0.3000 ± 0.0577 n_sink=1",
+        "1 5.0000 ± nan -0.6000 ± nan n_sink=4",
+        "1 4.0000 ± nan nan ± nan n_sink=2",
+    ]
+
+
+def test_kinds_of_runs(tmp_path, call):
+    """A resumed run has the last row of each step, and the settings of its first start with the last length."""
+    write_log(tmp_path / "a", {0: 9.0, 20: 7.0}, {10: 6.0, 20: 5.0}, seed=0)
+    write_log(tmp_path / "b", {0: 9.0, 20: 5.5}, seed=1, max_steps=9000)
+    assert call() == ["2 5.2500 ± 0.2500 0.0000 ± 0.0000 all runs"]
+    for settings in ({"max_steps": 20}, {"commit": "c2"}, {"data": "20e" * 20}):
+        write_log(tmp_path / "c", {0: 9.0, 20: 6.0}, **{"max_steps": 9000, **settings})
+        (key, value), *_ = settings.items()
+        assert call()[1] == f"1 6.0000 ± nan 1.0000 ± nan {key}={str(value)[:8]}"
+    write_log(tmp_path / "c", {0: 9.0, 10: 6.0}, max_steps=9000)
+    assert call()[1] == "1 6.0000 ± nan 1.0000 ± nan last step=10"
+
+
+def test_curves(tmp_path, call, monkeypatch):
+    """Means in a band of standard errors, at the steps that all seeds have, without the first."""
+    write_log(tmp_path / "a-0", {0: 9.0, 10: 6.0, 20: 5.0, 30: 4.0}, seed=0)
+    write_log(tmp_path / "a-1", {0: 9.0, 20: 5.4, 30: 4.2}, seed=1)
+    write_log(tmp_path / "b-0", {0: 9.0, 30: 3.0}, n_sink=0)
+    figures = []
+    monkeypatch.setattr(ablations, "write_file", lambda path, write: figures.append((path, write.__self__)))
+    call("--curves=curves.png")
+    ((path, figure),) = figures
+    axes = figure.axes[0]
+    assert path == "curves.png" and [line.get_label() for line in axes.lines] == ["n_sink=1", "n_sink=0"]
+    np.testing.assert_allclose(axes.lines[0].get_xydata(), [[20, 5.2], [30, 4.1]])
+    np.testing.assert_allclose(axes.lines[1].get_xydata(), [[30, 3.0]])
+    band = axes.collections[0].get_paths()[0].vertices.round(6)
+    assert set(map(tuple, band)) == {(20, 5.0), (20, 5.4), (30, 4.0), (30, 4.2)}
+
+
+def test_errors(tmp_path, call):
+    with pytest.raises(ValueError, match=r"there is no .*/\*/log.jsonl; train with --out_dir="):
+        call()
+    write_log(tmp_path / "a", {0: 9.0}, seed=3)
+    write_log(tmp_path / "b", {0: 9.0}, seed=3, wandb="project")
+    with pytest.raises(ValueError, match="b/log.jsonl is a second run of seed 3 with the same settings"):
+        call()
+    for text in ("{}\n[3\n", "[3]\n", "null\n", '{"step": 0, "val_loss": 1.0}\n', '{"config": {}}\n', ""):
+        (tmp_path / "b" / "log.jsonl").write_text(text)
+        with pytest.raises(ValueError, match="b/log.jsonl is no log of train.py with a validation"):
+            call()
