@@ -2,7 +2,7 @@
 #   python prepare_data.py wikitext2 --tokenizer=bpe
 #   python train.py config/wikitext2.py
 #   python train.py config/wikitext2.py --n_sink=0 --out_dir=out/wikitext2-vanilla
-#   python eval.py --task=sinks --out_dir=out/wikitext2 --compare=out/wikitext2-vanilla --plot=True
+#   python -m extras.sinks out/wikitext2 out/wikitext2-vanilla --plot=True
 # Cost: 5,000 steps of 2,048 tokens = 10.2M tokens, 57 minutes for each on one core.
 # Result: validation bounds of 5.07 and 5.06 nats per token; "What the sink does" in the README has the rest.
 dataset = "wikitext2"

@@ -68,11 +68,11 @@ def main():
         more, se = mean_and_error([last[seed] - first[seed] for seed in last if seed in first] or [np.nan])
         print(f"{len(kind):>5}{mean[-1]:>9.4f} ± {error[-1]:<6.4f}{more:>10.4f} ± {se:<6.4f}  {name}")
         if axes:
-            axes.plot(steps[1:], mean[1:], label=name)  # without the first, the loss of random weights
+            axes.plot(steps[1:], mean[1:], ".-", label=name)  # without the first, the loss of random weights
             axes.fill_between(steps[1:], (mean - error)[1:], (mean + error)[1:], alpha=0.3)
     if axes:
         axes.set(xlabel="step", ylabel="validation loss (nats per token)")
-        axes.legend()
+        axes.legend(fontsize="x-small")
         write_file(cfg.curves, axes.figure.savefig)
 
 

@@ -81,7 +81,7 @@ class Harness(LM):
             n_cut += len(prompt) < len(ids)
             key = zlib.crc32(str(request.args).encode("utf-8", "replace"))
             seen[key] = seen.get(key, -1) + 1  # a task may ask the same several times, to vote
-            decoding = {key: getattr(self.cfg, key) for key in ("steps", "remasking", "threshold", "cfg_scale")}
+            decoding = {k: getattr(self.cfg, k) for k in ("steps", "remasking", "threshold", "cfg_scale")}
             decoding |= {"temperature": options.get("temperature", 0), "eot_id": eot_id}
             x = torch.tensor([prompt + [self.model.config.mask_id] * n_new])
             with autocast(self.device, self.cfg.dtype):

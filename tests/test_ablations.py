@@ -51,7 +51,7 @@ def test_means_and_paired_differences(tmp_path, call):
 
 
 def test_kinds_of_runs(tmp_path, call):
-    """A resumed run has the last row of each step, and the settings of its first start with the last length."""
+    """A resumed run has the last row of a step, and the settings of its first start, but its last length."""
     write_log(tmp_path / "a", {0: 9.0, 20: 7.0}, {10: 6.0, 20: 5.0}, seed=0)
     write_log(tmp_path / "b", {0: 9.0, 20: 5.5}, seed=1, max_steps=9000)
     assert call() == ["2 5.2500 ± 0.2500 0.0000 ± 0.0000 all runs"]

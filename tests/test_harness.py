@@ -54,7 +54,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def lm(folder):
-    return Harness(out_dir=folder[0], device="cpu", steps=8)
+    return Harness(out_dir=folder[0], device="cpu", steps=8, remasking="random", cfg_scale=0.5)
 
 
 def requests_of(*args):
@@ -120,7 +120,7 @@ def fake_generate(text, seen):
     """A generate that writes text, end-of-text and more, and notes what it was given."""
 
     def fake(model, x, eot_id, **options):
-        seen.append(x[0].tolist())
+        seen.append((x[0].tolist(), options))
         prompt, ids = x[x != 257].tolist(), [*text.encode(), *[eot_id, 97] * 16]
         return torch.tensor([[*prompt, *ids[: x.numel() - len(prompt)]]]), None
 
@@ -135,15 +135,20 @@ def test_text_ends_at_end_of_text_or_the_first_stop(lm, monkeypatch):
     assert texts == [text for _, text in ends]
 
 
-def test_prompts(lm, monkeypatch):
+def test_what_generate_gets(lm, monkeypatch):
     """block_size 32: a long context leaves the text what it asks for, at most half; a short one the rest."""
     seen, ids = [], list(range(33, 83))
     monkeypatch.setattr(extras.harness, "generate", fake_generate("", seen))
     contexts = [bytes(ids).decode(), bytes(ids).decode(), "abc", ""]
     args = [(context, {"max_gen_toks": n}) for context, n in zip(contexts, (5, 99, 99, 7))]
+    args[0][1]["temperature"] = 0.3
+    args[1][1].update(temperature=0.3, do_sample=False)
     assert lm.generate_until(requests_of(*args)) == [""] * 4
     prompts = [ids[-27:] + [257] * 5, ids[-16:] + [257] * 16, [97, 98, 99] + [257] * 29, [256] + [257] * 7]
-    assert seen == prompts
+    assert [row for row, _ in seen] == prompts
+    assert [options["temperature"] for _, options in seen] == [0.3, 0, 0, 0]
+    wanted = {"steps": 8, "remasking": "random", "threshold": None, "cfg_scale": 0.5}
+    assert wanted.items() <= seen[0][1].items()
 
 
 def test_a_text_follows_from_its_request_alone(lm):
@@ -151,8 +156,6 @@ def test_a_text_follows_from_its_request_alone(lm):
     a, b = (("ab", {"temperature": 1.0}), ("cab", {"temperature": 1.0, "do_sample": True}))
     first, second, third = lm.generate_until(requests_of(a, a, b))
     assert lm.generate_until(requests_of(b, a)) == [third, first] and first != second
-    greedy = ("ab", {"temperature": 1.0, "do_sample": False})
-    assert len(set(lm.generate_until(requests_of(greedy, greedy, ("ab", {}))))) == 1
 
 
 def test_finished_requests_go_to_the_cache_at_once(lm):
