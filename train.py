@@ -159,18 +159,16 @@ def autocast(device, dtype: str):
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
 
 
-# Dense peak of bfloat16 matrix products, FLOP/s, by the vendors' data sheets
-PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "4090": 165e12}
-
-
 def flops_utilization(model, T, tokens_per_s):
     """MFU of a GPU, 0 if its peak is unknown. FLOPs per token (PaLM, appendix B): 6 per weight, and 12 *
     n_layer * n_embd * T. The head counts half: on average half of the tokens are hidden."""
+    # dense peak of bfloat16 matrix products, TFLOP/s, by the vendors' data sheets
+    peaks = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165}
     config, head = model.config, model.lm_head.weight
     name = torch.cuda.get_device_name(head.device) if head.is_cuda else ""
-    peak = max((flops for key, flops in PEAK_FLOPS.items() if key in name), default=math.inf)
-    weights = model.num_params() + head.numel() / 2
-    return (6 * weights + 12 * config.n_layer * config.n_embd * T) * tokens_per_s / peak
+    peak = max((1e12 * peak for key, peak in peaks.items() if key in name), default=math.inf)
+    flops = 6 * (model.num_params() + head.numel() / 2) + 12 * config.n_layer * config.n_embd * T
+    return flops * tokens_per_s / peak
 
 
 def made_by() -> dict:
@@ -188,10 +186,12 @@ def open_locked(path):
         import fcntl
 
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise ValueError(f"another process writes {path}; wait, or choose another out_dir") from None
-    except (ImportError, OSError):  # Windows, and some network disks
+    except ImportError:  # Windows
         pass
+    except OSError as error:
+        raise ValueError(
+            f"{path} is in use ({error}); wait for that run, or choose another out_dir"
+        ) from error
     return file
 
 
@@ -225,7 +225,10 @@ def validate(model, get_batch, B, n_seqs, dtype="auto", mc_num=1, rank=0, world_
     its standard error, nats and tokens of each sequence. A sequence has mc_num evenly spaced noise levels and
     fixed noise, the same for every model, batch size and number of processes."""
     device = next(model.parameters()).device
-    t = torch.arange(n_seqs) * 0.6180339887 % 1 / mc_num  # golden ratio: even, in no order of the corpus
+    golden_ratio = (
+        math.sqrt(5) - 1
+    ) / 2  # its multiples modulo 1 are evenly spread, in no order of the corpus
+    t = torch.arange(n_seqs, dtype=torch.float64) * golden_ratio % 1 / mc_num
     sums = torch.zeros(2, n_seqs, dtype=torch.float64)  # nats, tokens
     for index in range(rank, math.ceil(n_seqs / B), world_size):
         rows = range(index * B, min(n_seqs, (index + 1) * B))
@@ -234,7 +237,7 @@ def validate(model, get_batch, B, n_seqs, dtype="auto", mc_num=1, rank=0, world_
         for draw in range(mc_num):
             streams = [torch.Generator().manual_seed(seed_for(1234, row, draw)) for row in rows]
             noise = torch.stack([torch.rand(x0.size(1), generator=stream) for stream in streams])
-            p_mask = noise_levels(t[rows, None] + draw / mc_num)
+            p_mask = noise_levels(t[rows, None] + draw / mc_num).float()
             xt, masked = mask_tokens(x0, p_mask, maskable, model.config.mask_id, noise)
             with autocast(device, dtype):
                 sums[0, rows] += weighted_nll(model, x0, xt, masked, p_mask).cpu() / mc_num
@@ -264,9 +267,8 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
     get_batch(split, index) -> x0, maskable: (micro_batch_size, T) on the CPU, split 'train' or 'val'
     meta    the data set's meta.json, kept in the checkpoints with its tokenizer
     resume  a checkpoint to continue from: its step and optimizer state (its weights are in model already)
-    Writes ckpt.pt (the latest), best.pt (lowest validation loss) and log.jsonl. Ctrl-C or SIGTERM ends the
-    step, saves, and exits with 128 + signal; a second Ctrl-C exits at once. Raises ValueError for a loss that
-    is not finite."""
+    Writes ckpt.pt (latest), best.pt (lowest validation loss) and log.jsonl. Ctrl-C or SIGTERM ends the step,
+    saves, exits with 128 + signal; a second Ctrl-C exits at once. Raises ValueError for an infinite loss."""
     rank, world_size, device = setup_distributed(cfg.device)
     B, T = cfg.micro_batch_size, cfg.block_size
     grad_accum, step_tokens = cfg.batch_size // (B * world_size), cfg.batch_size * T
@@ -295,8 +297,8 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
         optimizer.load_state_dict(resume["optimizer"])
 
     log_file = open_locked(os.path.join(cfg.out_dir, "log.jsonl")) if rank == 0 else None
-    no_bar = rank > 0 or not sys.stderr.isatty()
-    bar = tqdm(total=max_steps, initial=start, desc=cfg.out_dir, unit="step", disable=no_bar)
+    disable = None if rank == 0 else True  # None: without a terminal there is no bar
+    bar = tqdm(total=max_steps, initial=start, desc=cfg.out_dir, unit="step", disable=disable)
     wandb_run = None
     if cfg.wandb and rank == 0:
         names = {"project": cfg.wandb, "name": cfg.out_dir, "id": resume.get("wandb_id"), "resume": "allow"}
@@ -326,7 +328,8 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
 
     stop = stop_signal = 0
     handlers = {signum: signal.signal(signum, request_stop) for signum in (signal.SIGINT, signal.SIGTERM)}
-    line = f"{model.num_params(False):,} parameters, {world_size} x {device}, {torch.get_num_threads()} threads, "
+    threads = torch.get_num_threads()
+    line = f"{model.num_params(False):,} parameters on {world_size} x {device} ({threads} threads), "
     line += f"{max_steps:,} steps of {grad_accum} x {world_size} x {B} sequences of {T} tokens"
     facts = {**made_by(), "config": asdict(cfg), "data_sha256": meta and meta["sha256"]}
     log(line, step=start, **facts, device=str(device), processes=world_size)

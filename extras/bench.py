@@ -141,9 +141,9 @@ def bench_steps(cfg, device):
 def bench_sample(cfg, device):
     """Prints a row for each decoding rule. Passes are those of a problem, thoughts and answer together."""
     model, tokenizer, checkpoint = load_trained(cfg.out_dir, device)
-    corpus, block_size = checkpoint["meta"]["name"], model.config.block_size
-    folder = os.path.join(checkpoint["run_config"]["data_dir"], corpus)
-    address = cfg.data or CORPORA[corpus].test_source or os.path.join(folder, "test.txt")
+    run, block_size = checkpoint["run_config"], model.config.block_size
+    folder = os.path.join(run["data_dir"], run["dataset"])
+    address = cfg.data or CORPORA[run["dataset"]].test_source or os.path.join(folder, "test.txt")
     problems = read_problems(address, os.path.join(folder, "download"))[: cfg.rounds * cfg.batch_size]
 
     def answer_batch(options, number):

@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
     rng, items = np.random.default_rng(1), {"choices": [], "targets": []}
     words = ["".join(rng.choice(list("abcé "), size=size)) for size in rng.integers(1, 9, size=100)]
     for i in range(LIMIT + 1):
-        context = "".join(words[i : i + 1 + i % 7])  # some are too long
+        context = "".join(words[i : i + 1 + i % 7]) if i else "a" * 31  # some are too long, the first by one
         items["choices"].append({"context": context, "choices": words[3 * i : 3 * i + 3], "gold": i % 3})
         items["targets"].append({"context": context, "target": "c "[i % 2]})
     choices = {"output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": "{{gold}}"}
@@ -135,7 +135,7 @@ def test_text_ends_at_end_of_text_or_the_first_stop(lm, monkeypatch):
     assert texts == [text for _, text in ends]
 
 
-def test_what_generate_gets(lm, monkeypatch):
+def test_what_generate_gets(lm, monkeypatch, capsys):
     """block_size 32: a long context leaves the text what it asks for, at most half; a short one the rest."""
     seen, ids = [], list(range(33, 83))
     monkeypatch.setattr(extras.harness, "generate", fake_generate("", seen))
@@ -144,6 +144,7 @@ def test_what_generate_gets(lm, monkeypatch):
     args[0][1]["temperature"] = 0.3
     args[1][1].update(temperature=0.3, do_sample=False)
     assert lm.generate_until(requests_of(*args)) == [""] * 4
+    assert capsys.readouterr().out == "2 of 4 contexts were cut on the left\n"
     prompts = [ids[-27:] + [257] * 5, ids[-16:] + [257] * 16, [97, 98, 99] + [257] * 29, [256] + [257] * 7]
     assert [row for row, _ in seen] == prompts
     assert [options["temperature"] for _, options in seen] == [0.3, 0, 0, 0]
