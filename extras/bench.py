@@ -76,7 +76,7 @@ def ratio(seconds, first):
     """Median over rounds of seconds / first, and about its standard error: 1.25 times that of a mean, with
     the standard deviation of a normal distribution, 1.48 times the median absolute deviation."""
     ratios = np.array(seconds) / np.array(first)
-    deviation = np.median(abs(ratios - np.median(ratios)))
+    deviation = np.median(abs(ratios - np.median(ratios))) if len(ratios) > 1 else np.nan
     return np.median(ratios), 1.25 * 1.48 * deviation / math.sqrt(len(ratios))
 
 

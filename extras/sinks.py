@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 import configurator
-from eval import means, validation
+from eval import validation
 from model import apply_rope, generate, seed_for
 from sample import load_trained
 from train import made_by, mean_and_error, setup_distributed, validate, write_file
@@ -106,8 +106,7 @@ def mass_and_norms(model, states):
 def trajectory(model, x0, hidden, cfg, seed):
     """Writes the hidden tokens of x0 (T,). Returns the states (steps, T) that the model saw, and the text."""
     states = [torch.where(hidden, model.config.mask_id, x0)[None]]
-    options = {"seeds": [seed], "on_step": states.append}
-    generate(model, states[0], cfg.steps, cfg.temperature, cfg.remasking, **options)
+    generate(model, states[0], cfg.steps, cfg.temperature, cfg.remasking, seeds=[seed], on_step=states.append)
     return torch.cat(states[:-1]), states[-1][0]
 
 
@@ -141,10 +140,12 @@ def summarize(prompts):
     """For each layer means over steps, then means over prompts with their standard errors."""
     layers = []
     for records in zip(*(prompt["layers"] for prompt in prompts)):
-        averages = []
-        for record in records:  # a text that is written in one step has no moves
-            averages.append({key: np.mean(values or [0]) for key, values in record.items()})
-        layers.append(means(averages, [key for key in records[0] if key != "position"]))
+        layer = {}
+        for key in [key for key in COLUMNS if key in records[0]]:
+            averages = [np.mean(record[key] or [0]) for record in records]  # one step has no moves
+            layer[key] = float(np.mean(averages))
+            layer[f"{key}_se"] = float(np.std(averages, ddof=1) / math.sqrt(len(averages)))
+        layers.append(layer)
     return layers
 
 
@@ -209,7 +210,7 @@ def changed_bounds(run, cfg):
     run_config, rows, unchanged = run.checkpoint["run_config"], [], None
     get_batch, n, _ = validation(run_config, cfg.data, run.tokenizer, run_config["eval_seqs"])
     B = run_config["micro_batch_size"]
-    t = torch.arange(n) * 0.6180339887 % 1  # in the order of validate's noise levels
+    t = torch.arange(n, dtype=torch.float64) * (math.sqrt(5) - 1) / 2 % 1  # in the order of validate's levels
     print(f"{'sinks changed':<16}{'nats per token':>20}{'more than unchanged':>22}")
     for change in CHANGES:
         model = change_sinks(run.model, change, cfg.seed)
@@ -262,8 +263,7 @@ def draw_paths(Figure, runs):
 def draw_norms(Figure, runs):
     """Norms of value vectors at eight steps, by kind of token (the paper's Figure 1)."""
     figure = Figure(figsize=(5.5 * len(runs), 3.6), layout="constrained")
-    axes = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0]
-    legend = {}
+    axes, legend = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0], {}
     for panel, run in zip(axes, runs):
         (states, mass, norms), n_sink, n_layer = run.first, run.model.config.n_sink, len(run.layers)
         steps = np.linspace(0, len(states) - 1, 8).astype(int)

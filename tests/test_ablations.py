@@ -11,10 +11,10 @@ from extras import ablations
 from train import TrainConfig
 
 
-def write_log(folder, losses, again=None, commit="c1", data="d" * 64, **settings):
+def write_log(folder, losses, again=None, commit="c1", data=None, **settings):
     """As train.py writes it, its last line cut off. losses {step: loss}; again: those of a resumed run."""
     config = asdict(TrainConfig(out_dir=str(folder), **settings))
-    rows = [{"config": config, "commit": commit, "data_sha256": {"train": data}, "step": 0}]
+    rows = [{"config": config, "commit": commit, "data_sha256": data and {"train": data}, "step": 0}]
     rows += [{"step": step, "val_loss": loss} for step, loss in losses.items()] + [{"step": 5, "loss": 1.0}]
     if again:
         rows.append(
@@ -55,6 +55,7 @@ def test_kinds_of_runs(tmp_path, call):
     write_log(tmp_path / "a", {0: 9.0, 20: 7.0}, {10: 6.0, 20: 5.0}, seed=0)
     write_log(tmp_path / "b", {0: 9.0, 20: 5.5}, seed=1, max_steps=9000)
     assert call() == ["2 5.2500 ± 0.2500 0.0000 ± 0.0000 all runs"]
+    write_log(tmp_path / "d", {0: 9.0, 20: 5.5}, seed=2, max_steps=9000)
     for settings in ({"max_steps": 20}, {"commit": "c2"}, {"data": "20e" * 20}):
         write_log(tmp_path / "c", {0: 9.0, 20: 6.0}, **{"max_steps": 9000, **settings})
         (key, value), *_ = settings.items()
@@ -87,7 +88,9 @@ def test_errors(tmp_path, call):
     write_log(tmp_path / "b", {0: 9.0}, seed=3, wandb="project")
     with pytest.raises(ValueError, match="b/log.jsonl is a second run of seed 3 with the same settings"):
         call()
-    for text in ("{}\n[3\n", "[3]\n", "null\n", '{"step": 0, "val_loss": 1.0}\n', '{"config": {}}\n', ""):
-        (tmp_path / "b" / "log.jsonl").write_text(text)
+    for text in ' {}\n[3 | [3] | null | {"step": 0, "val_loss": 1} | {"config": {}} | {"config": []} '.split(
+        "|"
+    ):
+        (tmp_path / "b" / "log.jsonl").write_text(text + "\n")
         with pytest.raises(ValueError, match="b/log.jsonl is no log of train.py with a validation"):
             call()

@@ -1,5 +1,6 @@
 """What the benchmark times does the same work, and what it prints: python -m pytest tests/test_bench.py"""
 
+import math
 import sys
 
 import pytest
@@ -29,6 +30,7 @@ def run(monkeypatch, capsys, part, end=28, **settings):
 def written_out(model):
     """The number of hidden tokens, and the loss: their -log p / p_mask over all tokens."""
     x0, xt, masked, p_mask = bench.make_batch(bench.BenchConfig(**TINY), everywhere=False)
+    assert p_mask.flatten().tolist() == [1 / 8, 3 / 8, 5 / 8, 7 / 8]
     log_p, hidden = model(xt).log_softmax(dim=-1), masked.nonzero().tolist()
     return len(hidden), sum(-log_p[b, i, x0[b, i]] / p_mask[b, 0] for b, i in hidden) / 64
 
@@ -65,7 +67,7 @@ def test_ways_of_train(monkeypatch, capsys):
     model = MDM(MDMConfig.preset("6M", vocab_size=50, block_size=16))
     n_hidden, loss = written_out(model)
     loss.backward()
-    assert sizes[:8] == 4 * [64, n_hidden] and 20 < n_hidden < 44
+    assert sizes[:8] == 4 * [64, n_hidden]
     assert [float(words[-1]) for words in rows.values()] == pytest.approx(4 * [loss.item()], abs=2e-5)
     for gradient in gradients[:4]:
         torch.testing.assert_close(gradient, model.wte.weight.grad)
@@ -82,6 +84,7 @@ def test_the_numbers_of_a_step(monkeypatch, capsys):
     error = 1.25 * 1.48 * 0.2 / 3**0.5
     assert rows[names[1]] == f"42.0 2.100 ± {error:.3f}x 1,524 24.4% 3 4.50000".split()
     assert rows[names[0]] == "20.0 1.000 ± 0.000x 3,200 51.2% - 4.00000".split()
+    assert math.isnan(bench.ratio([3.0], [2.0])[1])  # one round says nothing about the error
 
 
 def test_turns(monkeypatch):

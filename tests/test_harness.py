@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import runpy
 import subprocess
 import sys
@@ -86,8 +87,10 @@ def test_the_harness_finds_what_eval_finds(folder, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("launcher", ["", "torch.distributed.run --standalone --nproc_per_node=2 -m"])
-def test_command_line(folder, tmp_path, launcher):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_command_line(folder, tmp_path, processes):
+    """Two processes share the 13 items of each task; the one with fewer repeats its last requests."""
+    launcher = "torch.distributed.run --standalone --nproc_per_node=2 -m" if processes == 2 else ""
     path = str(folder[0])
     settings = ",".join(f"{key}={value}" for key, value in SETTINGS.items())
     command = [sys.executable, "-m", *launcher.split(), "extras.harness", "--model", "mdm", "--device", "cpu"]
@@ -99,6 +102,8 @@ def test_command_line(folder, tmp_path, launcher):
     (file,) = tmp_path.glob("**/results_*.json")
     check(json.loads(file.read_text())["results"], folder)
     assert done.stdout.count("|choices|") == 1
+    n_requests = [int(n) for n in re.findall(r"of (\d+) contexts", done.stdout)]
+    assert n_requests == ([13 * 3 + 13] if processes == 1 else [7 * 3 + 7] * 2)
 
 
 def test_rolling_windows_hold_every_token_once(lm, monkeypatch):

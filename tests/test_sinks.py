@@ -161,7 +161,7 @@ def test_the_states_are_those_of_the_sampler(folder, options, monkeypatch):
 
 
 def test_the_prompt_of_a_fine_tuned_model_is_the_question(data_dir, tmp_path):
-    """Not a quarter of the row, which is longer: the whole response is hidden, and nothing else, in both stages."""
+    """Not a quarter, which would be longer: the whole response is hidden, in both stages, and no more."""
     config = SFTConfig(block_size=160, init_from="scratch")
     run = Run(str(save(tmp_path / "sft", data_dir, config, block_size=160)), SinksConfig(limit=6), "cpu")
     assert (~run.hidden[:3]).sum(dim=1).max() < 40
@@ -277,7 +277,7 @@ def test_bounds_of_changed_sinks(folder, monkeypatch, capsys):
 
 
 def test_pictures(folder, monkeypatch):
-    """They are written, in a size to look at. Without --layer the map is that of the vanilla model's sharpest."""
+    """They are written, in a size to look at. Without --layer the map is of the vanilla model's sharpest."""
     pytest.importorskip("matplotlib")
     layers, real = [], sinks.draw_maps
     monkeypatch.setattr(sinks, "draw_maps", lambda *args: layers.append(args[2]) or real(*args))
