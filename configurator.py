@@ -1,11 +1,7 @@
-"""Settings of a script: a dataclass holds the defaults, config files and flags override them, left to right.
+"""Settings of a script: a dataclass holds the defaults; config files and flags override them, left to right.
+A name in a file must be a field, unless it is a module or callable, or starts with an underscore."""
 
-    python train.py config/shakespeare.py --learning_rate=1e-3 --out_dir=out/try
-
-The comment behind a field is its --help text. A config file is plain Python assignments; a name in it that is
-no field is an error, unless it starts with an underscore or is a module or callable."""
-
-import dataclasses
+import contextlib
 import difflib
 import importlib
 import inspect
@@ -13,88 +9,67 @@ import os
 import re
 import runpy
 import sys
-import traceback
-import types
 import typing
 
 
 def parse(config_class, argv=None, positional=None):
-    """The command line (default: sys.argv[1:]) as an instance of config_class, and {key: where it was set}.
-    positional names the field that takes a bare word. Raises ValueError for what does not fit."""
+    """The command line as a config_class, and {key: where it was set}. positional: the key of a bare word."""
     argv = sys.argv[1:] if argv is None else argv
     if "--help" in argv or "-h" in argv:
         print(help_text(config_class))
         sys.exit(0)
     values, set_by = {}, {}
     for arg in argv:
-        settings, source = {}, "command line"
+        settings, source = {positional or arg: arg}, "command line"
         if arg.startswith("--") and "=" in arg:
-            key, _, settings[key] = arg[2:].partition("=")  # at the first '=': a value may contain more
+            settings = dict([arg[2:].split("=", 1)])  # a value may contain '='
         elif arg.endswith(".py"):
-            settings, source = read_config(arg), arg
-        elif positional and not arg.startswith("-"):
-            settings[positional] = arg
-        else:
-            raise ValueError(f"{arg}: wanted --key=value or a config file (x.py); --help lists the keys")
+            try:
+                names, source = runpy.run_path(arg), arg
+            except Exception as error:  # whatever a Python file can do wrong
+                raise ValueError(f"config file {arg}: {type(error).__name__}: {error}") from error
+            names = {k: v for k, v in names.items() if not k.startswith("_") and not callable(v)}
+            settings = {k: v for k, v in names.items() if not inspect.ismodule(v)}
         for key, value in settings.items():
             values[key], set_by[key] = convert(config_class, key, value, source), source
     return config_class(**values), set_by
-
-
-def read_config(path):
-    """The assignments of a config file, {name: value}."""
-    try:
-        settings = runpy.run_path(path)
-    except (Exception, SystemExit) as error:  # whatever a Python file can do wrong
-        raise ValueError(f"config file {path}: {type(error).__name__}: {error}") from error
-    hidden = [k for k, v in settings.items() if k[0] == "_" or callable(v) or isinstance(v, types.ModuleType)]
-    return {key: value for key, value in settings.items() if key not in hidden}
 
 
 def convert(config_class, key, value, source):
     """value, text from a flag or an object from a file, as the type of the field: 1 -> 1.0, 1e5 -> 100000."""
     hints, text = typing.get_type_hints(config_class), str(value)
     if key not in hints:
-        near = difflib.get_close_matches(key, hints, n=1)
-        hint = f"did you mean {near[0]!r}?" if near else "--help lists the keys"
-        raise ValueError(f"unknown key {key!r} ({source}); {hint}")
+        near = difflib.get_close_matches(key, hints, n=1, cutoff=0)[0]
+        raise ValueError(f"unknown key {key!r} ({source}); did you mean --{near}=...? --help lists the keys")
     kinds = typing.get_args(hints[key]) or (hints[key],)
-    if type(None) in kinds and text == "None":
-        return None
-    if bool in kinds and text.lower() in ("true", "false"):
-        return text.lower() == "true"
+    literals = {"None": None, "True": True, "False": False, "true": True, "false": False}
+    if text in literals and type(literals[text]) in kinds:
+        return literals[text]
     if str in kinds and isinstance(value, str) and "\0" not in value:
         return value
-    try:
-        number = int(text) if re.fullmatch(r"[+-]?\d+", text) else float(text)
+    with contextlib.suppress(ValueError):
         if float in kinds:
-            return float(number)
-        if int in kinds and number == int(number) and abs(number) < 2**63:
-            return int(number)
-    except (ValueError, OverflowError):
-        pass
-    wanted = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
-    raise ValueError(f"{key}={value!r} ({source}): wanted {wanted}")
+            return float(text)
+        if int in kinds and float(text).is_integer() and abs(float(text)) < 2**63:
+            return int(text) if text.lstrip("+-").isdigit() else int(float(text))
+    raise ValueError(f"{key}={value!r} ({source}): wanted {inspect.formatannotation(hints[key])}")
 
 
 def help_text(config_class):
-    """The script's docstring, then its keys with their defaults and the comments behind them."""
+    """The script's docstring and its keys, with types, defaults and comments as they stand in the source."""
     source = "".join(inspect.getsource(cls) for cls in reversed(config_class.__mro__[:-1]))
-    comments = dict(re.findall(r"^ +(\w+)\s*:.*?=.*?# *(.*)", source, re.MULTILINE))
-    lines = [inspect.getdoc(sys.modules[config_class.__module__]) or "", "", "Later settings win. Keys:"]
-    for field in dataclasses.fields(config_class):
-        lines.append(f"  --{field.name}={field.default}".ljust(38) + "  " + comments.get(field.name, ""))
-    return "\n".join(lines)
+    lines = {key: line for line, key in re.findall(r"^    ((\w+): .* = .*)", source, re.MULTILINE)}
+    return "\n  --".join([f"{sys.modules[config_class.__module__].__doc__}\n\nKeys:", *lines.values()])
 
 
 def describe(cfg, set_by):
-    """A line for each key that differs from its default: value, default, where it was set."""
-    lines = []
-    for field in dataclasses.fields(cfg):
-        name, value, default = field.name, getattr(cfg, field.name), field.default
-        if name in set_by and value != default:
-            lines.append(f"\n  {name} = {value!r}  (default {default!r}, set by {set_by[name]})")
-    return "settings that differ from the defaults:" + ("".join(lines) or " none")
+    """A line for each key that was set and differs from its default."""
+    lines = ["settings that differ from the defaults:"]
+    for key, source in set_by.items():
+        value, default = getattr(cfg, key), getattr(type(cfg), key)
+        if value != default:
+            lines.append(f"  {key} = {value!r}  (default {default!r}, set by {source})")
+    return "\n".join(lines) if len(lines) > 1 else "settings: all defaults"
 
 
 def need(package, install=None):
@@ -106,8 +81,7 @@ def need(package, install=None):
 
 
 def run(main):
-    """Runs a script's main. A ValueError that our own files raise and an error of the file system end with one
-    line and exit code 2, Ctrl-C with 130. Anything else keeps its traceback."""
+    """Runs main. A ValueError that our files raise, or an OSError, ends with one line and exit code 2."""
     sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal cannot show is no reason to stop
     try:
         main()
@@ -117,9 +91,8 @@ def run(main):
     except BrokenPipeError:  # python sample.py | head -1
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
-        folder = os.path.dirname(os.path.abspath(traceback.extract_tb(error.__traceback__)[-1].filename))
-        root = os.path.dirname(os.path.abspath(__file__))
-        if isinstance(error, ValueError) and folder not in (root, os.path.join(root, "extras")):
+        file = os.path.relpath(inspect.trace()[-1].filename, os.path.dirname(os.path.abspath(__file__)))
+        if isinstance(error, ValueError) and os.path.dirname(file) not in ("", "extras"):
             raise
         print("error:", " ".join(str(error).split()), file=sys.stderr)
         sys.exit(2)

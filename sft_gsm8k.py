@@ -4,18 +4,18 @@
     torchrun --standalone --nproc_per_node=8 sft_gsm8k.py config/sft_gsm8k.py   # the paper's recipe
     python eval.py --task=gsm8k --out_dir=out/sft-arithmetic                    # the accuracy it reaches
 
-A problem makes two examples. Each has a prompt, left of the bar, and a response, which the model learns to write:
+A problem makes two examples. Each has a prompt, left of the bar, and a response, which the model learns:
 
     Question: Tom has 3 apples ... | Answer: <<3+4=7>> <<7*2=14>> <eot> <eot> ...         question -> thoughts
     Question: Tom has 3 apples ... Answer: <<3+4=7>> <<7*2=14>> | #### 14 <eot> <eot> ...   both -> the answer
 
-The prompt is never hidden and no part of the loss. All of the response may be hidden, with the end-of-text that
-fills it up to block_size: so the model learns where to stop. `answer` asks a model in the same two stages.
+The prompt is never hidden and no part of the loss. All of the response may be hidden, with the end-of-text
+that fills it up to block_size: so the model learns to stop. `answer` asks a model in the same two stages.
 """
 
 import functools
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -33,8 +33,8 @@ class SFTConfig(TrainConfig):
     epochs: float | None = 10.0  # passes over the examples; goes before max_steps, train_flops before both
     block_size: int = 256  # tokens of an example, filling included; longer examples are left out
     batch_size: int = 256  # examples per optimizer step, over all processes
-    # Each micro-batch is divided by its own response tokens, as the authors do: in a small one a token's weight
-    # depends more on its neighbours (5 to 95 %: 0.48 to 2.11 with 1 example, 0.88 to 1.21 with 16).
+    # Each micro-batch is divided by its own response tokens, as the authors do: in a small one a token's
+    # weight depends more on its neighbours (5 to 95 %: 0.48 to 2.11 with 1 example, 0.88 to 1.21 with 16).
     micro_batch_size: int = 16  # examples per process and forward pass
     learning_rate: float = 2e-4  # peak, after warm-up
 
@@ -46,22 +46,18 @@ class SFTConfig(TrainConfig):
 
 
 def load_examples(folder, meta, split, block_size):
-    """Tokens of a split, and its examples (n, 3): where the prompt begins, the response begins, the response ends.
-    Also the number of examples left out, because they do not fit into block_size with an end-of-text.
-    Raises ValueError if the data set holds no problems, or if its files do not agree."""
+    """Tokens of a split; its examples (n, 3): where prompt and response begin, and where the response ends;
+    how many are left out, because they do not fit into block_size with an end-of-text. Raises ValueError if
+    the data set holds no problems, if its files do not agree, or if no example fits."""
     path = os.path.join(folder, f"{split}_cuts.npy")
     if not os.path.exists(path):
         raise ValueError(f"{folder} holds no problems; run: python prepare_data.py gsm8k (or arithmetic)")
     tokens = np.memmap(os.path.join(folder, f"{split}.bin"), meta["dtype"], mode="r")
-    try:
-        question, thoughts, answer, end = np.load(path).T  # each (problems,), end behind the end-of-text
-        agree = (tokens[end - 1] == meta["eot_id"]).all()
-    except (ValueError, EOFError, IndexError):  # cut off, or positions that the tokens do not have
-        agree = False
-    if not agree:
+    question, thoughts, answer, end = np.load(path).T  # (problems,) each: where they begin, and the end
+    if end.max() > len(tokens) or (tokens[end - 1] != meta["eot_id"]).any():
         raise ValueError(f"{path} and {split}.bin do not belong together; prepare the data set again")
-    to_thoughts, to_answer = (question, thoughts, answer), (question, answer, end - 1)
-    examples = np.concatenate((np.stack(to_thoughts, axis=1), np.stack(to_answer, axis=1)))
+    to_thoughts, to_answer = [question, thoughts, answer], [question, answer, end - 1]
+    examples = np.concatenate((to_thoughts, to_answer), axis=1).T
     fits = examples[:, 2] - examples[:, 0] < block_size
     if not fits.any():
         raise ValueError(f"no example of {path} fits into block_size {block_size}; raise it")
@@ -69,10 +65,9 @@ def load_examples(folder, meta, split, block_size):
 
 
 def example_batches(folder, meta, cfg):
-    """get_batch for fine-tuning, and what load_examples gives, {split: ...}.
-
-    Training takes the examples in an order drawn from (seed, epoch), each once an epoch for any number of processes.
-    Validation takes eval_seqs examples, spread evenly over those of the first stage and then of the second."""
+    """get_batch for fine-tuning, and {split: what load_examples returns}. Training takes the examples in an
+    order drawn from (seed, epoch), each once an epoch for any number of processes. Validation takes eval_seqs
+    examples, spread evenly over those of the first stage and then of the second."""
     B, T = cfg.micro_batch_size, cfg.block_size
     data = {split: load_examples(folder, meta, split, T) for split in ("train", "val")}
 
@@ -95,52 +90,43 @@ def example_batches(folder, meta, cfg):
 
 
 def answer(model, tokenizer, questions, seeds, length=None, on_step=None, **options):
-    """Answers questions in two stages: thoughts from the question, the answer from both. The second prompt is the
-    first with the token ids that the model wrote, as in training.
-
-    seeds    an integer for each question; an answer does not depend on what else is in the batch
-    length   tokens of a row, prompt included; None: the model's block_size. What the prompt leaves is response
-    options  of generate
-    Returns (thoughts, answer, forward passes) for each question; a text is None where there was no room for it."""
+    """Answers questions in two stages: thoughts from the question, the answer from both. The second prompt is
+    the first with the token ids that the model wrote, as in training. Each question has a seed, an integer:
+    an answer does not depend on the rest of the batch. length is that of a row, prompt included; None: the
+    model's block_size. options go to generate. Returns (thoughts, answer, forward passes) for each question;
+    a text for which there was no room is None."""
     length, eot_id = length or model.config.block_size, tokenizer.eot_token
     prompts = [tokenizer.encode_ordinary(f"Question: {question.strip()}") for question in questions]
-    texts = [[None, None] for _ in questions]
-    passes = [0] * len(questions)
+    answers = [[None, None, 0] for _ in questions]
     for stage in (0, 1):
-        rows = [
-            i for i, prompt in enumerate(prompts) if len(prompt) < length and None not in texts[i][:stage]
-        ]
-        if not rows:
-            break
+        rows = [i for i, prompt in enumerate(prompts) if len(prompt) < length]
         x = torch.full((len(rows), length), model.config.mask_id)
         for row, i in enumerate(rows):
             x[row, : len(prompts[i])] = torch.tensor(prompts[i])
         stage_seeds = [seed_for(seeds[i], stage) for i in rows]
-        filled, n_forward = generate(model, x, seeds=stage_seeds, eot_id=eot_id, on_step=on_step, **options)
-        for i, ids, n in zip(rows, filled.tolist(), n_forward.tolist()):
-            ids = ids[len(prompts[i]) :]
-            ids = ids[: ids.index(eot_id)] if eot_id in ids else ids
-            texts[i][stage] = tokenizer.decode(ids).strip()
-            prompts[i] = prompts[i] + ids
-            passes[i] += n
-    return [(*text, n) for text, n in zip(texts, passes)]
+        x, passes = generate(model, x, seeds=stage_seeds, eot_id=eot_id, on_step=on_step, **options)
+        for i, ids, n in zip(rows, x.tolist(), passes.tolist()):
+            ids = ids[len(prompts[i]) :] + [eot_id]
+            response = ids[: ids.index(eot_id)]
+            answers[i][stage] = tokenizer.decode(response).strip()
+            answers[i][2] += n
+            prompts[i] += response
+    return [tuple(result) for result in answers]
 
 
 def main():
     cfg, set_by = configurator.parse(SFTConfig)
-    if "max_steps" in set_by and "epochs" not in set_by:
-        cfg.epochs = None  # what is set goes before a default
+    if "max_steps" in set_by and "epochs" not in set_by:  # what is set goes before a default
+        cfg.epochs, set_by["epochs"] = None, set_by["max_steps"]
     rank, _, _ = setup_distributed(cfg.device)
     cfg, meta, model, resume = start_run(cfg, set_by)
     get_batch, data = example_batches(os.path.join(cfg.data_dir, cfg.dataset), meta, cfg)
     if cfg.epochs is not None and cfg.train_flops is None:
-        cfg = replace(cfg, max_steps=int(cfg.epochs * len(data["train"][1]) / cfg.batch_size))
+        cfg.max_steps = int(cfg.epochs * len(data["train"][1]) / cfg.batch_size)
     if rank == 0:
         print(configurator.describe(cfg, set_by))
         for split, (_, examples, too_long) in data.items():
-            print(
-                f"{split}: {len(examples):,} examples; {too_long:,} left out, longer than {cfg.block_size} tokens"
-            )
+            print(f"{split}: {len(examples):,} examples; {too_long:,} left out, longer than block_size")
     train(cfg, model, get_batch, meta, resume)
 
 
