@@ -2,14 +2,13 @@
 
     python prepare_data.py                                   # arithmetic: generated word problems, no network
     python prepare_data.py shakespeare --tokenizer=bytes     # downloads 1 MB of text
-    python prepare_data.py text --source=my_folder           # .txt and .jsonl ("text" field) files, also .gz and .xz
+    python prepare_data.py text --source=my_folder           # .txt, .jsonl ("text" field), also .gz and .xz
     python prepare_data.py fineweb_edu --max_tokens=1e9      # streams from the hub (pip install datasets)
 
-A .bin file is the tokens of all documents, one after another as uint16 (uint32 for a vocabulary over 65,536), each document
-closed by the end-of-text token. Files are read as streams and encoded on all cores, so a corpus may be larger than memory: what
-must fit is a document of a .jsonl or hub source, and some megabytes of text. Word problems (arithmetic, gsm8k) become documents
-"Question: ... Answer: <<3+4=7>> #### 7"; train_cuts.npy and val_cuts.npy tell sft_gsm8k.py where their parts begin.
-"""
+A .bin file is the tokens of all documents, one after another as uint16 (uint32 for a vocabulary over 65,536),
+each document closed by the end-of-text token. Files are read as streams and encoded on all cores: what must
+fit into memory is a document of a .jsonl or hub source, and some megabytes of text. A word problem reads
+"Question: ... Answer: <<3+4=7>> #### 7"; _cuts.npy files tell sft_gsm8k.py where the parts of each begin."""
 
 import base64
 import collections
@@ -20,8 +19,8 @@ import http.client
 import io
 import json
 import lzma
-import operator
 import os
+import pathlib
 import random
 import sys
 import time
@@ -38,20 +37,14 @@ from tqdm import tqdm
 import configurator
 
 EOT = "<|endoftext|>"
-CHARS_AT_ONCE = 1 << 20  # text encoded as one piece of work; longer documents are cut at the end of a line
+CHARS_AT_ONCE = 1 << 20  # text encoded as one piece of work; longer documents are cut at a line's end
 
 
 @dataclass
 class PrepareConfig:
-    name: str = (
-        "arithmetic"  # data set: arithmetic, shakespeare, wikitext2, tinystories, openwebtext, ... or text
-    )
-    source: str | None = (
-        None  # file, folder, URL or hub:ID[@CONFIG][:SPLIT]; None: the public source of the data set
-    )
-    val_source: str | None = (
-        None  # the same for validation; None: the public one, or the last val_fraction of source
-    )
+    name: str = "arithmetic"  # or gsm8k, shakespeare, wikitext2, tinystories, openwebtext, ..., text
+    source: str | None = None  # file, folder, URL or hub:ID[@CONFIG][:SPLIT]; None: the public source
+    val_source: str | None = None  # likewise; None: the public one, or the last val_fraction of source
     val_fraction: float | None = None  # share of the tokens held out from the end; None: as the data set says
     tokenizer: str | None = None  # gpt2, bytes, or bpe (trained on the corpus); None: as the data set says
     vocab_size: int | None = None  # of a bpe tokenizer, end-of-text included; None: 4096 (arithmetic: 512)
@@ -60,12 +53,6 @@ class PrepareConfig:
     data_dir: str = "data"  # the files go to data_dir/name
     num_problems: int = 50000  # arithmetic: training problems (1,000 more each for validation and test)
     seed: int = 0  # arithmetic: seed of the generator
-
-    def __post_init__(self):
-        if self.max_tokens is not None and self.max_tokens < 2:
-            raise ValueError(f"max_tokens is {self.max_tokens}; wanted at least 2")
-        if self.seed < 0:
-            raise ValueError(f"seed is {self.seed}; it must not be negative")
 
 
 @dataclass
@@ -79,23 +66,16 @@ class Corpus:
 
 
 GITHUB, HF = "https://raw.githubusercontent.com", "https://huggingface.co/datasets"
-ICOT = "https://media.githubusercontent.com/media/da03/implicit_chain_of_thought/main/data/gsm8k"  # resolves Git LFS
+ICOT, ICOT_LFS = "da03/implicit_chain_of_thought/main/data/gsm8k", "https://media.githubusercontent.com/media"
+GSM8K_VALID = f"{GITHUB}/{ICOT}/valid.txt"  # 500 lines of GSM8K's training set
+GSM8K_TEST = f"{GITHUB}/openai/grade-school-math/master/grade_school_math/data/test.jsonl"
+TINYSHAKESPEARE = f"{GITHUB}/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 WIKITEXT2 = f"{GITHUB}/pytorch/examples/main/word_language_model/data/wikitext-2"
 TINYSTORIES = f"{HF}/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4"
 CORPORA = {
     "arithmetic": Corpus(None, documents="problems", tokenizer="bpe"),
-    "gsm8k": Corpus(
-        f"{ICOT}/train.txt",
-        f"{GITHUB}/da03/implicit_chain_of_thought/main/data/gsm8k/valid.txt",  # 500 lines of GSM8K's training set
-        val_fraction=0.02,
-        documents="problems",
-        test_source=f"{GITHUB}/openai/grade-school-math/master/grade_school_math/data/test.jsonl",
-    ),
-    "shakespeare": Corpus(
-        f"{GITHUB}/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
-        val_fraction=0.1,
-        tokenizer="bytes",
-    ),
+    "gsm8k": Corpus(f"{ICOT_LFS}/{ICOT}/train.txt", GSM8K_VALID, 0.02, "problems", test_source=GSM8K_TEST),
+    "shakespeare": Corpus(TINYSHAKESPEARE, val_fraction=0.1, tokenizer="bytes"),
     "wikitext2": Corpus(f"{WIKITEXT2}/train.txt", f"{WIKITEXT2}/valid.txt", documents="articles"),
     "tinystories": Corpus(f"{TINYSTORIES}-train.txt", f"{TINYSTORIES}-valid.txt"),
     "openwebtext": Corpus("hub:Skylion007/openwebtext:train", val_fraction=0.0005),
@@ -104,41 +84,34 @@ CORPORA = {
     "text": Corpus(None),
 }
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Tokenizers: tiktoken encodings, described by a small dict that meta.json and every checkpoint carry
+# ---------- Tokenizers: tiktoken encodings, described by a dict that meta.json and every checkpoint carry
 
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's
-TOKENIZERS = ("gpt2", "bytes", "bpe")
 DIGIT_PATTERN = PATTERN.replace(r" ?\p{N}+", r"\p{N}")
+TOKENIZERS = ("gpt2", "bytes", "bpe")
 
 
 def load_tokenizer(spec: dict) -> tiktoken.Encoding:
-    """The encoding of a tokenizer dict: name (gpt2, bytes, bpe), pattern, vocab_size, and for bpe its ranks in base64."""
+    """The encoding of a tokenizer dict: its name, pattern, vocab_size, and for bpe the ranks in base64."""
     if spec["name"] == "gpt2":
         try:
             ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
         except OSError as error:
-            raise ValueError(
-                f"the gpt2 vocabulary could not be downloaded ({type(error).__name__}); set TIKTOKEN_CACHE_DIR to a folder "
-                f"that holds it, or choose --tokenizer=bytes or --tokenizer=bpe"
-            ) from error
+            hint = "set TIKTOKEN_CACHE_DIR to a folder with its vocabulary, or choose --tokenizer=bpe"
+            raise ValueError(f"gpt2 could not be downloaded ({type(error).__name__}); {hint}") from error
     elif spec["name"] == "bytes":
         ranks = {bytes([byte]): byte for byte in range(256)}
     else:
         ranks = {base64.b64decode(token): rank for rank, token in enumerate(spec["ranks"])}
+    name, pattern, size = spec["name"], spec["pattern"], spec["vocab_size"]
     try:
-        special = {EOT: spec["vocab_size"] - 1}
+        special = {EOT: size - 1}
         return tiktoken.Encoding(
-            spec["name"],
-            pat_str=spec["pattern"],
-            mergeable_ranks=ranks,
-            special_tokens=special,
-            explicit_n_vocab=spec["vocab_size"],
+            name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special, explicit_n_vocab=size
         )
     except Exception as error:  # tiktoken has no error of its own for ranks and patterns that are none
-        raise ValueError(
-            f"the tokenizer's description is damaged ({error!r}); prepare the data set again"
-        ) from error
+        fault = f"the tokenizer's description is damaged ({error!r})"
+        raise ValueError(f"{fault}; prepare the data set again") from error
 
 
 def make_tokenizer(name: str, split_digits: bool, vocab_size: int, texts) -> dict:
@@ -147,39 +120,32 @@ def make_tokenizer(name: str, split_digits: bool, vocab_size: int, texts) -> dic
     if name != "bpe":
         return {**spec, "vocab_size": 50257 if name == "gpt2" else 257}
     if vocab_size < 258:
-        raise ValueError(
-            f"vocab_size is {vocab_size}; bpe needs at least 258: 256 bytes, one merge, end-of-text"
-        )
-    ranks = train_bpe(texts, spec["pattern"], vocab_size - 1)
-    return {
-        **spec,
-        "vocab_size": len(ranks) + 1,
-        "ranks": [base64.b64encode(token).decode() for token in ranks],
-    }
+        raise ValueError(f"vocab_size is {vocab_size}; bpe needs at least 258: bytes, a merge, end-of-text")
+    ranks = [base64.b64encode(token).decode() for token in train_bpe(texts, spec["pattern"], vocab_size - 1)]
+    return {**spec, "vocab_size": len(ranks) + 1, "ranks": ranks}
 
 
 def train_bpe(texts, pattern: str, n_tokens: int, max_chars: int = 50_000_000) -> dict[bytes, int]:
-    """Byte pair encoding: starting from the 256 bytes, merge the most frequent neighbours into a new token until there are
-    n_tokens. Learned from the first max_chars characters. Ties go to the smaller bytes, so the result is reproducible."""
+    """Byte pair encoding: starting from the 256 bytes, merge the most frequent neighbours into a new token
+    until there are n_tokens. Learned from the first max_chars characters. Ties go to the smaller bytes."""
     counts = collections.Counter()
     for text in texts:
         counts.update(regex.findall(pattern, text))
         max_chars -= len(text)
         if max_chars <= 0:
             break
-    words = [
-        ([bytes([byte]) for byte in word.encode("utf-8", "replace")], count)
-        for word, count in sorted(counts.items())
-    ]
+    words = []
+    for word, count in sorted(counts.items()):
+        words.append(([bytes([byte]) for byte in word.encode("utf-8", "replace")], count))
     ranks = {bytes([byte]): byte for byte in range(256)}
     pairs = collections.Counter()  # two neighbouring tokens, joined -> how often
-    where = collections.defaultdict(set)  # ... -> the words that hold them
+    words_with = collections.defaultdict(set)  # ... -> indices of the words that hold them
 
     def count_pairs(index, sign):
         parts, count = words[index]
-        for left, right in zip(parts, parts[1:]):
-            pairs[left + right] += sign * count
-            where[left + right].add(index)
+        for first, second in zip(parts, parts[1:]):
+            pairs[first + second] += sign * count
+            words_with[first + second].add(index)
 
     for index in range(len(words)):
         count_pairs(index, +1)
@@ -193,7 +159,7 @@ def train_bpe(texts, pattern: str, n_tokens: int, max_chars: int = 50_000_000) -
             heapq.heappush(heap, (-pairs[pair], pair))
             continue
         ranks[pair] = len(ranks)
-        for index in sorted(where.pop(pair)):
+        for index in sorted(words_with.pop(pair)):
             parts, count = words[index]
             before = set(zip(parts, parts[1:]))
             count_pairs(index, -1)
@@ -205,28 +171,23 @@ def train_bpe(texts, pattern: str, n_tokens: int, max_chars: int = 50_000_000) -
                     merged.append(part)
             words[index] = (merged, count)
             count_pairs(index, +1)
-            for left, right in set(zip(merged, merged[1:])) - before:
-                heapq.heappush(heap, (-pairs[left + right], left + right))
+            for first, second in set(zip(merged, merged[1:])) - before:
+                heapq.heappush(heap, (-pairs[first + second], first + second))
     return ranks
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Reading: a source is a stream of documents in pieces (text, is_end_of_document), whatever its size
+# ---------- Reading: a source is a stream of documents in pieces (text, is_end_of_document)
 
 
 class Source:
-    """Documents of a file, folder, URL or hub data set. bytes_read / bytes_total (None if unknown) tell how far it is."""
+    """Documents of a file, folder, URL or hub data set. bytes_read of bytes_total (or None) are done."""
 
     def __init__(self, address: str, documents: str, download_dir: str):
-        self.address, self.documents = address, documents
-        self.bytes_read, self.bytes_total = 0, None
-        self.malformed, self.first_malformed = 0, None
-        self.paths = []
+        self.address, self.documents, self.paths = address, documents, []
+        self.bytes_read, self.bytes_total, self.malformed, self.first_malformed = 0, None, 0, None
         if address.startswith("hub:"):
             if documents == "problems":
-                raise ValueError(
-                    f"{address}: problems are read from files; give a .txt, a .jsonl, a folder or a URL of one"
-                )
+                raise ValueError(f"{address}: problems are read from files; give a .txt or .jsonl")
             return
         path = download(address, download_dir) if "://" in address else address
         if not os.path.exists(path):
@@ -234,10 +195,8 @@ class Source:
         files = [os.path.join(folder, file) for folder, _, names in os.walk(path) for file in names] or [path]
         self.paths = sorted(file for file in files if file_kind(file) is not None)
         if not self.paths:
-            raise ValueError(
-                f"{path}: wanted .txt or .jsonl files (also as .gz or .xz), a folder or one of them"
-            )
-        self.bytes_total = sum(os.path.getsize(p) for p in self.paths)
+            raise ValueError(f"{path}: wanted .txt or .jsonl files (also .gz, .xz), or a folder of them")
+        self.bytes_total = sum(os.path.getsize(path) for path in self.paths)
 
     def __iter__(self):
         self.bytes_read, self.malformed = 0, 0
@@ -248,15 +207,12 @@ class Source:
 
     def read_file(self, path):
         base = self.bytes_read
-        opener = {".gz": gzip.open, ".xz": lzma.open}.get(os.path.splitext(path)[1], lambda raw: raw)
         with open(path, "rb") as raw:
             if raw.peek(40).startswith(b"version https://git-lfs"):
-                raise ValueError(
-                    f"{path} is a Git LFS pointer of a few lines, not the file itself; fetch it with git lfs pull"
-                )
-            lines = io.TextIOWrapper(opener(raw), encoding="utf-8", newline="\n")
+                raise ValueError(f"{path} is a Git LFS pointer, not the file itself; run: git lfs pull")
+            data = gzip.open(raw) if path.endswith(".gz") else lzma.open(raw) if path.endswith(".xz") else raw
             try:
-                for piece in self.split(lines, path):
+                for piece in self.split(io.TextIOWrapper(data, encoding="utf-8", newline="\n"), path):
                     self.bytes_read = base + raw.tell()
                     yield piece
             except (UnicodeDecodeError, EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
@@ -267,40 +223,35 @@ class Source:
     def split(self, lines, path):
         """Lines of one file -> (text, is_end_of_document)."""
         is_json = file_kind(path) == ".jsonl"
-        if self.documents == "problems":
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield from self.split_problem(line, is_json, f"{path}, line {number}")
-        elif is_json:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    yield json_text(line, path, number), True
-        else:
-            yield from self.split_text(
-                iter(lambda: lines.readline(CHARS_AT_ONCE), "")
-            )  # a longer line comes in parts
+        if not is_json and self.documents != "problems":
+            yield from self.split_text(lines)
+            return
+        for number, line in enumerate(lines, 1):
+            if line.strip() and self.documents == "problems":
+                yield from self.split_problem(line, is_json, f"{path}, line {number}")
+            elif line.strip():
+                yield json_text(line, f"{path}, line {number}"), True
 
-    def split_problem(self, line, is_json, place):
-        """The three parts of a problem. A part begins with a space, where every tokenizer begins a new word: so its tokens are
-        the same alone, as an evaluation meets them, and in the middle of the text."""
+    def split_problem(self, line, is_json, position):
+        """The three parts of a problem. Each begins with a space, where every tokenizer begins a new word: so
+        its tokens are the same alone, as an evaluation meets them, and in the middle of the text."""
         problem = parse_problem(line, is_json)
         if problem is None:
             self.malformed += 1
-            self.first_malformed = self.first_malformed or place
+            self.first_malformed = self.first_malformed or position
             return
         for text, begins in zip(problem, ("Question: ", " Answer: ", " #### ")):
             yield (begins + text).rstrip(), begins == " #### "
 
     def report_malformed(self):
         if self.malformed:
-            print(
-                f"{self.address}: left out {self.malformed:,} lines that are neither 'question||thoughts #### answer' nor JSON "
-                f"with 'question' and 'answer #### number'; the first is {self.first_malformed}"
-            )
+            wanted = "question||thoughts #### answer, or JSON with 'question' and 'answer #### number'"
+            lines = f"{self.malformed:,} lines that are not {wanted}"
+            print(f"{self.address}: left out {lines}; the first is {self.first_malformed}")
 
     def split_text(self, lines):
         text, size = [], 0
-        for line in lines:
+        while line := lines.readline(CHARS_AT_ONCE):  # a longer line comes in parts
             if self.documents == "articles" and regex.fullmatch(r" = [^=\s].* = \n", line):
                 yield "".join(text), True
                 text, size = [], 0
@@ -308,8 +259,8 @@ class Source:
             for end in ended:
                 yield ("".join(text) + end).removesuffix("\n"), True
                 text, size, rest = [], 0, rest.removeprefix("\n")
-            # A long document is cut where one line end stands between two other characters: no tokenizer pattern reads
-            # across. Only where there is no such place for long is it cut anywhere.
+            # A long document is cut where one line end stands between two other characters: no tokenizer
+            # pattern reads across. Only after sixteen times the length without one is it cut anywhere.
             lone_line_end = text and regex.search(r"\S\n$", text[-1]) and not rest[:1].isspace()
             if size > (CHARS_AT_ONCE if lone_line_end else 16 * CHARS_AT_ONCE):
                 yield "".join(text), False
@@ -325,22 +276,17 @@ def file_kind(path):
     return kind if kind in (".txt", ".jsonl") else None
 
 
-def json_text(line, path, number):
+def json_text(line, position):
     try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}, line {number}: no JSON ({error})") from error
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        found = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise ValueError(f"{path}, line {number}: wanted an object with a 'text' field, got {found}")
-    return row["text"]
+        return json.loads(line)["text"] + ""  # a text, or a TypeError
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ValueError(f"{position}: wanted JSON with a 'text' field, got {error!r}") from error
 
 
 def parse_problem(line, is_json):
-    """(question, thoughts, answer) of a line; None if it has no question or no answer. Two forms are known:
-
-    question||thoughts #### answer                     the augmented GSM8K; thoughts are equations, <<3+4=7>> <<7*2=14>>
-    {"question": ..., "answer": "... #### answer"}     OpenAI's files; the equations are picked out of the prose"""
+    """(question, thoughts, answer) of a line of one of two forms; None if it has no question or no answer.
+    question||thoughts #### answer                  augmented GSM8K; thoughts are <<3+4=7>> <<7*2=14>>
+    {"question": ..., "answer": "... #### answer"}  OpenAI's files; equations are picked out of the prose"""
     if is_json:
         try:
             row = json.loads(line)
@@ -358,15 +304,10 @@ def parse_problem(line, is_json):
 
 
 def read_hub(address):
-    try:
-        import datasets
-    except ImportError as error:
-        raise ValueError(
-            "a hub data set needs the datasets package: pip install datasets (or give --source=path)"
-        ) from error
-    rest, _, split = address.removeprefix("hub:").partition(":")
-    name, _, config = rest.partition("@")
-    for row in datasets.load_dataset(name, config or None, split=split or "train", streaming=True):
+    name, _, split = address.removeprefix("hub:").partition(":")
+    name, _, config = name.partition("@")
+    load_dataset = configurator.need("datasets").load_dataset
+    for row in load_dataset(name, config or None, split=split or "train", streaming=True):
         yield row["text"], True
 
 
@@ -376,31 +317,23 @@ def download(url, folder):
     path = os.path.join(folder, f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}")
     if not os.path.exists(path):
         os.makedirs(folder, exist_ok=True)
-        print(f"downloading {url}")
+        print(f"downloading {url}", flush=True)
         try:
-            with tqdm(unit="B", unit_scale=True, disable=not sys.stderr.isatty()) as bar:
-                urllib.request.urlretrieve(
-                    url, path + ".tmp", lambda blocks, size, total: bar.update(blocks * size - bar.n)
-                )
+            urllib.request.urlretrieve(url, path + ".tmp")
         except (OSError, ValueError, http.client.HTTPException) as error:
-            raise ValueError(
-                f"cannot download {url} ({error}); give the path of a local copy instead"
-            ) from error
+            raise ValueError(f"cannot download {url} ({error}); give the path of a local copy") from error
         os.replace(path + ".tmp", path)
     return path
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing
+# ---------- Writing
 
 
 def encode(pieces, tokenizer, dtype):
-    """(text, is_end_of_document) pairs -> their tokens, each document closed by end-of-text; and how many tokens each pair gave."""
+    """Tokens of (text, is_end_of_document) pairs, end-of-text after each document; how many of each pair."""
     arrays = []
     for text, is_end in pieces:
-        text = text.encode(
-            "utf-8", "replace"
-        ).decode()  # half a surrogate pair, which JSON may hold, becomes a question mark
+        text = text.encode("utf-8", "replace").decode()  # half a surrogate pair, as in JSON, becomes "?"
         tokens = tokenizer.encode_to_numpy(text, disallowed_special=())
         arrays.append(np.append(tokens, tokenizer.eot_token) if is_end else tokens)
     return np.concatenate(arrays).astype(dtype), [len(tokens) for tokens in arrays]
@@ -410,11 +343,9 @@ def group(source):
     """Documents that hold anything, in lists of about CHARS_AT_ONCE characters."""
     pieces, size, is_open = [], 0, False
     for text, is_end in source:
-        if not text.strip() and not is_open:
-            continue
-        is_open = not is_end
-        pieces.append((text, is_end))
-        size += len(text)
+        if text.strip() or is_open:
+            pieces.append((text, is_end))
+            size, is_open = size + len(text), not is_end
         if size >= CHARS_AT_ONCE:
             yield pieces
             pieces, size = [], 0
@@ -423,21 +354,16 @@ def group(source):
 
 
 def write_tokens(path, source, tokenizer, dtype, max_tokens):
-    """Writes a source's tokens to path. Returns the number of tokens and of documents; and of problems, for each one, where its
-    question, thoughts and answer begin and where it ends: (documents, 4)."""
-    n_tokens, n_documents, start, last_line = 0, 0, time.time(), time.time()
-    sizes = []  # of the parts of problems
-    workers = os.cpu_count() or 1
+    """Writes a source's tokens to path. Returns how many there are, how many documents, and (problems, 4):
+    the positions where each problem's question, thoughts and answer begin and where it ends."""
+    limit = 1 << 62 if max_tokens is None else max_tokens
+    n_tokens, n_documents, sizes = 0, 0, []  # sizes: of the parts of problems
+    groups, workers = group(source), os.cpu_count() or 1
     waiting = collections.deque()  # work under way, in order; its length bounds the memory
-    groups = group(source)
-    bar = tqdm(
-        desc=os.path.basename(path).removesuffix(".tmp"),
-        unit="tok",
-        unit_scale=True,
-        disable=not sys.stderr.isatty(),
-    )
+    wait = 0.1 if sys.stderr.isatty() else 30  # seconds between two lines of progress
+    bar = tqdm(desc=os.path.basename(path), unit="tok", unit_scale=True, mininterval=wait, delay=wait)
     with open(path, "wb") as file, ThreadPoolExecutor(workers) as pool, bar:  # tiktoken releases the GIL
-        while max_tokens is None or n_tokens < max_tokens:
+        while n_tokens < limit:
             while len(waiting) < 2 * workers and (pieces := next(groups, None)):
                 waiting.append(pool.submit(encode, pieces, tokenizer, dtype))
             if not waiting:
@@ -445,29 +371,24 @@ def write_tokens(path, source, tokenizer, dtype, max_tokens):
             tokens, new_sizes = waiting.popleft().result()
             if source.documents == "problems":
                 sizes += new_sizes
-            if max_tokens is not None:
-                tokens = tokens[: max_tokens - n_tokens]
+            tokens = tokens[: limit - n_tokens]
             tokens.tofile(file)
-            n_tokens, n_documents = (
-                n_tokens + len(tokens),
-                n_documents + int((tokens == tokenizer.eot_token).sum()),
-            )
+            n_tokens += len(tokens)
+            n_documents += int((tokens == tokenizer.eot_token).sum())
             if source.bytes_total and source.bytes_read:
                 bar.total = max(n_tokens, int(n_tokens * source.bytes_total / source.bytes_read))
             bar.update(len(tokens))
-            if bar.disable and time.time() - last_line > 30:
-                last_line = time.time()
-                print(f"{n_tokens:,} tokens, {n_tokens / (last_line - start):,.0f} tokens/s", flush=True)
         file.flush()
         os.fsync(file.fileno())
+    source.report_malformed()
     bounds = np.cumsum([0, *sizes])
     cuts = bounds[np.arange(0, len(sizes) - 2, 3)[:, None] + np.arange(4)]
     return n_tokens, n_documents, cuts[cuts[:, 3] <= n_tokens]
 
 
 def split_tail(train_path, val_path, dtype, fraction, eot_id, problem_starts):
-    """Moves about the last fraction of train_path's tokens to val_path, from the start of a document where there is one; or the
-    last fraction of the problems, if that is what the file holds."""
+    """Moves about the last fraction of train_path's tokens to val_path, from the start of a document if one
+    is near; or the last fraction of the problems, if there are any. Returns how many tokens each file has."""
     tokens = np.memmap(train_path, dtype, mode="r")
     if len(problem_starts):
         cut = int(problem_starts[-max(1, round(len(problem_starts) * fraction))])
@@ -477,13 +398,10 @@ def split_tail(train_path, val_path, dtype, fraction, eot_id, problem_starts):
         ends = np.flatnonzero(tokens[cut:-1] == eot_id)
         if len(ends) and ends[0] < size / 2:  # else the rest would be too small; then cut within a document
             cut += int(ends[0]) + 1
-    with open(val_path, "wb") as file:
-        for start in range(cut, len(tokens), 1 << 24):
-            tokens[start : start + (1 << 24)].tofile(file)
-    n_train, n_val = cut, len(tokens) - cut
-    del tokens
-    os.truncate(train_path, n_train * dtype.itemsize)
-    return n_train, n_val
+    n_val = len(tokens) - cut
+    tokens[cut:].tofile(val_path)
+    os.truncate(train_path, cut * dtype.itemsize)
+    return cut, n_val
 
 
 def file_sha256(path):
@@ -492,168 +410,121 @@ def file_sha256(path):
 
 
 def prepare(cfg: PrepareConfig) -> dict:
-    """Writes data_dir/name/{train.bin,val.bin,meta.json} and returns the meta. The files appear only when all is complete,
-    meta.json last. Raises ValueError for a source that cannot be read or is too short."""
+    """Writes data_dir/name/{train.bin,val.bin,meta.json}, returns the meta. The files appear only when all is
+    complete, meta.json last. Raises ValueError for a source that cannot be read or is too short."""
     if cfg.name not in CORPORA:
         raise ValueError(f"unknown data set {cfg.name!r}; there are {', '.join(CORPORA)}")
     if cfg.tokenizer not in (None, *TOKENIZERS):
         raise ValueError(f"unknown tokenizer {cfg.tokenizer!r}; there are {', '.join(TOKENIZERS)}")
     corpus = CORPORA[cfg.name]
-    folder = os.path.join(cfg.data_dir, cfg.name)
-    address, val_address = (
-        cfg.source or corpus.source,
-        cfg.val_source or (None if cfg.source else corpus.val_source),
-    )
-    stated = address, val_address
-    if cfg.name == "arithmetic":
-        if cfg.source or cfg.val_source:
-            raise ValueError(
-                "arithmetic is generated and takes no source; for your own problems use gsm8k --source=..."
-            )
-        address, val_address = write_arithmetic(folder, cfg.num_problems, cfg.seed)
-        stated = f"generated, seed {cfg.seed}", f"generated, seed {cfg.seed}"
-    if address is None:
-        raise ValueError(f"data set {cfg.name!r} has no public source; give --source=file-or-folder")
     fraction = corpus.val_fraction if cfg.val_fraction is None else cfg.val_fraction
     if not 0 < fraction < 1:
         raise ValueError(f"val_fraction is {fraction}; it must lie between 0 and 1")
-    has_problems = corpus.documents == "problems"
-    download_dir = os.path.join(folder, "download")
+    folder = os.path.join(cfg.data_dir, cfg.name)
+    address = cfg.source or corpus.source
+    val_address = cfg.val_source or (None if cfg.source else corpus.val_source)
+    stated = address, val_address or f"last {fraction} of the tokens"
+    if cfg.name == "arithmetic":
+        if cfg.source or cfg.val_source:
+            raise ValueError("arithmetic is generated; for your own problems use gsm8k --source=...")
+        address, val_address = write_arithmetic(folder, cfg.num_problems, cfg.seed)
+        stated = [f"generated, seed {cfg.seed}"] * 2
+    if address is None:
+        raise ValueError(f"data set {cfg.name!r} has no public source; give --source=file-or-folder")
+    has_problems, download_dir = corpus.documents == "problems", os.path.join(folder, "download")
     source = Source(address, corpus.documents, download_dir)
     val_source = Source(val_address, corpus.documents, download_dir) if val_address else None
 
     split_digits = has_problems if cfg.split_digits is None else cfg.split_digits
     vocab_size = (512 if cfg.name == "arithmetic" else 4096) if cfg.vocab_size is None else cfg.vocab_size
-    spec = make_tokenizer(
-        cfg.tokenizer or corpus.tokenizer, split_digits, vocab_size, (text for text, _ in source)
-    )
+    texts = (text for text, _ in source)
+    spec = make_tokenizer(cfg.tokenizer or corpus.tokenizer, split_digits, vocab_size, texts)
     tokenizer = load_tokenizer(spec)
     dtype = np.dtype("uint16" if spec["vocab_size"] <= 1 << 16 else "uint32")
 
     os.makedirs(folder, exist_ok=True)
     names = ["train.bin", "val.bin"] + (["train_cuts.npy", "val_cuts.npy"] if has_problems else [])
     partial = {name: os.path.join(folder, f"{name}.tmp") for name in names}
+    paths, meta_path = (partial["train.bin"], partial["val.bin"]), os.path.join(folder, "meta.json")
     try:
-        n_tokens, n_documents, cuts = write_tokens(
-            partial["train.bin"], source, tokenizer, dtype, cfg.max_tokens
-        )
-        if n_tokens < 2:
-            raise ValueError(f"{address} is empty: it gives {n_tokens} tokens")
+        n_train, n_documents, cuts = write_tokens(paths[0], source, tokenizer, dtype, cfg.max_tokens)
+        if n_train < 2:
+            raise ValueError(f"{address} is empty (or max_tokens too small): it gives {n_train} tokens")
         if val_source:
-            n_val, _, val_cuts = write_tokens(partial["val.bin"], val_source, tokenizer, dtype, None)
+            n_val, _, val_cuts = write_tokens(paths[1], val_source, tokenizer, dtype, None)
             if n_val == 0:
                 raise ValueError(f"{val_address} is empty: it gives no tokens")
         else:
-            paths = partial["train.bin"], partial["val.bin"]
-            n_tokens, n_val = split_tail(*paths, dtype, fraction, tokenizer.eot_token, cuts[:, 0])
-            cuts, val_cuts = cuts[cuts[:, 3] <= n_tokens], cuts[cuts[:, 0] >= n_tokens] - n_tokens
+            n_train, n_val = split_tail(*paths, dtype, fraction, tokenizer.eot_token, cuts[:, 0])
+            cuts, val_cuts = cuts[cuts[:, 3] <= n_train], cuts[cuts[:, 0] >= n_train] - n_train
         if has_problems:
             if not (len(cuts) and len(val_cuts)):
-                raise ValueError(
-                    f"{address} has too few problems to train on some and hold out others; wanted at least two"
-                )
-            for name, array in {"train_cuts.npy": cuts, "val_cuts.npy": val_cuts}.items():
-                with open(partial[name], "wb") as file:
+                raise ValueError(f"{address} has too few problems to train on some and hold out others")
+            for split, array in {"train": cuts, "val": val_cuts}.items():
+                with open(partial[f"{split}_cuts.npy"], "wb") as file:
                     np.save(file, array)
-        for one in filter(None, (source, val_source)):
-            one.report_malformed()
-        meta = {
-            "name": cfg.name,
-            "source": stated[0],
-            "val_source": stated[1] or f"last {fraction} of the tokens",
-            "documents": n_documents,
-            "one_per_line": has_problems,
-            "vocab_size": spec["vocab_size"],
-            "eot_id": tokenizer.eot_token,
-            "dtype": dtype.name,
-            "tokens": {"train": n_tokens, "val": n_val},
-            "sha256": {name.split(".")[0]: file_sha256(path) for name, path in partial.items()},
-            "tokenizer": spec,
-        }
-        meta_path = os.path.join(folder, "meta.json")
+        meta = {"name": cfg.name, "source": stated[0], "val_source": stated[1]}
+        meta |= {"documents": n_documents, "one_per_line": has_problems}
+        meta |= {"vocab_size": spec["vocab_size"], "eot_id": tokenizer.eot_token, "dtype": dtype.name}
+        meta["tokens"] = {"train": n_train, "val": n_val}
+        meta["sha256"] = {name.split(".")[0]: file_sha256(path) for name, path in partial.items()}
+        meta["tokenizer"] = spec
         with open(meta_path + ".tmp", "w") as file:
             json.dump(meta, file, indent=1)
-        if os.path.exists(meta_path):
-            os.remove(meta_path)  # from here until the last rename the folder counts as not prepared
+        pathlib.Path(meta_path).unlink(missing_ok=True)  # until it is back the folder counts as not prepared
         for path in partial.values():
             os.replace(path, path.removesuffix(".tmp"))
         os.replace(meta_path + ".tmp", meta_path)
     finally:
         for path in partial.values():
-            if os.path.exists(path):
-                os.remove(path)
+            pathlib.Path(path).unlink(missing_ok=True)
     return meta
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Arithmetic: grade-school word problems. One line each: question||<<3+4=7>> <<7*2=14>> #### 14
+# ---------- Arithmetic: grade-school word problems. One line each: question||<<3+4=7>> <<7*2=14>> #### 14
 
 NAMES = ["Tom", "Anna", "Ben", "Mia", "Sam", "Lily", "Max", "Zoe", "Leo", "Eva", "Jim", "Ada"]
-THINGS = [
-    "apples",
-    "books",
-    "coins",
-    "shells",
-    "pens",
-    "cards",
-    "eggs",
-    "stamps",
-    "nuts",
-    "keys",
-    "cups",
-    "hats",
+THINGS = "apples books coins shells pens cards eggs stamps nuts keys cups hats".split()
+# A question|its equations: a, b, c are the numbers of the question, x is the first result.
+QUESTIONS = [
+    "{name} has {a} {things} and buys {b} more. How many now?|a+b",
+    "{name} has {a} {things} and gives {b} to {friend}. How many are left?|a-b",
+    "{name} has {a} boxes of {b} {things}. How many in all?|a*b",
+    "{name} shares {a} {things} among {b} children. How many for each?|a/b",
+    "{name} has {a} {things}, finds {b} and loses {c}. How many now?|a+b|x-c",
+    "{name} buys {a} bags of {b} {things} and loses {c}. How many are left?|a*b|x-c",
+    "{name} has {a} {things}. {friend} has {b} times as many. How many together?|a*b|a+x",
+    "{name} has {a} {things} and {friend} has {b}. They make {c} equal piles. How many in each?|a+b|x/c",
+    "{name} has {a} {things}, sells {b} and fills {c} equal bags. How many in each?|a-b|x/c",
+    "{name} has {a} {things} and loses {b}. {friend} has {c} times as many. How many is that?|a-b|x*c",
+    "{name} shares {a} {things} among {b} boxes and adds {c} to each. How many in each?|a/b|x+c",
+    "{name} shares {a} {things} among {b} plates and takes {c} from one. How many are left on it?|a/b|x-c",
 ]
-# A question, and its one or two equations: a, b, c are the numbers of the question, x is the first result.
-TEMPLATES = [
-    ("{name} has {a} {things} and buys {b} more. How many now?", "a+b"),
-    ("{name} has {a} {things} and gives {b} to {friend}. How many are left?", "a-b"),
-    ("{name} has {a} boxes of {b} {things}. How many in all?", "a*b"),
-    ("{name} shares {a} {things} among {b} children. How many for each?", "a/b"),
-    ("{name} has {a} {things}, finds {b} and loses {c}. How many now?", "a+b", "x-c"),
-    ("{name} buys {a} bags of {b} {things} and loses {c}. How many are left?", "a*b", "x-c"),
-    ("{name} has {a} {things}. {friend} has {b} times as many. How many together?", "a*b", "a+x"),
-    (
-        "{name} has {a} {things} and {friend} has {b}. They make {c} equal piles. How many in each?",
-        "a+b",
-        "x/c",
-    ),
-    ("{name} has {a} {things}, sells {b} and fills {c} equal bags. How many in each?", "a-b", "x/c"),
-    (
-        "{name} has {a} {things} and loses {b}. {friend} has {c} times as many. How many is that?",
-        "a-b",
-        "x*c",
-    ),
-    ("{name} shares {a} {things} among {b} boxes and adds {c} to each. How many in each?", "a/b", "x+c"),
-    (
-        "{name} shares {a} {things} among {b} plates and takes {c} from one. How many are left on it?",
-        "a/b",
-        "x-c",
-    ),
-]
-OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+TEMPLATES = [question.split("|") for question in QUESTIONS]
 
 
 def make_problem(rng: random.Random) -> str:
-    """One random problem. Its results are whole numbers from 1 to 20: a small model learns such sums in minutes."""
+    """One random problem. Its results are whole numbers from 1 to 20: small models learn them in minutes."""
     question, *equations = rng.choice(TEMPLATES)
     name, friend = rng.sample(NAMES, 2)
     things = rng.choice(THINGS)
     while True:  # draw numbers until every result is whole and small
         numbers = {"a": rng.randint(2, 9), "b": rng.randint(2, 5), "c": rng.randint(2, 5)}
         thoughts = []
-        for left, sign, right in equations:
-            p, q = numbers[left], numbers[right]
-            result = OPERATIONS[sign](p, q)
+        for first, sign, second in equations:
+            p, q = numbers[first], numbers[second]
+            result = {"+": p + q, "-": p - q, "*": p * q, "/": p / q}[sign]
             if result != int(result) or not 1 <= result <= 20:
                 break
             numbers["x"] = int(result)
             thoughts.append(f"<<{p}{sign}{q}={numbers['x']}>>")
         else:
-            return f"{question.format(name=name, friend=friend, things=things, **numbers)}||{' '.join(thoughts)} #### {numbers['x']}"
+            question = question.format(name=name, friend=friend, things=things, **numbers)
+            return f"{question}||{' '.join(thoughts)} #### {numbers['x']}"
 
 
 def write_arithmetic(folder, num_problems, seed):
-    """Writes train.txt, valid.txt (1,000 problems) and test.txt (1,000); no question stands twice. Returns the first two."""
+    """Writes train.txt, and 1,000 lines of valid.txt and test.txt; no question twice. Returns two paths."""
     if not 1 <= num_problems <= 100_000:
         raise ValueError(f"num_problems is {num_problems}; the grammar is good for 1 to 100,000")
     rng = random.Random(seed)
@@ -661,9 +532,7 @@ def write_arithmetic(folder, num_problems, seed):
     while len(problems) < num_problems + 2000:
         problems[make_problem(rng)] = None
     lines = list(problems)
-    rng.shuffle(
-        lines
-    )  # short templates run out of new questions, so the last ones drawn would be of another kind
+    rng.shuffle(lines)  # short templates run out of new questions: the last ones drawn are of another kind
     os.makedirs(folder, exist_ok=True)
     for split, part in {"train": lines[:-2000], "valid": lines[-2000:-1000], "test": lines[-1000:]}.items():
         path = os.path.join(folder, f"{split}.txt")
@@ -678,11 +547,11 @@ def main():
     print(configurator.describe(cfg, set_by))
     start = time.time()
     meta = prepare(cfg)
-    n_train, n_val = meta["tokens"]["train"], meta["tokens"]["val"]
-    seconds = time.time() - start
-    what = f"{n_train:,} training and {n_val:,} validation tokens, {meta['tokenizer']['name']} vocabulary of {meta['vocab_size']:,}"
+    tokens, spec, seconds = meta["tokens"], meta["tokenizer"], time.time() - start
+    rate = sum(tokens.values()) / seconds
     print(
-        f"{os.path.join(cfg.data_dir, cfg.name)}: {what}, {seconds:.1f} s, {(n_train + n_val) / seconds:,.0f} tokens/s"
+        f"{cfg.data_dir}/{cfg.name}: {tokens['train']:,} training and {tokens['val']:,} validation tokens, "
+        f"{spec['name']} vocabulary of {spec['vocab_size']:,}, {seconds:.1f} s, {rate:,.0f} tokens/s"
     )
 
 
