@@ -5,12 +5,10 @@
     python eval.py --task=piqa.jsonl --out_dir=out/x --nll_type=chain_rule   # choices, or targets
     torchrun --standalone --nproc_per_node=8 eval.py --task=gsm8k --out_dir=out/sft-gsm8k
 
-A .jsonl file has one item a line: {"context": "...", "choices": ["...", "..."], "gold": 0}, or
-{"context": "...", "target": "..."}. Results go to results.json beside the checkpoint, each item to a file
-at once: the same command continues an interrupted evaluation."""
+A line of a .jsonl file is {"context": ..., "choices": [...], "gold": 0} or {"context": ..., "target": ...}.
+Results go to results.json beside the checkpoint; the same command continues an interrupted evaluation."""
 
 import glob
-import hashlib
 import json
 import math
 import os
@@ -21,7 +19,6 @@ from decimal import Decimal, InvalidOperation
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
@@ -31,7 +28,6 @@ from model import generate, guided_logits, seed_for
 from prepare_data import CORPORA, Source, file_sha256
 from sample import load_trained
 from sft_gsm8k import SFTConfig, answer, example_batches
-from train import autocast
 
 
 @dataclass
@@ -44,9 +40,7 @@ class EvalConfig:
     nll_type: str = "mc"  # likelihood. mc: Monte Carlo, mc_num draws; chain_rule: a pass for each token
     mc_num: int = 32  # draws of the noise for each text, also of loss (the paper: 1024)
     mc_masking: str = "exact"  # exact: a draw hides an exact number of tokens; coins: each with probability t
-    cfg_scale: float = (
-        0.0  # w of classifier-free guidance towards context or question; above 0, twice the work
-    )
+    cfg_scale: float = 0.0  # classifier-free guidance towards context or question; above 0, twice the work
     steps: int = 256  # gsm8k: denoising steps of thoughts and of answer, as the next four keys
     length: int | None = None  # tokens of a row, question included; None: the model's block_size
     temperature: float = 0.1  # 0: the likeliest token
@@ -57,7 +51,8 @@ class EvalConfig:
     dtype: str = "auto"  # float32 or bfloat16
 
     def __post_init__(self):
-        if min(self.limit or 1, self.batch_size, self.mc_num, self.length or 1, self.seed + 1) < 1:
+        counts = (self.limit, self.batch_size, self.mc_num, self.length, self.seed + 1)
+        if any(count is not None and count < 1 for count in counts):
             raise ValueError("limit, batch_size, mc_num and length must be at least 1, seed at least 0")
         if self.nll_type not in ("mc", "chain_rule") or self.mc_masking not in ("exact", "coins"):
             raise ValueError("wanted nll_type mc or chain_rule, and mc_masking exact or coins")
@@ -75,19 +70,16 @@ def encode_pair(tokenizer, context, continuation, block_size):
     context, target = ids[:n] or [tokenizer.eot_token], ids[n:]
     n_cut = max(0, len(context) + len(target) - block_size)
     if n_cut > len(context):
-        raise ValueError(
-            f"a continuation of {len(target)} tokens exceeds block_size {block_size}; leave it out"
-        )
+        raise ValueError(f"continuation of {len(target)} tokens exceeds block_size {block_size}; omit it")
     return context[n_cut:], target, n_cut
 
 
 def draws(L, cfg, rng):
-    """The forward passes of a request with L target tokens: which are hidden, (n, L) bool, and the weight of
-    each -log p, (n, L). The weighted sum over all estimates -log p(target | context).
+    """The forward passes of a request with L target tokens: which are hidden, (passes, L) bool, and the
+    weight of each -log p, (passes, L). The weighted sum over all estimates -log p(target | context).
     chain_rule  pass j sees target[:j] and predicts token j: exact for the order from left to right
     mc, coins   t = (u + i) / mc_num in draw i; a token is hidden with probability t and weighs 1 / t
-    mc, exact   k = floor(t L) + 1 tokens are hidden and weigh L / k, the integral of coins over the t of k.
-                They are dealt from one shuffled deck, each equally often. Less variance."""
+    mc, exact   k = floor(t L) + 1 are hidden, dealt from a shuffled deck, and weigh L / k: less variance"""
     if cfg.nll_type == "chain_rule":
         return np.triu(np.ones((L, L), bool)), np.eye(L)
     t = (rng.random() + np.arange(cfg.mc_num)) / cfg.mc_num
@@ -110,9 +102,8 @@ def nll_of(model, context, target, hidden, weight, cfg):
     for rows in torch.arange(len(hidden)).split(cfg.batch_size):
         xt, scored = torch.where(hidden[rows], model.config.mask_id, x0), weight[rows] > 0
         targets, weights = x0.expand_as(xt)[scored], weight[rows][scored]
-        given = (torch.arange(len(x0)) < n).expand_as(xt)
-        with autocast(next(model.parameters()).device, cfg.dtype):
-            for piece, logits in guided_logits(model, xt, scored, given, cfg.cfg_scale):
+        with train.autocast(next(model.parameters()).device, cfg.dtype):
+            for piece, logits in guided_logits(model, xt, scored, torch.arange(len(x0)) < n, cfg.cfg_scale):
                 nll = F.cross_entropy(logits, targets[piece].to(logits.device), reduction="none")
                 total += (nll.cpu().double() * weights[piece]).sum().item()
     return total
@@ -127,7 +118,7 @@ def log_likelihood(model, context, target, cfg):
 def greedy_match(model, context, target, cfg):
     """Would greedy decoding, which writes the surest token in each step, write the target?"""
     x = torch.tensor([context + [model.config.mask_id] * len(target)])
-    with autocast(next(model.parameters()).device, cfg.dtype):
+    with train.autocast(next(model.parameters()).device, cfg.dtype):
         x, _ = generate(model, x, max(1, len(target)), cfg_scale=cfg.cfg_scale)
     return x[0, len(context) :].tolist() == target
 
@@ -135,32 +126,27 @@ def greedy_match(model, context, target, cfg):
 def read_items(path):
     """Items of a .jsonl file, all with choices or all with a target. Raises ValueError for another line."""
     items, wanted = [], '{"context": ..., "choices": [...], "gold": 0} or {"context": ..., "target": ...}'
-    with open(path, encoding="utf-8-sig", errors="replace") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                item = json.loads(line)
-                texts = item["choices"] if "choices" in item else [item["target"]]
-                fits = all(texts) and "".join([item["context"], *texts])
-                fits = fits and ("target" in item or item["gold"] in range(len(texts)))
-                fits = fits and ("choices" in item) == ("choices" in (items or [item])[0])
-            except (ValueError, TypeError, KeyError):
-                fits = False
-            if not fits:
-                raise ValueError(f"{path}, line {number}: wanted {wanted}; got {line[:80]!r}")
-            items.append(item)
+    for number, line in enumerate(open(path, encoding="utf-8-sig", errors="replace"), start=1):
+        try:
+            items.append(item := json.loads(line))
+            texts = item["choices"] if "choices" in item else [item["target"]]
+            assert all(texts) and "".join([item["context"], *texts])  # TypeError if one is no string
+            assert "choices" not in item or item["gold"] in range(len(texts))
+            assert ("choices" in item) == ("choices" in items[0])
+        except (ValueError, TypeError, KeyError, AssertionError) as error:
+            raise ValueError(f"{path}, line {number}: wanted {wanted}; got {line[:80]!r}") from error
     if not items:
         raise ValueError(f"{path} is empty; wanted {wanted}")
     return items
 
 
 def score_item(model, tokenizer, item, cfg):
-    """An item with log_p and acc, and for choices acc_norm (log p over characters) and acc_bytes (over bytes),
-    as lm-evaluation-harness has them."""
+    """The item with log_p, acc, and for choices acc_norm (log p per character) and acc_bytes, as lm-eval."""
     texts = item["choices"] if "choices" in item else [item["target"]]
     pairs = [encode_pair(tokenizer, item["context"], " " + text, model.config.block_size) for text in texts]
     log_p = np.array([log_likelihood(model, context, target, cfg) for context, target, _ in pairs])
     record = {**item, "log_p": log_p.tolist(), "cut": max(n_cut for *_, n_cut in pairs)}
-    if "target" in item:
+    if "choices" not in item:
         return record | {"log_p": log_p[0], "acc": greedy_match(model, *pairs[0][:2], cfg)}
     lengths = [len(text) for text in texts], [len(text.encode()) for text in texts]
     scores = {"acc": log_p, "acc_norm": log_p / lengths[0], "acc_bytes": log_p / lengths[1]}
@@ -192,14 +178,11 @@ def read_problems(address, download_dir):
 
 def answer_problems(model, tokenizer, indices, problems, cfg):
     """Records of problems (question, gold). An answer follows from problem and index, not from the batch."""
-    questions, golds = zip(*problems)
-    options = {
-        key: getattr(cfg, key) for key in ("steps", "temperature", "remasking", "threshold", "cfg_scale")
-    }
     seeds, records = [seed_for(cfg.seed, index) for index in indices], []
-    with autocast(next(model.parameters()).device, cfg.dtype):
-        answers = answer(model, tokenizer, questions, seeds, cfg.length, **options)
-    for question, gold, (thoughts, text, passes) in zip(questions, golds, answers):
+    options = {k: getattr(cfg, k) for k in ("steps", "temperature", "remasking", "threshold", "cfg_scale")}
+    with train.autocast(next(model.parameters()).device, cfg.dtype):
+        answers = answer(model, tokenizer, [q for q, _ in problems], seeds, cfg.length, **options)
+    for (question, gold), (thoughts, text, passes) in zip(problems, answers):
         record = {"question": question, "gold": gold, "thoughts": thoughts, "answer": text}
         records.append(record | {"acc": final_number(text) == Decimal(gold), "forward_passes": passes})
     return records
@@ -208,28 +191,21 @@ def answer_problems(model, tokenizer, indices, problems, cfg):
 def measure(path, items, batch_size, work, rank, world_size):
     """Records of all items in order, from work(indices, items) on batches. A process takes each world_size-th
     item and appends to path.rank.jsonl at once; what is there already is not computed again."""
-    done = {}
-    for part in glob.glob(glob.escape(path) + ".*.jsonl"):
-        with open(part, encoding="utf-8") as file:
-            records = [json.loads(line) for line in file if line.endswith("\n")]  # the last may be cut off
-        done |= {record["index"]: record for record in records}
-    if world_size > 1:
-        dist.barrier()  # all have read before one writes
-    todo = [i for i in range(len(items)) if i not in done][rank::world_size]
-    bar = tqdm(total=len(todo), unit="item", disable=rank > 0)
-    with open(f"{path}.{rank}.jsonl", "a", encoding="utf-8") as file, bar:
-        for start in range(0, len(todo), batch_size):
-            indices = todo[start : start + batch_size]
+    lines = [line for part in glob.glob(glob.escape(path) + ".*.jsonl") for line in open(part)]
+    records = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be cut off
+    done = {record["index"]: record for record in records}
+    todo = [i for i in range(rank, len(items), world_size) if i not in done]
+    with train.open_locked(f"{path}.{rank}.jsonl") as file, tqdm(total=len(todo), disable=rank > 0) as bar:
+        for indices in (todo[i : i + batch_size] for i in range(0, len(todo), batch_size)):
             for index, record in zip(indices, work(indices, [items[i] for i in indices])):
-                done[index] = {"index": index, **record}
+                done[index] = {**record, "index": index}
                 print(json.dumps(done[index]), file=file, flush=True)
-            bar.update(len(indices))
+                bar.update()
             bar.set_postfix_str(f"acc {np.mean([record['acc'] for record in done.values()]):.3f}")
     parts = [done] * world_size
     if world_size > 1:
-        dist.all_gather_object(parts, done)
-    done = {index: record for part in parts for index, record in part.items()}
-    return [done[i] for i in range(len(items))]
+        torch.distributed.all_gather_object(parts, done)
+    return [parts[i % world_size][i] for i in range(len(items))]
 
 
 def validation(run, data, tokenizer, limit):
@@ -239,12 +215,11 @@ def validation(run, data, tokenizer, limit):
     meta = train.load_meta(folder)
     if (meta["tokenizer"]["name"], meta["vocab_size"]) != (tokenizer.name, tokenizer.n_vocab):
         raise ValueError(f"{folder} has another vocabulary than the checkpoint; prepare it again")
+    cfg = SFTConfig(**run) if "epochs" in run else train.TrainConfig(**run)
     if "epochs" in run:  # a model of sft_gsm8k.py
-        cfg = SFTConfig(**run)
         get_batch, examples = example_batches(folder, meta, cfg)
         n = len(examples["val"][1])
     else:
-        cfg = train.TrainConfig(**run)
         get_batch, n = train.token_batches(folder, meta, cfg), meta["tokens"]["val"] // cfg.block_size
     cfg.eval_seqs = max(2, min(n, limit or n))
     return get_batch, cfg.eval_seqs, meta
@@ -255,13 +230,15 @@ def main():
     rank, world_size, device = train.setup_distributed(cfg.device)
     path = os.path.join(cfg.out_dir, "ckpt.pt") if os.path.isdir(cfg.out_dir) else cfg.out_dir
     model, tokenizer, checkpoint = load_trained(path, device)
-    run, folder = checkpoint["run_config"], os.path.dirname(path)
-    locked = train.open_locked(os.path.join(folder, ".eval.lock")) if rank == 0 else None  # noqa: F841
+    run, folder = checkpoint["run_config"], os.path.dirname(path) or "."
     if rank == 0:
+        locked = train.open_locked(os.path.join(folder, ".eval.lock"))  # noqa: F841
         print(configurator.describe(cfg, set_by))
     if cfg.task == "loss":
-        get_batch, n, meta = validation(run, cfg.data, tokenizer, cfg.limit)
-        data = [meta["sha256"], n]
+        get_batch, n, data = validation(run, cfg.data, tokenizer, cfg.limit)
+        B = run["micro_batch_size"]
+        nats, se, *_ = train.validate(model, get_batch, B, n, cfg.dtype, cfg.mc_num, rank, world_size)
+        result = {"n": n, "nats_per_token": nats, "nats_per_token_se": se, "perplexity_bound": math.exp(nats)}
     elif cfg.task == "gsm8k":
         corpus = os.path.join(run["data_dir"], run["dataset"])
         address = cfg.data or CORPORA[run["dataset"]].test_source or os.path.join(corpus, "test.txt")
@@ -274,46 +251,37 @@ def main():
                 encode_pair(tokenizer, item["context"], " " + text, model.config.block_size)
         names = ["acc", "acc_norm", "acc_bytes"] if "choices" in data[0] else ["acc", "log_p"]
 
-    # A result is named by what it depends on: settings, data, checkpoint and code
-    identity = [asdict(cfg) | {"out_dir": "", "batch_size": 0, "device": ""}, data, file_sha256(path)]
-    for module in ("model", "train", "sft_gsm8k", "prepare_data", "eval"):
-        identity.append(file_sha256(os.path.join(os.path.dirname(os.path.abspath(__file__)), f"{module}.py")))
-    digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-    name = f"{os.path.splitext(os.path.basename(cfg.task))[0]}-{digest[:8]}"
-
     def work(indices, items):
         if cfg.task == "gsm8k":
             return answer_problems(model, tokenizer, indices, items, cfg)
-        return [score_item(model, tokenizer, item, cfg) for item in items]
+        return (score_item(model, tokenizer, item, cfg) for item in items)
 
-    if cfg.task == "loss":
-        processes = {"mc_num": cfg.mc_num, "rank": rank, "world_size": world_size}
-        nats, se, *_ = train.validate(model, get_batch, run["micro_batch_size"], n, cfg.dtype, **processes)
-        result = {"n": n, "nats_per_token": nats, "nats_per_token_se": se, "perplexity_bound": math.exp(nats)}
-    else:
-        size = cfg.batch_size if cfg.task == "gsm8k" else 1
-        records = measure(os.path.join(folder, name), data, size, work, rank, world_size)
+    # A result is named by what it depends on: settings, data, checkpoint and code
+    facts = [asdict(cfg) | {"out_dir": "", "batch_size": 0, "device": ""}, data, file_sha256(path)]
+    for module in ("model", "train", "sft_gsm8k", "prepare_data", "eval"):
+        facts.append(file_sha256(os.path.join(os.path.dirname(os.path.abspath(__file__)), f"{module}.py")))
+    name = f"{os.path.splitext(os.path.basename(cfg.task))[0]}-{zlib.crc32(json.dumps(facts).encode()):08x}"
+    if cfg.task != "loss":
+        records = measure(os.path.join(folder, name), data, cfg.batch_size, work, rank, world_size)
         result = {"n": len(records)}
         for key in names:
-            values = np.array([record[key] for record in records], float)
-            result[key] = values.mean()
-            result[f"{key}_se"] = values.std(ddof=1) / math.sqrt(len(values)) if len(values) > 1 else math.nan
+            v = np.array([record[key] for record in records], float)  # a single one has no error: nan
+            result |= {key: v.mean(), f"{key}_se": v.std() / math.sqrt(len(v) - 1 or math.nan)}
         if cfg.task == "gsm8k":
             wrong = [record for record in records if not record["acc"]]
             result |= {"wrong": len(wrong), "wrong_and_empty": sum(not record["answer"] for record in wrong)}
         else:
             result["contexts_cut"] = sum(record["cut"] > 0 for record in records)
-    if rank > 0:
-        return
-    path = os.path.join(folder, "results.json")
-    results = json.load(open(path)) if os.path.exists(path) else {}
-    results[name] = {**result, "step": checkpoint["step"], "settings": asdict(cfg), **train.made_by()}
-    train.write_file(path, lambda file: file.write(json.dumps(results, indent=1).encode()))
-    print(f"{name}: {cfg.out_dir}, step {checkpoint['step']:,}; added to {path}")
-    for key, value in result.items():
-        if not key.endswith("_se"):
-            error = f" ± {result[f'{key}_se']:.4f}" if f"{key}_se" in result else ""
-            print(f"  {key:<16} {value if isinstance(value, int) else f'{value:.4f}'}{error}")
+    if rank == 0:
+        path = os.path.join(folder, "results.json")
+        results = json.load(open(path)) if os.path.exists(path) else {}
+        results[name] = {**result, "step": checkpoint["step"], "settings": asdict(cfg), **train.made_by()}
+        train.write_file(path, lambda file: file.write(json.dumps(results, indent=1).encode()))
+        print(f"{name}: {cfg.out_dir}, step {checkpoint['step']:,}; added to {path}")
+        for key, value in result.items():
+            if not key.endswith("_se"):
+                error = f" ± {result[f'{key}_se']:.4f}" if f"{key}_se" in result else ""
+                print(f"  {key:<16} {value if isinstance(value, int) else f'{value:.4f}'}{error}")
 
 
 if __name__ == "__main__":

@@ -162,6 +162,7 @@ class Block(nn.Module):
 class MDM(nn.Module):
     """Predicts the clean tokens of a partly hidden text. Vanilla, sink and gate are flags of the config."""
 
+    @torch.random.fork_rng(devices=[])  # the layers below draw numbers that init_weights replaces
     def __init__(self, config: MDMConfig, seed: int = 0):
         super().__init__()
         self.config = config
@@ -351,7 +352,7 @@ def generate(model, x, steps, temperature=0.0, remasking="confidence", threshold
         passes[rows] += 2 if cfg_scale else 1
         xt = x[rows]
         hidden = xt == mask_id
-        uniform = np.stack([streams[row].random((2, T)) for row in rows], axis=1)
+        uniform = np.stack([streams[row].random((2, T)) for row in rows.tolist()], axis=1)
         uniform = torch.from_numpy(uniform)  # (2, R, T): for tokens, for positions
         # 1. predict every hidden token
         tokens, confidence = xt.clone(), torch.full(xt.shape, -1.0, dtype=torch.float64)

@@ -11,6 +11,7 @@ torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 2)))
 
 from model import MDM, MDMConfig  # noqa: E402
 
+TINY = {"block_size": 16, "vocab_size": 11, "n_layer": 2, "n_head": 2, "n_embd": 16}
 VARIANTS = {
     "vanilla": {"n_sink": 0},
     "sink": {"n_sink": 1},
@@ -22,12 +23,11 @@ VARIANTS = {
 }
 
 
-def make_model(seed=0, **kwargs):
-    """A tiny model whose weights are all random, norms included, so that no term hides behind a 1 or a 0."""
+def make_model(seed=0, **flags):
+    """A tiny model whose weights are all random, norms included, so that no term hides behind a 1 or a 0.
+    It seeds torch, too: what a test draws next is the same each time."""
+    model = MDM(MDMConfig(**{**TINY, **flags}), seed)
     torch.manual_seed(seed)
-    model = MDM(
-        MDMConfig(**{"block_size": 16, "vocab_size": 11, "n_layer": 2, "n_head": 2, "n_embd": 16, **kwargs})
-    )
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.3 * torch.randn_like(p))

@@ -31,7 +31,7 @@ LIMIT = 13
 def folder(tmp_path_factory):
     """A checkpoint of random weights that writes few letters, so that some targets are right; two tasks."""
     path = tmp_path_factory.mktemp("harness")
-    model = make_model(vocab_size=257, block_size=32)
+    model = make_model(3, vocab_size=257, block_size=32)
     model.lm_head.weight.data[~torch.isin(torch.arange(257), torch.tensor(list(b" abc")))] = 0
     checkpoint = {"model": model.state_dict(), "model_config": asdict(model.config), "run_config": {}}
     checkpoint |= {"meta": {"tokenizer": make_tokenizer("bytes", False, 257, None)}, "step": 0}
