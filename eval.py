@@ -8,14 +8,14 @@
 A line of a .jsonl file is {"context": ..., "choices": [...], "gold": 0} or {"context": ..., "target": ...}.
 Results go to results.json beside the checkpoint; the same command continues an interrupted evaluation."""
 
+import contextlib
 import glob
 import json
 import math
 import os
-import re
 import zlib
 from dataclasses import asdict, dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from tqdm import tqdm
 import configurator
 import train
 from model import generate, guided_logits, seed_for
-from prepare_data import CORPORA, Source, file_sha256
+from prepare_data import CORPORA, encode_pair, file_sha256, final_number, read_problems
 from sample import load_trained
 from sft_gsm8k import SFTConfig, answer, example_batches
 
@@ -51,27 +51,13 @@ class EvalConfig:
     dtype: str = "auto"  # float32 or bfloat16
 
     def __post_init__(self):
-        counts = (self.limit, self.batch_size, self.mc_num, self.length, self.seed + 1)
-        if any(count is not None and count < 1 for count in counts):
-            raise ValueError("limit, batch_size, mc_num and length must be at least 1, seed at least 0")
+        counts = (self.limit, self.batch_size, self.mc_num, self.length, self.seed + 1, self.cfg_scale + 1)
+        if not all(count is None or 1 <= count < math.inf for count in counts):
+            raise ValueError("wanted limit, batch_size, mc_num, length of 1 or more, seed and cfg_scale of 0")
         if self.nll_type not in ("mc", "chain_rule") or self.mc_masking not in ("exact", "coins"):
             raise ValueError("wanted nll_type mc or chain_rule, and mc_masking exact or coins")
         if self.task not in ("loss", "gsm8k") and not os.path.isfile(self.task):
             raise ValueError(f"task {self.task!r} is neither loss nor gsm8k, nor a .jsonl file that exists")
-
-
-def encode_pair(tokenizer, context, continuation, block_size):
-    """Token ids of context and continuation as they stand in the joint text: a token that reaches beyond the
-    context is the continuation's. An empty context becomes end-of-text; a long one loses tokens on its left,
-    and their number is the third result. Raises ValueError for a too long continuation."""
-    ids = tokenizer.encode_ordinary(context + continuation)
-    ends = np.cumsum([len(piece) for piece in tokenizer.decode_tokens_bytes(ids)])
-    n = int((ends <= len(context.encode())).sum())
-    context, target = ids[:n] or [tokenizer.eot_token], ids[n:]
-    n_cut = max(0, len(context) + len(target) - block_size)
-    if n_cut > len(context):
-        raise ValueError(f"continuation of {len(target)} tokens exceeds block_size {block_size}; omit it")
-    return context[n_cut:], target, n_cut
 
 
 def draws(L, cfg, rng):
@@ -106,6 +92,8 @@ def nll_of(model, context, target, hidden, weight, cfg):
             for piece, logits in guided_logits(model, xt, scored, torch.arange(len(x0)) < n, cfg.cfg_scale):
                 nll = F.cross_entropy(logits, targets[piece].to(logits.device), reduction="none")
                 total += (nll.cpu().double() * weights[piece]).sum().item()
+    if not math.isfinite(total):
+        raise ValueError(f"-log p is {total}: the model is broken, or dtype too coarse for it")
     return total
 
 
@@ -117,10 +105,17 @@ def log_likelihood(model, context, target, cfg):
 
 def greedy_match(model, context, target, cfg):
     """Would greedy decoding, which writes the surest token in each step, write the target?"""
-    x = torch.tensor([context + [model.config.mask_id] * len(target)])
-    with train.autocast(next(model.parameters()).device, cfg.dtype):
-        x, _ = generate(model, x, max(1, len(target)), cfg_scale=cfg.cfg_scale)
-    return x[0, len(context) :].tolist() == target
+    x0, mask_id = torch.tensor([context + target]), model.config.mask_id
+
+    def stop_if_wrong(x):
+        if ((x != x0) & (x != mask_id)).any():
+            raise StopIteration
+
+    x = torch.where(torch.arange(x0.size(1)) < len(context), x0, mask_id)
+    with train.autocast(next(model.parameters()).device, cfg.dtype), contextlib.suppress(StopIteration):
+        generate(model, x, max(1, len(target)), cfg_scale=cfg.cfg_scale, on_step=stop_if_wrong)
+        return True
+    return False
 
 
 def read_items(path):
@@ -153,29 +148,6 @@ def score_item(model, tokenizer, item, cfg):
     return record | {name: int(score.argmax()) == item["gold"] for name, score in scores.items()}
 
 
-def final_number(text):
-    """The number behind the first '#### ', as OpenAI's grader reads it, without commas; or None."""
-    match = re.search(r"#### (\-?[0-9\.\,]+)", text or "")
-    try:
-        return Decimal(match[1].replace(",", "")) if match else None
-    except InvalidOperation:  # such as 1.2.3
-        return None
-
-
-def read_problems(address, download_dir):
-    """[(question, gold)] of a source of problems. Lines that are none are left out, with a note."""
-    source = Source(address, "problems", download_dir)
-    texts = [text for text, _ in source]  # question, thoughts, answer, question, ...
-    problems = [(q.removeprefix("Question: "), final_number(a)) for q, a in zip(texts[::3], texts[2::3])]
-    source.report_malformed()
-    numeric = [(question, str(gold)) for question, gold in problems if gold is not None]
-    if len(numeric) < len(problems):
-        print(f"{address}: left out {len(problems) - len(numeric):,} problems whose answer is no number")
-    if not numeric:
-        raise ValueError(f"{address} holds no problems; wanted question||thoughts #### answer, or a .jsonl")
-    return numeric
-
-
 def answer_problems(model, tokenizer, indices, problems, cfg):
     """Records of problems (question, gold). An answer follows from problem and index, not from the batch."""
     seeds, records = [seed_for(cfg.seed, index) for index in indices], []
@@ -191,9 +163,11 @@ def answer_problems(model, tokenizer, indices, problems, cfg):
 def measure(path, items, batch_size, work, rank, world_size):
     """Records of all items in order, from work(indices, items) on batches. A process takes each world_size-th
     item and appends to path.rank.jsonl at once; what is there already is not computed again."""
-    lines = [line for part in glob.glob(glob.escape(path) + ".*.jsonl") for line in open(part)]
-    records = [json.loads(line) for line in lines if line.endswith("\n")]  # the last may be cut off
-    done = {record["index"]: record for record in records}
+    done = {}
+    for part in glob.glob(glob.escape(path) + ".*.jsonl"):
+        for line in open(part):
+            with contextlib.suppress(ValueError):  # a line that was cut off
+                done[json.loads(line)["index"]] = json.loads(line)
     todo = [i for i in range(rank, len(items), world_size) if i not in done]
     with train.open_locked(f"{path}.{rank}.jsonl") as file, tqdm(total=len(todo), disable=rank > 0) as bar:
         for indices in (todo[i : i + batch_size] for i in range(0, len(todo), batch_size)):
@@ -243,13 +217,11 @@ def main():
         corpus = os.path.join(run["data_dir"], run["dataset"])
         address = cfg.data or CORPORA[run["dataset"]].test_source or os.path.join(corpus, "test.txt")
         data = read_problems(address, os.path.join(corpus, "download"))[: cfg.limit]
-        names = ["acc", "forward_passes"]
     else:
         data = read_items(cfg.task)[: cfg.limit]
         for item in data:  # a text that is too long is told before the work
             for text in item.get("choices", [item.get("target")]):
                 encode_pair(tokenizer, item["context"], " " + text, model.config.block_size)
-        names = ["acc", "acc_norm", "acc_bytes"] if "choices" in data[0] else ["acc", "log_p"]
 
     def work(indices, items):
         if cfg.task == "gsm8k":
@@ -264,7 +236,8 @@ def main():
     if cfg.task != "loss":
         records = measure(os.path.join(folder, name), data, cfg.batch_size, work, rank, world_size)
         result = {"n": len(records)}
-        for key in names:
+        keys = ("acc", "acc_norm", "acc_bytes", "forward_passes", "log_p")
+        for key in (key for key in keys if np.ndim(records[0].get(key, [])) == 0):
             v = np.array([record[key] for record in records], float)  # a single one has no error: nan
             result |= {key: v.mean(), f"{key}_se": v.std() / math.sqrt(len(v) - 1 or math.nan)}
         if cfg.task == "gsm8k":

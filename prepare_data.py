@@ -22,12 +22,14 @@ import lzma
 import os
 import pathlib
 import random
+import re
 import sys
 import time
 import urllib.request
 import zlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
 
 import numpy as np
 import regex
@@ -123,6 +125,20 @@ def make_tokenizer(name: str, split_digits: bool, vocab_size: int, texts) -> dic
         raise ValueError(f"vocab_size is {vocab_size}; bpe needs at least 258: bytes, a merge, end-of-text")
     ranks = [base64.b64encode(token).decode() for token in train_bpe(texts, spec["pattern"], vocab_size - 1)]
     return {**spec, "vocab_size": len(ranks) + 1, "ranks": ranks}
+
+
+def encode_pair(tokenizer, context, continuation, block_size):
+    """Token ids of context and continuation as they stand in the joint text: a token that reaches beyond the
+    context is the continuation's. An empty context becomes end-of-text; a long one loses tokens on its left,
+    and their number is the third result. Raises ValueError for a too long continuation."""
+    ids = tokenizer.encode_ordinary(context + continuation)
+    ends = np.cumsum([len(piece) for piece in tokenizer.decode_tokens_bytes(ids)])
+    n = int((ends <= len(context.encode())).sum())
+    context, target = ids[:n] or [tokenizer.eot_token], ids[n:]
+    n_cut = max(0, len(context) + len(target) - block_size)
+    if n_cut > len(context):
+        raise ValueError(f"continuation of {len(target)} tokens exceeds block_size {block_size}; omit it")
+    return context[n_cut:], target, n_cut
 
 
 def train_bpe(texts, pattern: str, n_tokens: int, max_chars: int = 50_000_000) -> dict[bytes, int]:
@@ -301,6 +317,29 @@ def parse_problem(line, is_json):
     if not (hashes and question.strip() and answer.strip()):
         return None
     return question.strip(), thoughts.strip(), answer.strip()
+
+
+def final_number(text):
+    """The number behind the first '#### ', as OpenAI's grader reads it, without commas; or None."""
+    match = re.search(r"#### (\-?[0-9\.\,]+)", text or "")
+    try:
+        return Decimal(match[1].replace(",", "")) if match else None
+    except InvalidOperation:  # such as 1.2.3
+        return None
+
+
+def read_problems(address, download_dir):
+    """[(question, gold)] of a source of problems. Lines that are none are left out, with a note."""
+    source = Source(address, "problems", download_dir)
+    texts = [text for text, _ in source]  # question, thoughts, answer, question, ...
+    problems = [(q.removeprefix("Question: "), final_number(a)) for q, a in zip(texts[::3], texts[2::3])]
+    source.report_malformed()
+    numeric = [(question, str(gold)) for question, gold in problems if gold is not None]
+    if len(numeric) < len(problems):
+        print(f"{address}: left out {len(problems) - len(numeric):,} problems whose answer is no number")
+    if not numeric:
+        raise ValueError(f"{address} holds no problems; wanted question||thoughts #### answer, or a .jsonl")
+    return numeric
 
 
 def read_hub(address):

@@ -181,7 +181,7 @@ def test_model_args(folder):
     assert (cfg.batch_size, cfg.device, cfg.mc_num) == (64, "cpu", 2)
     cfg = Harness.create_from_arg_obj(args | {"batch_size": 8}, {"batch_size": 4, "device": "cpu"}).cfg
     assert (cfg.batch_size, cfg.device) == (8, "cpu")
-    for key, message in {"mcnum": "did you mean 'mc_num'", "limit": "limit is no model_arg"}.items():
+    for key, message in {"mcnum": "did you mean --mc_num", "limit": "limit is no model_arg"}.items():
         with pytest.raises(ValueError, match=message):
             Harness(**args, **{key: 2})
 
