@@ -215,8 +215,8 @@ def main():
         result = {"n": n, "nats_per_token": nats, "nats_per_token_se": se, "perplexity_bound": math.exp(nats)}
     elif cfg.task == "gsm8k":
         corpus = os.path.join(run["data_dir"], run["dataset"])
-        address = cfg.data or CORPORA[run["dataset"]].test_source or os.path.join(corpus, "test.txt")
-        data = read_problems(address, os.path.join(corpus, "download"))[: cfg.limit]
+        address = cfg.data or CORPORA[run["dataset"]].test_source or f"{corpus}/test.txt"
+        data = read_problems(address, f"{corpus}/download")[: cfg.limit]
     else:
         data = read_items(cfg.task)[: cfg.limit]
         for item in data:  # a text that is too long is told before the work
@@ -236,7 +236,7 @@ def main():
     if cfg.task != "loss":
         records = measure(os.path.join(folder, name), data, cfg.batch_size, work, rank, world_size)
         result = {"n": len(records)}
-        keys = ("acc", "acc_norm", "acc_bytes", "forward_passes", "log_p")
+        keys = ("acc", "acc_norm", "acc_bytes", "forward_passes", "log_p")  # one number for each record
         for key in (key for key in keys if np.ndim(records[0].get(key, [])) == 0):
             v = np.array([record[key] for record in records], float)  # a single one has no error: nan
             result |= {key: v.mean(), f"{key}_se": v.std() / math.sqrt(len(v) - 1 or math.nan)}

@@ -193,7 +193,7 @@ class MDM(nn.Module):
                 p.normal_(std=math.sqrt(2 / (5 * C)), generator=generator)
 
     def forward(self, xt, masked=None):
-        """xt (B, T) ids, mask_id where hidden -> logits (B, T, V), or with masked (B, T) only there: (N, V)."""
+        """xt (B, T) ids, mask_id where hidden -> logits (B, T, V), or only where masked (B, T): (N, V)."""
         x = self.trunk(xt)
         return self.head(x if masked is None else x[masked])
 

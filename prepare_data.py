@@ -22,7 +22,6 @@ import lzma
 import os
 import pathlib
 import random
-import re
 import sys
 import time
 import urllib.request
@@ -232,9 +231,7 @@ class Source:
                     self.bytes_read = base + raw.tell()
                     yield piece
             except (UnicodeDecodeError, EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
-                raise ValueError(
-                    f"{path} cannot be read as UTF-8 text ({error}); convert or unpack it anew"
-                ) from error
+                raise ValueError(f"{path} cannot be read as UTF-8 text ({error}); convert it") from error
 
     def split(self, lines, path):
         """Lines of one file -> (text, is_end_of_document)."""
@@ -321,7 +318,7 @@ def parse_problem(line, is_json):
 
 def final_number(text):
     """The number behind the first '#### ', as OpenAI's grader reads it, without commas; or None."""
-    match = re.search(r"#### (\-?[0-9\.\,]+)", text or "")
+    match = regex.search(r"#### (\-?[0-9\.\,]+)", text or "")
     try:
         return Decimal(match[1].replace(",", "")) if match else None
     except InvalidOperation:  # such as 1.2.3
@@ -441,6 +438,20 @@ def split_tail(train_path, val_path, dtype, fraction, eot_id, problem_starts):
     tokens[cut:].tofile(val_path)
     os.truncate(train_path, cut * dtype.itemsize)
     return cut, n_val
+
+
+def load_meta(folder: str) -> dict:
+    """meta.json of prepared data. Raises ValueError if it is missing, or a token file has another size."""
+    path, again = f"{folder}/meta.json", f"run: python prepare_data.py {os.path.basename(folder)}"
+    if not os.path.exists(path):
+        raise ValueError(f"data set {folder} is not prepared; {again}")
+    with open(path) as file:
+        meta = json.load(file)
+    for split, n in meta["tokens"].items():
+        path, size = f"{folder}/{split}.bin", n * np.dtype(meta["dtype"]).itemsize
+        if not os.path.exists(path) or os.path.getsize(path) != size:
+            raise ValueError(f"{path} does not have the {size:,} bytes that meta.json says; {again}")
+    return meta
 
 
 def file_sha256(path):
@@ -588,10 +599,9 @@ def main():
     meta = prepare(cfg)
     tokens, spec, seconds = meta["tokens"], meta["tokenizer"], time.time() - start
     rate = sum(tokens.values()) / seconds
-    print(
-        f"{cfg.data_dir}/{cfg.name}: {tokens['train']:,} training and {tokens['val']:,} validation tokens, "
-        f"{spec['name']} vocabulary of {spec['vocab_size']:,}, {seconds:.1f} s, {rate:,.0f} tokens/s"
-    )
+    counts = f"{tokens['train']:,} training and {tokens['val']:,} validation tokens"
+    vocabulary = f"{spec['name']} vocabulary of {spec['vocab_size']:,}"
+    print(f"{cfg.data_dir}/{cfg.name}: {counts}, {vocabulary}, {seconds:.1f} s, {rate:,.0f} tokens/s")
 
 
 if __name__ == "__main__":
