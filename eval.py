@@ -3,7 +3,6 @@
     python eval.py --task=loss --out_dir=out/arithmetic                      # bound of the validation set
     python eval.py --task=gsm8k --out_dir=out/sft-arithmetic                 # answers the test problems
     python eval.py --task=piqa.jsonl --out_dir=out/x --nll_type=chain_rule   # choices, or targets
-    torchrun --standalone --nproc_per_node=8 eval.py --task=gsm8k --out_dir=out/sft-gsm8k
 
 A line of a .jsonl file is {"context": ..., "choices": [...], "gold": 0} or {"context": ..., "target": ...}.
 Results go to results.json beside the checkpoint; the same command continues an interrupted evaluation."""

@@ -98,9 +98,6 @@ def seed_for(*key) -> int:
     return int(np.random.SeedSequence(key).generate_state(1)[0])
 
 
-# ---------- The network: a pre-norm transformer with attention in both directions
-
-
 def apply_rope(x, cos, sin):
     """Rotary position embedding, rotate-half layout: dims e and e + d/2 of x (B, H, S, d) turn together."""
     a, b = x.chunk(2, dim=-1)
