@@ -2,7 +2,8 @@
 #   python prepare_data.py && python train.py
 #   python sft_gsm8k.py config/sft_arithmetic.py
 #   python eval.py --task=gsm8k --out_dir=out/sft-arithmetic
-# Cost: about four minutes on two cores. Result: 99.6 % of the 1,000 test problems; the README says what that means.
+# Cost: about four minutes on two cores. Result: 99.6 % of the 1,000 test problems; the README says what
+# that means.
 dataset = "arithmetic"
 init_from = "out/arithmetic"
 out_dir = "out/sft-arithmetic"
@@ -15,7 +16,8 @@ stratified_t = True
 learning_rate = 1e-3
 min_lr = 5e-5
 warmup = 0.02
-beta2 = 0.99  # few hidden tokens weigh up to 1,000 (1 / p_mask): a longer memory of the gradients' size than the paper's 0.95
+# A hidden token weighs up to 1,000 (1 / p_mask): a longer memory of gradients' size than the paper's 0.95
+beta2 = 0.99
 
 eval_interval = 2000
 log_interval = 500

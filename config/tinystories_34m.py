@@ -1,6 +1,8 @@
 # The 34M model of the size table on TinyStories, with GPT-2's BPE.
-#   python prepare_data.py tinystories && torchrun --standalone --nproc_per_node=8 train.py config/tinystories_34m.py
-# Cost: 20,000 steps of 131,072 tokens = 2.6B tokens, about 5e17 FLOPs in the blocks and as many in the output head.
+#   python prepare_data.py tinystories
+#   torchrun --standalone --nproc_per_node=8 train.py config/tinystories_34m.py
+# Cost: 20,000 steps of 131,072 tokens = 2.6B tokens, about 5e17 FLOPs in the blocks and as many in the
+# output head.
 # Result: not run.
 dataset = "tinystories"
 out_dir = "out/tinystories-34m"
