@@ -6,8 +6,7 @@
     python prepare_data.py fineweb_edu --max_tokens=1e9      # streams from the hub (pip install datasets)
 
 A .bin file is the tokens of all documents, one after another as uint16 (uint32 for a vocabulary over 65,536),
-each document closed by the end-of-text token. Files are read as streams and encoded on all cores: what must
-fit into memory is a document of a .jsonl or hub source, and some megabytes of text. A word problem reads
+each closed by the end-of-text token. Files are read as streams and encoded on all cores. A word problem reads
 "Question: ... Answer: <<3+4=7>> #### 7"; _cuts.npy files tell sft_gsm8k.py where the parts of each begin."""
 
 import base64

@@ -5,7 +5,8 @@
 #   python -m extras.ablations out/ablation  # the table of all that is there
 # docs/sinks.md has the loop over arms and seeds. Cost: 2,000 steps of 1,024 tokens, a minute on two cores for
 # each.
-# Result: a validation bound of 0.742 without a sink and 0.693 with one, five seeds each; docs/sinks.md has all
+# Result: a validation bound of 0.742 without a sink and 0.693 with one, five seeds each; docs/sinks.md has
+# all
 # arms.
 # For a GPU add flags to the loop, such as --dataset=tinystories --preset=34M --block_size=512
 # --batch_size=256 --max_steps=20000.

@@ -4,7 +4,8 @@
 #   torchrun --standalone --nproc_per_node=8 sft_gsm8k.py config/sft_gsm8k.py
 #   torchrun --standalone --nproc_per_node=8 eval.py --task=gsm8k --out_dir=out/sft-gsm8k
 # Cost: about 30,000 steps of 256 x 256 tokens (2.0B tokens, 5.6e18 FLOPs of the 472M model). Result: not
-# run here; the paper reports 35.17 with the sink token, 34.95 without, 36.39 with the gate. Another variant: --init_from and
+# run here; the paper reports 35.17 with the sink token, 34.95 without, 36.39 with the gate. Another
+# variant: --init_from and
 # --out_dir, no more.
 dataset = "gsm8k"
 init_from = "out/472m-sink"
