@@ -232,8 +232,9 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
     B, T, max_steps = cfg.micro_batch_size, cfg.block_size, cfg.max_steps
     grad_accum, step_tokens = cfg.batch_size // (B * world_size), cfg.batch_size * T
     if cfg.batch_size % (B * world_size):
-        parts = f"micro_batch_size {B} x {world_size} processes"
-        raise ValueError(f"batch_size {cfg.batch_size} is not a multiple of {parts}; change one of them")
+        raise ValueError(
+            f"batch_size {cfg.batch_size} is not a multiple of micro_batch_size {B} x {world_size}"
+        )
     if cfg.train_flops is not None:  # C = 6 N D with the N of the table, for every arm the same
         max_steps = int(cfg.train_flops / (6 * model.config.table_params() * step_tokens))
     resume = resume or {"step": 0, "best_val_loss": math.inf, "losses": []}
@@ -276,9 +277,9 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
     stop = stop_signal = 0
     handlers = {signum: signal.signal(signum, request_stop) for signum in (signal.SIGINT, signal.SIGTERM)}
     on = f"on {world_size} x {device} ({torch.get_num_threads()} threads)"
-    work = f"{max_steps:,} steps of {grad_accum} x {world_size} x {B} sequences of {T} tokens"
     facts = made_by() | {"config": asdict(cfg), "data_sha256": meta and meta["sha256"], "device": str(device)}
-    log(f"{model.num_params(False):,} parameters {on}, {work}", step=start, processes=world_size, **facts)
+    work = f"{max_steps:,} steps of {grad_accum} x {world_size} x {B} sequences of {T} tokens {on}"
+    log(f"{model.num_params(False):,} parameters, {work}", step=start, processes=world_size, **facts)
     index = start * grad_accum * world_size + rank  # of the micro-batch in the whole run
     x0, maskable = get_batch("train", index)
     log_time, log_step = time.time(), start
@@ -287,7 +288,8 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
             if stop:  # without a validation that is due: there may be no time for it
                 save("ckpt.pt", validated=False)
                 if rank == 0:
-                    bar.write(f"stopped at {step}; continue with --init_from=resume --out_dir={cfg.out_dir}")
+                    again = f"--init_from=resume --out_dir={cfg.out_dir}"
+                    bar.write(f"stopped at step {step}; continue with {again}")
                 sys.exit(128 + (stop_signal or signal.SIGTERM))
             validated = step == start and resume.get("validated")
             if (step == max_steps or step % cfg.eval_interval == 0) and not validated:
