@@ -232,9 +232,8 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
     B, T, max_steps = cfg.micro_batch_size, cfg.block_size, cfg.max_steps
     grad_accum, step_tokens = cfg.batch_size // (B * world_size), cfg.batch_size * T
     if cfg.batch_size % (B * world_size):
-        raise ValueError(
-            f"batch_size {cfg.batch_size} is not a multiple of micro_batch_size {B} x {world_size}"
-        )
+        parts = f"micro_batch_size {B} x {world_size} processes"
+        raise ValueError(f"batch_size {cfg.batch_size} is not a multiple of {parts}; change one of them")
     if cfg.train_flops is not None:  # C = 6 N D with the N of the table, for every arm the same
         max_steps = int(cfg.train_flops / (6 * model.config.table_params() * step_tokens))
     resume = resume or {"step": 0, "best_val_loss": math.inf, "losses": []}
@@ -276,10 +275,9 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
 
     stop = stop_signal = 0
     handlers = {signum: signal.signal(signum, request_stop) for signum in (signal.SIGINT, signal.SIGTERM)}
-    on = f"on {world_size} x {device} ({torch.get_num_threads()} threads)"
+    work = f"{model.num_params(False):,} parameters; a step is {grad_accum} x {world_size} x {B} x {T} tokens"
     facts = made_by() | {"config": asdict(cfg), "data_sha256": meta and meta["sha256"], "device": str(device)}
-    work = f"{max_steps:,} steps of {grad_accum} x {world_size} x {B} sequences of {T} tokens {on}"
-    log(f"{model.num_params(False):,} parameters, {work}", step=start, processes=world_size, **facts)
+    log(f"{work} on {device}, {torch.get_num_threads()} threads", step=start, processes=world_size, **facts)
     index = start * grad_accum * world_size + rank  # of the micro-batch in the whole run
     x0, maskable = get_batch("train", index)
     log_time, log_step = time.time(), start
