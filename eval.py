@@ -14,7 +14,6 @@ import math
 import os
 import zlib
 from dataclasses import asdict, dataclass
-from decimal import Decimal
 
 import numpy as np
 import torch
@@ -64,16 +63,18 @@ def draws(L, cfg, rng):
     weight of each -log p, (passes, L). The weighted sum over all estimates -log p(target | context).
     chain_rule  pass j sees target[:j] and predicts token j: exact for the order from left to right
     mc, coins   t = (u + i) / mc_num in draw i; a token is hidden with probability t and weighs 1 / t
-    mc, exact   k = floor(t L) + 1 are hidden, dealt from a shuffled deck, and weigh L / k: less variance"""
+    mc, exact   k = floor(t L) + 1 are hidden, the least hidden so far, and weigh L / k: less variance"""
     if cfg.nll_type == "chain_rule":
         return np.triu(np.ones((L, L), bool)), np.eye(L)
     t = (rng.random() + np.arange(cfg.mc_num)) / cfg.mc_num
     if cfg.mc_masking == "coins":
         hidden, weight = rng.random((cfg.mc_num, L)) < t[:, None], 1 / np.maximum(t, 1e-12)
     else:
-        k = np.minimum(np.floor(t * L) + 1, L)
-        dealt = np.cumsum(k) - k  # cards dealt before this draw, which takes the next k
-        hidden, weight = (rng.permutation(L) - dealt[:, None]) % L < k[:, None], L / k
+        hidden, times = np.zeros((cfg.mc_num, L), bool), np.zeros(L)  # how often a token was hidden
+        for row, k in zip(hidden, np.minimum(np.floor(t * L) + 1, L).astype(int)):
+            row[np.argsort(times + rng.random(L))[:k]] = True
+            times += row
+        weight = L / hidden.sum(axis=1)
     hidden, number = np.unique(hidden, axis=0, return_inverse=True)  # equal passes are made once
     return hidden, np.bincount(number.ravel(), weight / cfg.mc_num)[:, None] * hidden
 
@@ -91,8 +92,6 @@ def nll_of(model, context, target, hidden, weight, cfg):
             for piece, logits in guided_logits(model, xt, scored, torch.arange(len(x0)) < n, cfg.cfg_scale):
                 nll = F.cross_entropy(logits, targets[piece].to(logits.device), reduction="none")
                 total += (nll.cpu().double() * weights[piece]).sum().item()
-    if not math.isfinite(total):
-        raise ValueError(f"-log p is {total}: the model is broken, or dtype too coarse for it")
     return total
 
 
@@ -124,7 +123,7 @@ def read_items(path):
         try:
             items.append(item := json.loads(line))
             texts = item["choices"] if "choices" in item else [item["target"]]
-            assert all(texts) and "".join([item["context"], *texts])  # TypeError if one is no string
+            assert all(texts) and "".join([item["context"], *texts]).encode()
             assert "choices" not in item or item["gold"] in range(len(texts))
             assert ("choices" in item) == ("choices" in items[0])
         except (ValueError, TypeError, KeyError, AssertionError) as error:
@@ -155,7 +154,9 @@ def answer_problems(model, tokenizer, indices, problems, cfg):
         answers = answer(model, tokenizer, [q for q, _ in problems], seeds, cfg.length, **options)
     for (question, gold), (thoughts, text, passes) in zip(problems, answers):
         record = {"question": question, "gold": gold, "thoughts": thoughts, "answer": text}
-        records.append(record | {"acc": final_number(text) == Decimal(gold), "forward_passes": passes})
+        records.append(
+            record | {"acc": final_number(text) == final_number(f"#### {gold}"), "forward_passes": passes}
+        )
     return records
 
 
@@ -164,9 +165,11 @@ def measure(path, items, batch_size, work, rank, world_size):
     item and appends to path.rank.jsonl at once; what is there already is not computed again."""
     done = {}
     for part in glob.glob(glob.escape(path) + ".*.jsonl"):
-        for line in open(part):
-            with contextlib.suppress(ValueError):  # a line that was cut off
-                done[json.loads(line)["index"]] = json.loads(line)
+        lines = [line for line in open(part) if line.endswith("\n")]
+        os.truncate(part, sum(map(len, lines)))  # the last line may be cut off; JSON is ASCII
+        done |= {record["index"]: record for record in map(json.loads, lines)}
+    if world_size > 1:
+        torch.distributed.barrier()  # all have read before one writes
     todo = [i for i in range(rank, len(items), world_size) if i not in done]
     with train.open_locked(f"{path}.{rank}.jsonl") as file, tqdm(total=len(todo), disable=rank > 0) as bar:
         for indices in (todo[i : i + batch_size] for i in range(0, len(todo), batch_size)):
@@ -181,12 +184,12 @@ def measure(path, items, batch_size, work, rank, world_size):
     return [parts[i % world_size][i] for i in range(len(items))]
 
 
-def validation(run, data, tokenizer, limit):
-    """(get_batch, sequences, meta) of the validation set of a run, or of another prepared folder: as many
-    sequences as the tokens fill, or all examples of fine-tuning; limit of them, evenly spread."""
+def validation(checkpoint, data, limit):
+    """(get_batch, number of sequences, meta) of a run's validation set, or of another prepared folder's."""
+    run = checkpoint["run_config"]
     folder = data or os.path.join(run["data_dir"], run["dataset"])
     meta = train.load_meta(folder)
-    if (meta["tokenizer"]["name"], meta["vocab_size"]) != (tokenizer.name, tokenizer.n_vocab):
+    if meta["tokenizer"] | {"pattern": None} != checkpoint["meta"]["tokenizer"] | {"pattern": None}:
         raise ValueError(f"{folder} has another vocabulary than the checkpoint; prepare it again")
     cfg = SFTConfig(**run) if "epochs" in run else train.TrainConfig(**run)
     if "epochs" in run:  # a model of sft_gsm8k.py
@@ -208,7 +211,7 @@ def main():
         locked = train.open_locked(os.path.join(folder, ".eval.lock"))  # noqa: F841
         print(configurator.describe(cfg, set_by))
     if cfg.task == "loss":
-        get_batch, n, data = validation(run, cfg.data, tokenizer, cfg.limit)
+        get_batch, n, data = validation(checkpoint, cfg.data, cfg.limit)
         B = run["micro_batch_size"]
         nats, se, *_ = train.validate(model, get_batch, B, n, cfg.dtype, cfg.mc_num, rank, world_size)
         result = {"n": n, "nats_per_token": nats, "nats_per_token_se": se, "perplexity_bound": math.exp(nats)}
@@ -235,10 +238,10 @@ def main():
     if cfg.task != "loss":
         records = measure(os.path.join(folder, name), data, cfg.batch_size, work, rank, world_size)
         result = {"n": len(records)}
-        keys = ("acc", "acc_norm", "acc_bytes", "forward_passes", "log_p")  # one number for each record
-        for key in (key for key in keys if np.ndim(records[0].get(key, [])) == 0):
-            v = np.array([record[key] for record in records], float)  # a single one has no error: nan
-            result |= {key: v.mean(), f"{key}_se": v.std() / math.sqrt(len(v) - 1 or math.nan)}
+        for key in ("acc", "acc_norm", "acc_bytes", "forward_passes", "log_p"):
+            if np.ndim(records[0].get(key, [])) == 0:  # a number; a single one has no error: nan
+                v = np.array([record[key] for record in records], float)
+                result |= {key: v.mean(), f"{key}_se": v.std() / math.sqrt(len(v) - 1 or math.nan)}
         if cfg.task == "gsm8k":
             wrong = [record for record in records if not record["acc"]]
             result |= {"wrong": len(wrong), "wrong_and_empty": sum(not record["answer"] for record in wrong)}

@@ -135,7 +135,7 @@ def encode_pair(tokenizer, context, continuation, block_size):
     context, target = ids[:n] or [tokenizer.eot_token], ids[n:]
     n_cut = max(0, len(context) + len(target) - block_size)
     if n_cut > len(context):
-        raise ValueError(f"continuation of {len(target)} tokens exceeds block_size {block_size}; omit it")
+        raise ValueError(f"a continuation of {len(target)} tokens exceeds block_size {block_size}")
     return context[n_cut:], target, n_cut
 
 

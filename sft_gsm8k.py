@@ -121,7 +121,7 @@ def main():
     rank, _, _ = setup_distributed(cfg.device)
     cfg, meta, model, resume = start_run(cfg, set_by)
     get_batch, data = example_batches(os.path.join(cfg.data_dir, cfg.dataset), meta, cfg)
-    if cfg.epochs is not None and cfg.train_flops is None:
+    if cfg.epochs is not None:
         cfg.max_steps = int(cfg.epochs * len(data["train"][1]) / cfg.batch_size)
     if rank == 0:
         print(configurator.describe(cfg, set_by))

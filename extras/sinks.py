@@ -56,7 +56,7 @@ class Run:
         self.name = name
         self.model, self.tokenizer, self.checkpoint = load_trained(name, device)
         run_config = self.checkpoint["run_config"]
-        get_batch, n, _ = validation(run_config, cfg.data, self.tokenizer, cfg.limit)
+        get_batch, n, _ = validation(self.checkpoint, cfg.data, cfg.limit)
         batches = [get_batch("val", index) for index in range(math.ceil(n / run_config["micro_batch_size"]))]
         self.x0, maskable = (torch.cat(tensors)[:n] for tensors in zip(*batches))
         T, length = self.x0.size(1), cfg.prompt_length
@@ -208,7 +208,7 @@ def change_sinks(model, change, seed):
 def changed_bounds(run, cfg):
     """Prints and returns a row for each change: the bound, and how much it is above the unchanged model's."""
     run_config, rows, unchanged = run.checkpoint["run_config"], [], None
-    get_batch, n, _ = validation(run_config, cfg.data, run.tokenizer, run_config["eval_seqs"])
+    get_batch, n, _ = validation(run.checkpoint, cfg.data, run_config["eval_seqs"])
     B = run_config["micro_batch_size"]
     t = torch.arange(n, dtype=torch.float64) * (math.sqrt(5) - 1) / 2 % 1  # in the order of validate's levels
     print(f"{'sinks changed':<16}{'nats per token':>20}{'more than unchanged':>22}")

@@ -3,9 +3,11 @@
 python -m pytest tests/test_configurator.py
 """
 
+import os
+import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import pytest
 from conftest import ROOT
@@ -37,139 +39,123 @@ def parse(*argv, **kwargs):
     return configurator.parse(Config, list(argv), **kwargs)
 
 
-@pytest.mark.parametrize(
-    "arg, key, value",
-    [
-        ("--learning_rate=1", "learning_rate", 1.0),
-        ("--learning_rate=1e-3", "learning_rate", 1e-3),
-        ("--steps=1e5", "steps", 100000),
-        ("--steps=-3", "steps", -3),
-        ("--steps=9007199254740993", "steps", 9007199254740993),
-        ("--name=a=b", "name", "a=b"),
-        ("--name=", "name", ""),
-        ("--name=None", "name", "None"),
-        ("--name=3", "name", "3"),
-        ("--flag=True", "flag", True),
-        ("--flag=false", "flag", False),
-        ("--size=7", "size", 7),
-        ("--size=None", "size", None),
-        ("--word=None", "word", None),
-        ("--word=x.py", "word", "x.py"),
-    ],
-)
-def test_values(arg, key, value):
-    cfg, set_by = parse(arg)
+VALUES = {
+    "--learning_rate=1": 1.0, "--learning_rate=1e-3": 1e-3, "--steps=1e5": 100000, "--steps=-3": -3,
+    "--steps=9007199254740993": 9007199254740993, "--name=a=b": "a=b", "--name=": "", "--name=None": "None",
+    "--name=3": "3", "--flag=True": True, "--flag=false": False, "--size=7": 7, "--size=None": None,
+    "--word=None": None, "--word=x.py": "x.py",
+}  # fmt: skip
+ERRORS = {  # of flags, and of lines in a file, which have spaces
+    "--learning_rte=1": r"unknown key 'learning_rte' \(command line\); did you mean --learning_rate=",
+    "--steps=1.5": r"steps='1.5' \(command line\): wanted int$", "--steps=ten": "wanted int",
+    "--steps=inf": "wanted int", "--steps=1e30": "wanted int", "--steps=None": "wanted int",
+    "--size=many": r"wanted int \| None", "--learning_rate=fast": "wanted float", "--flag=1": "wanted bool",
+    "--name=\0": "wanted str", "--flag": "did you mean --flag=", "steps=3": "did you mean --steps=",
+    "--_steps=3": "unknown key '_steps'", "no_such.py": "config file no_such.py: FileNotFoundError",
+    "learning_rte = 1e-3": r"unknown key 'learning_rte' \(.*x.py\); did you mean --learning_rate=",
+    "name = 3": r"name=3 \(.*x.py\): wanted str", "steps = '1.5'": "wanted int", "steps = True": "wanted int",
+    "flag = 1": "wanted bool", "size = [1]": "wanted int", "steps = = 3": "config file .*x.py: SyntaxError",
+    "steps = steps + 1": "config file .*x.py: NameError: name 'steps' is not defined",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("arg", VALUES)
+def test_a_flag_becomes_the_type_of_its_field(arg):
+    key, value = arg[2:].split("=")[0], VALUES[arg]
+    cfg, set_by = parse("--flag=True", "--size=5", "--word=w", "--name=n", arg)
     assert getattr(cfg, key) == value and type(getattr(cfg, key)) is type(value)
-    assert set_by == {key: "command line"}
+    assert set(set_by.values()) == {"command line"}
 
 
-@pytest.mark.parametrize(
-    "arg, message",
-    [
-        ("--learning_rte=1", r"unknown key 'learning_rte' \(command line\); did you mean 'learning_rate'\?"),
-        ("--zzzzzz=1", "unknown key 'zzzzzz' .*--help lists the keys"),
-        ("--steps=1.5", r"steps='1.5' \(command line\): wanted int"),
-        ("--steps=ten", "wanted int"),
-        ("--steps=inf", "wanted int"),
-        ("--steps=None", "wanted int"),
-        ("--size=many", "wanted int or None"),
-        ("--learning_rate=fast", "wanted float"),
-        ("--flag=1", "wanted bool"),
-        ("--flag", "--flag: wanted --flag=value"),
-        ("steps=3", "wanted a config file"),
-        ("no_such.py", "config file no_such.py not found"),
-    ],
-)
-def test_errors(arg, message):
-    with pytest.raises(ValueError, match=message):
-        parse(arg)
+@pytest.mark.parametrize("text", ERRORS)
+def test_errors_say_what_was_wanted_and_where_it_was_set(text, tmp_path):
+    (tmp_path / "x.py").write_text(text)
+    with pytest.raises(ValueError, match=ERRORS[text]):
+        parse(str(tmp_path / "x.py") if " " in text else text)
 
 
-def test_files(tmp_path):
+def test_files_and_flags_override_each_other_from_left_to_right(tmp_path):
     file = tmp_path / "x.py"
-    file.write_text(
-        "import math\nfrom os import path\n_half = 0.5\ndef twice(x): return 2 * x\n"
-        "learning_rate = twice(_half)\nsteps = 1e2\nname = 'f'\n"
-    )
+    lines = "import math\n_half = 0.5\ndef twice(x): return 2 * x\nlearning_rate = twice(_half)"
+    file.write_text(lines + "\nsteps = 1e2\nname = 'f'")
     cfg, set_by = parse("--steps=5", str(file), "--name=flag")
-    assert (cfg.learning_rate, cfg.steps, cfg.name) == (1.0, 100, "flag")  # the later one wins, both ways
-    assert type(cfg.learning_rate) is float and type(cfg.steps) is int
+    assert (cfg.learning_rate, cfg.steps, cfg.name) == (1.0, 100, "flag") and type(cfg.steps) is int
     assert set_by == {"steps": str(file), "learning_rate": str(file), "name": "command line"}
-    for text, message in {
-        "learning_rte = 1e-3": r"unknown key 'learning_rte' \(.*x.py\); did you mean 'learning_rate'",
-        "name = 3": r"name=3 \(.*x.py\): wanted str",
-        "steps = '1.5'": "wanted int",
-        "steps = True": "wanted int",
-        "flag = 1": "wanted bool",
-        "size = [1]": "wanted int or None",
-    }.items():
-        file.write_text(text)
-        with pytest.raises(ValueError, match=message):
-            parse(str(file))
-
-
-def test_a_file_sees_nothing_of_the_script(tmp_path):
-    (tmp_path / "x.py").write_text("steps = steps + 1")
-    with pytest.raises(ValueError, match="config file .*x.py: NameError: name 'steps' is not defined"):
-        parse(str(tmp_path / "x.py"))
-    (tmp_path / "x.py").write_text("steps = = 3")
-    with pytest.raises(ValueError, match="config file .*x.py: SyntaxError"):
-        parse(str(tmp_path / "x.py"))
-
-
-def test_positional():
+    lines = configurator.describe(cfg, set_by | {"size": "nowhere"}).splitlines()
+    assert (
+        lines[1] == f"  steps = 100  (default 20, set by {file})" and len(lines) == 4
+    )  # size is the default
     assert parse("word", positional="name")[0].name == "word"
 
 
-def test_describe_names_what_differs_and_where_it_was_set():
-    cfg, set_by = parse("--steps=5", "--name=a")
-    text = configurator.describe(cfg, set_by)
-    assert "steps = 5  (default 20, set by command line)" in text and "name" not in text
-    assert configurator.describe(*parse()) == "settings: all defaults"
-
-
-def test_help_comes_from_the_comments(capsys):
+def test_help_shows_each_key_once_with_default_and_comment(capsys):
     with pytest.raises(SystemExit) as stop:
-        parse("--help")
-    out = capsys.readouterr().out
-    assert stop.value.code == 0
-    assert "--learning_rate=0.0006" in out and "peak, after warm-up" in out
-    assert "--steps=20" in out and "how many, here" in out
+        parse("--steps=ten", "--help")
+    doc, keys = capsys.readouterr().out.split("Keys:\n")
+    assert stop.value.code == 0 and doc.startswith("Settings: defaults, files, flags")
+    lines = ["learning_rate: float = 6e-4  # peak, after warm-up", "steps: int = 20  # how many, here"]
+    assert keys.splitlines()[:2] == [f"  --{line}" for line in lines] and keys.count("--steps") == 1
 
 
 @pytest.mark.parametrize("config_class", [TrainConfig, SFTConfig, SampleConfig, EvalConfig, PrepareConfig])
 def test_every_key_of_every_script_is_explained(config_class):
-    for line in configurator.help_text(config_class).split("Keys, with their defaults:\n")[1].splitlines():
-        assert len(line.split(None, 1)) == 2 and len(line.split(None, 1)[1]) > 3, line
+    lines = configurator.help_text(config_class).split("Keys:\n")[1].splitlines()
+    assert {line.split(":")[0] for line in lines} == {f"  --{field.name}" for field in fields(config_class)}
+    assert all(len(line.split("  # ")[1]) > 3 for line in lines)
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("config/*.py")), ids=lambda p: p.name)
 def test_shipped_configs_parse(path):
-    config_class = {"sft": SFTConfig, "eval": EvalConfig}.get(path.stem.split("_")[0], TrainConfig)
-    cfg, set_by = configurator.parse(config_class, [str(path)])
-    assert set_by and path.read_text().startswith(('"""', "#"))
+    assert configurator.parse(SFTConfig if path.stem.startswith("sft") else TrainConfig, [str(path)])[1]
 
 
-@pytest.mark.parametrize(
-    "command",
-    [
-        "train.py --learning_rte=1",
-        "train.py --max_steps=ten",
-        "train.py no_such.py",
-        "train.py --data_dir=nowhere",
-        "sample.py --out_dir=nowhere",
-        "prepare_data.py shakespear",
-        "prepare_data.py text",
-        "prepare_data.py text --source=nowhere",
-    ],
-)
-def test_command_line_errors_are_one_line_and_exit_2(command):
-    result = subprocess.run([sys.executable, *command.split()], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 2
-    assert result.stderr.startswith("error: ") and result.stderr.count("\n") == 1
+SCRIPT = r"""
+import sys
+sys.path.insert(0, ".venv")
+import configurator, extras.helper, library
+def ours(): raise ValueError("wanted\n  this")
+def interrupt(): raise KeyboardInterrupt
+def file(): open("nowhere/x")
+def bug(): [][0]
+def text(): print("\u220e")
+extra, library = extras.helper.fail, library.fail
+configurator.run(globals()[sys.argv[1]])
+"""
+RUNS = {
+    "ours": (2, "error: wanted this\n"), "extra": (2, "error: of a helper\n"), "interrupt": (130, ""),
+    "file": (2, "error: [Errno 2] No such file or directory: 'nowhere/x'\n"), "text": (0, ""),
+    "library": (1, "Traceback"), "bug": (1, "Traceback"),
+}  # fmt: skip
 
 
-def test_a_bug_keeps_its_traceback():
-    code = "import configurator, numpy\nconfigurator.run(lambda: numpy.zeros(2).reshape(3))"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 1 and "Traceback" in result.stderr
+def start(folder, kind, stdout=subprocess.PIPE):
+    """Runs SCRIPT in a project that has a configurator, an extra, and a library in .venv."""
+    shutil.copy(ROOT / "configurator.py", folder)
+    fail = "def fail():\n    raise ValueError('of a helper')"
+    for name, text in {"script.py": SCRIPT, "extras/helper.py": fail, ".venv/library.py": fail}.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text)
+    options = {"stdout": stdout, "stderr": subprocess.PIPE, "text": True, "cwd": folder}
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    return subprocess.Popen([sys.executable, "script.py", kind], env=environment, **options)
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_only_errors_for_people_end_with_one_line(tmp_path, kind):
+    process, (code, message) = start(tmp_path, kind), RUNS[kind]
+    out, error = process.communicate()
+    assert process.returncode == code and (error == message or code == 1 and error.startswith(message))
+    assert kind != "text" or out == "\\u220e\n"  # what ASCII cannot show
+
+
+def test_a_reader_that_has_gone_ends_the_program_quietly(tmp_path):
+    reader, writer = os.pipe()
+    os.close(reader)  # as head does
+    process = start(tmp_path, "text", stdout=writer)
+    assert process.communicate()[1] == "" and process.returncode == 0
+
+
+def test_a_missing_package_names_the_command_that_installs_it():
+    with pytest.raises(ValueError, match="pip install the-package"):
+        configurator.need("no_such_module", "the-package")
+    assert configurator.need("os.path") is os.path

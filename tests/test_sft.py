@@ -4,401 +4,242 @@ python -m pytest tests/test_sft.py
 """
 
 import base64
-import subprocess
+import json
+import os
 import sys
 
+import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_model
+from conftest import make_model
 
 import sft_gsm8k
 from configurator import parse
-from model import MDM, diffusion_loss, generate, load_checkpoint, mask_tokens
-from prepare_data import PrepareConfig, load_tokenizer, prepare
-from sft_gsm8k import SFTConfig, example_batches, load_examples, respond, solve
-from train import TrainConfig, load_meta, settle
+from model import MDM, diffusion_loss, load_checkpoint, mask_tokens, seed_for
+from prepare_data import load_tokenizer
+from sft_gsm8k import SFTConfig, answer, example_batches, load_examples
+from train import load_meta, mean_and_error, validate
 
-TINY = {
-    "dataset": "arithmetic", "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 64, "batch_size": 8, "micro_batch_size": 4,
-    "eval_interval": 4, "eval_seqs": 8, "log_interval": 1, "device": "cpu",
-}  # fmt: skip
-
-
-TINY_FLAGS = [f"--{key}={value}" for key, value in TINY.items()]
+EOT = 256
+BYTES = {"name": "bytes", "pattern": r"[\s\S]", "vocab_size": 257}
+TOKENIZER = load_tokenizer(BYTES)
 
 
-def main(monkeypatch, data_dir, out_dir, *flags):
-    monkeypatch.setattr(
-        sys, "argv", ["sft_gsm8k.py", *TINY_FLAGS, f"--data_dir={data_dir}", f"--out_dir={out_dir}", *flags]
+def problem(i):
+    """Question, thoughts and answer of problem i. Only the second example of problem 13 exceeds 64 tokens."""
+    again = " (say again)" if i == 13 else ""
+    return (
+        f"Question: What is {i} + {i + 1}{again}?",
+        f" Answer: <<{i}+{i + 1}={2 * i + 1}>>",
+        f" #### {2 * i + 1}",
     )
-    sft_gsm8k.main()
+
+
+def examples(numbers):
+    """(prompt, response) of the first stage, then of the second."""
+    problems = [problem(i) for i in numbers]
+    return [(q, thoughts) for q, thoughts, _ in problems] + [
+        (q + thoughts, end) for q, thoughts, end in problems
+    ]
 
 
 @pytest.fixture
 def few(tmp_path):
-    """11 problems to train on and 5 to validate, one of the former too long for 64 tokens in its second example only."""
-    lines = [f"What is {i} + {i + 1}?||<<{i}+{i + 1}={2 * i + 1}>> #### {2 * i + 1}" for i in range(10, 26)]
-    lines[3] = "What is 13 + 14 (say again)?||<<13+14=27>> #### 27"
-    (tmp_path / "train.txt").write_text("\n".join(lines[:11]))
-    (tmp_path / "valid.txt").write_text("\n".join(lines[11:]))
-    source = {
-        "source": str(tmp_path / "train.txt"),
-        "val_source": str(tmp_path / "valid.txt"),
-        "data_dir": str(tmp_path / "few"),
+    """The folder of a prepared data set: problems 10 to 20 to train on, and 21 to 25 to validate."""
+    folder = tmp_path / "data" / "gsm8k"
+    folder.mkdir(parents=True)
+    meta = {
+        "vocab_size": 257,
+        "eot_id": EOT,
+        "dtype": "uint16",
+        "tokenizer": BYTES,
+        "tokens": {},
+        "sha256": {},
     }
-    prepare(PrepareConfig(name="gsm8k", tokenizer="bytes", **source))
-    return tmp_path / "few" / "gsm8k"
+    for split, numbers in ("train", range(10, 21)), ("val", range(21, 26)):
+        tokens, cuts = [], []
+        for i in numbers:
+            question, thoughts, end = (list(part.encode()) for part in problem(i))
+            sizes = [len(tokens), len(question), len(thoughts), len(end) + 1]
+            cuts.append(np.cumsum(sizes))
+            tokens += question + thoughts + end + [EOT]
+        np.array(tokens, np.uint16).tofile(folder / f"{split}.bin")
+        np.save(folder / f"{split}_cuts.npy", np.array(cuts))
+        meta["tokens"][split] = len(tokens)
+    (folder / "meta.json").write_text(json.dumps(meta))
+    return folder
 
 
-def texts_of(get_batch, split, indices, tokenizer, eot):
+def batches(few, **settings):
+    settings = {"init_from": "scratch", "block_size": 64, "micro_batch_size": 4, **settings}
+    return example_batches(few, load_meta(few), SFTConfig(**settings))
+
+
+def texts_of(x0, maskable):
     """(prompt, response) of every row, from what is maskable."""
-    found = []
-    for index in indices:
-        for x0, maskable in zip(*get_batch(split, index)):
-            response = x0[maskable].tolist()
-            assert maskable.tolist() == sorted(
-                maskable.tolist()
-            )  # the prompt comes first, all else may be hidden
-            end = response.index(eot)
-            assert set(response[end:]) == {eot}
-            found.append((tokenizer.decode(x0[~maskable].tolist()), tokenizer.decode(response[:end])))
-    return found
+    texts = []
+    for row, may_hide in zip(x0, maskable):
+        response = row[may_hide].tolist()
+        end = response.index(EOT)
+        assert set(response[end:]) == {EOT} and may_hide.tolist() == sorted(may_hide.tolist())  # prompt first
+        texts.append((TOKENIZER.decode(row[~may_hide].tolist()), TOKENIZER.decode(response[:end])))
+    return texts
 
 
-def test_examples_are_the_two_stages(few):
-    meta = load_meta(few)
-    cfg = SFTConfig(block_size=64, micro_batch_size=3, eval_seqs=10)
-    get_batch, data = example_batches(few, meta, cfg)
-    tokenizer = load_tokenizer(meta["tokenizer"])
-    sizes = {split: (len(examples), too_long) for split, (_, examples, too_long) in data.items()}
-    assert sizes == {"train": (21, 1), "val": (10, 0)}
-    found = texts_of(get_batch, "val", range(4), tokenizer, meta["eot_id"])[:10]
-    first = [
-        (f"Question: What is {i} + {i + 1}?", f" Answer: <<{i}+{i + 1}={2 * i + 1}>>") for i in range(21, 26)
-    ]
-    second = [
-        (question + thoughts, f" #### {2 * i + 1}") for i, (question, thoughts) in zip(range(21, 26), first)
-    ]
-    assert found == first + second
+def test_a_problem_makes_the_examples_of_two_stages(few):
+    get_batch, data = batches(few, micro_batch_size=10, eval_seqs=10)
+    assert texts_of(*get_batch("val", 0)) == examples(range(21, 26))
+    assert [(len(data[split][1]), data[split][2]) for split in ("train", "val")] == [(21, 1), (10, 0)]
     # An example that fills the length to its last token has no room for its end-of-text, and is left out.
-    longest = max(int(e[2] - e[0]) for e in data["train"][1])
-    assert (
-        load_examples(few, meta, "train", longest)[2] > 1 == load_examples(few, meta, "train", longest + 1)[2]
-    )
+    longest = max(len("".join(problem(i))) for i in range(10, 21))
+    left_out = [load_examples(few, load_meta(few), "train", size)[2] for size in (longest, longest + 1)]
+    assert left_out == [1, 0]
+
+
+def test_validation_is_spread_over_both_stages(few):
+    """4 of 10 examples: every 2.5th, so the thoughts of two problems, and the answers of two."""
+    get_batch, _ = batches(few, eval_seqs=4)
+    assert texts_of(*get_batch("val", 0)) == [examples(range(21, 26))[i] for i in (0, 2, 5, 7)]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_each_example_once_an_epoch(few, world_size):
-    """In any micro-batches, over the processes of a step and over the end of an epoch; in another order in the next."""
-    meta = load_meta(few)
-    orders = []
-    for micro_batch_size in (2, 7):
-        cfg = SFTConfig(block_size=64, micro_batch_size=micro_batch_size, seed=3)
-        get_batch, data = example_batches(few, meta, cfg)
-        by_rank = [
-            [get_batch("train", i) for i in range(rank, 84 // micro_batch_size, world_size)]
-            for rank in range(world_size)
-        ]
-        rows = [
-            x0 for step in zip(*by_rank) for batch, _ in step for x0 in batch
-        ]  # in the order of the steps
-        maskable = [m for step in zip(*by_rank) for _, batch in step for m in batch]
-        examples = [(tuple(x0.tolist()), tuple(m.tolist())) for x0, m in zip(rows, maskable)]
-        epochs = [examples[i : i + 21] for i in range(0, 84, 21)]
-        assert all(len(set(epoch)) == 21 and set(epoch) == set(epochs[0]) for epoch in epochs)
+    """In any micro-batches, over the processes of a step and the end of an epoch, each in a new order."""
+    runs = []
+    for B in (2, 7):
+        get_batch, _ = batches(few, micro_batch_size=B, seed=3)
+        steps = zip(*(range(rank, 84 // B, world_size) for rank in range(world_size)))
+        seen = [text for step in steps for index in step for text in texts_of(*get_batch("train", index))]
+        epochs = [seen[i : i + 21] for i in range(0, 84, 21)]
+        assert all(len(set(epoch)) == 21 and set(epoch) < set(examples(range(10, 21))) for epoch in epochs)
         assert len({tuple(epoch) for epoch in epochs}) == 4
-        orders.append(examples)
-    assert orders[0] == orders[1]
-    other, _ = example_batches(few, meta, SFTConfig(block_size=64, micro_batch_size=21, seed=4))
-    assert (
-        tuple(other("train", 0)[0][0].tolist()) != orders[0][0][0]
-        or tuple(other("train", 0)[0][1].tolist()) != orders[0][1][0]
-    )
+        runs.append(seen)
+    assert runs[0] == runs[1]
+    other, _ = batches(few, micro_batch_size=21, seed=4)
+    assert texts_of(*other("train", 0)) != runs[0][:21]
 
 
-def test_the_prompt_is_never_hidden_and_never_in_the_loss(few, monkeypatch, tmp_path):
-    """Through the training loop: what the model is shown, and what a model that errs on prompts alone is charged."""
-    seen = []
-
-    def record(x0, p_mask, maskable, mask_id, noise=None):
-        xt, masked = mask_tokens(x0, p_mask, maskable, mask_id, noise)
-        seen.append((x0, xt, masked, maskable))
-        return xt, masked
-
-    monkeypatch.setattr("model.mask_tokens", record)
-    main(monkeypatch, few.parent, tmp_path / "out", "--dataset=gsm8k", "--max_steps=6")
-    assert len(seen) == 12 and sum(int(masked.sum()) for _, _, masked, _ in seen) > 500
-    for x0, xt, masked, maskable in seen:
-        assert torch.equal(xt[~maskable], x0[~maskable]) and not (masked & ~maskable).any()
-        assert (~maskable).sum(1).min() > 5 and (masked == (xt != x0)).all()
-    get_batch, _ = example_batches(few, load_meta(few), SFTConfig(block_size=64, micro_batch_size=8))
-    x0, maskable = get_batch("train", 0)
-    model = make_model(vocab_size=load_meta(few)["vocab_size"], block_size=64, n_sink=0)
-    losses = []
-    for where in (torch.zeros_like(maskable), ~maskable, maskable):
-        errs = lambda module, args, x: x + 5 * where[:, :, None] * torch.randn(1, 1, 16)  # noqa: E731, B023
-        with model.blocks[-1].register_forward_hook(errs):
-            torch.manual_seed(1)
+def test_the_prompt_is_never_hidden_and_no_part_of_the_loss(few):
+    """A model that errs on prompts alone has the loss of one that does not."""
+    x0, maskable = batches(few, micro_batch_size=16)[0]("train", 0)
+    assert torch.equal(mask_tokens(x0, torch.ones(16, 1), maskable, 257)[1], maskable)
+    model, losses = make_model(vocab_size=257, block_size=64, n_sink=0), []
+    for errs in (torch.zeros_like(maskable), ~maskable, maskable):
+        torch.manual_seed(1)
+        with model.blocks[-1].register_forward_hook(lambda module, args, x: x + 5 * errs[:, :, None]):  # noqa: B023
             losses.append(diffusion_loss(model, x0, maskable).item())
     assert losses[0] == losses[1] != losses[2]
 
 
-def weights(out_dir):
-    return load_checkpoint(out_dir)["model"]
+def test_the_validation_loss_is_per_token_not_per_row(few):
+    """Rows with different numbers of response tokens: all nats over all tokens, not the mean of the rows."""
+    get_batch, _ = batches(few, eval_seqs=10)
+    mean, _, nats, tokens = validate(make_model(vocab_size=257, block_size=64), get_batch, 4, 10)
+    assert tokens.tolist() == [64 - len(prompt) for prompt, _ in examples(range(21, 26))]
+    assert mean == pytest.approx(nats.sum().item() / tokens.sum().item(), rel=1e-12)
+    assert abs(mean - (nats / tokens).mean().item()) > 1e-3
 
 
-def test_epochs_set_the_length_and_a_resumed_run_equals_an_uninterrupted_one(
-    few, tmp_path, monkeypatch, capsys
-):
-    """22 examples less one in batches of 8: two epochs are 5 steps, with the end of the first one inside the third."""
-    flags = ["--dataset=gsm8k", "--epochs=2", "--learning_rate=1e-2"]
-    main(monkeypatch, few.parent, tmp_path / "whole", *flags)
-    out = capsys.readouterr().out
-    assert (
-        "train: 21 examples, and 1 left out: longer than 64 tokens" in out and "stopped at step 5 of 5" in out
-    )
-    main(
-        monkeypatch,
-        few.parent,
-        tmp_path / "cut",
-        *flags,
-        "--max_steps=2",
-        "--epochs=None",
-        "--warmup=0",
-        "--min_lr=1e-2",
-    )
-    main(monkeypatch, few.parent, tmp_path / "long", *flags, "--warmup=0", "--min_lr=1e-2")
-    monkeypatch.setattr(
-        sys, "argv", ["sft_gsm8k.py", f"--out_dir={tmp_path / 'cut'}", "--init_from=resume", "--epochs=2"]
-    )
-    sft_gsm8k.main()
-    whole, resumed = weights(tmp_path / "long"), weights(tmp_path / "cut")
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    assert any(not torch.equal(whole[name], weights(tmp_path / "whole")[name]) for name in whole)
+def test_the_standard_error_is_that_of_the_mean_per_token():
+    """Nats of 2 a token, and noise that is the same for short and long rows: the mean's spread is known."""
+    rng, N, deviation = np.random.default_rng(0), 64, 9.0
+    t, tokens = torch.arange(N) * 0.6180339887 % 1, torch.from_numpy(rng.integers(2, 60, N).astype(float))
+    noise = torch.from_numpy(rng.normal(0, deviation, (400, N)))
+    means, errors = np.transpose([mean_and_error(2 * tokens + row, tokens, t) for row in noise])
+    wanted = deviation * np.sqrt(N) / tokens.sum().item()
+    assert means.std() == pytest.approx(wanted, rel=0.1) and means.mean() == pytest.approx(2, abs=wanted / 5)
+    assert np.sqrt((errors**2).mean()) == pytest.approx(wanted, rel=0.05)
 
 
-def test_two_processes_do_the_work_of_one(few, tmp_path, monkeypatch):
-    flags = ["--dataset=gsm8k", "--max_steps=4", "--micro_batch_size=2"]
-    main(monkeypatch, few.parent, tmp_path / "one", *flags)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        str(ROOT / "sft_gsm8k.py"),
-    ]
-    place = [f"--data_dir={few.parent}", f"--out_dir={tmp_path / 'two'}"]
-    done = subprocess.run(
-        [*command, *TINY_FLAGS, *place, *flags], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    for (name, a), b in zip(weights(tmp_path / "one").items(), weights(tmp_path / "two").values()):
-        torch.testing.assert_close(a, b, atol=2e-5, rtol=1e-3, msg=name)
+TINY = """init_from=scratch dataset=gsm8k device=cpu n_layer=2 n_head=2 n_embd=16 block_size=64 batch_size=8
+micro_batch_size=4 eval_interval=4 eval_seqs=8 log_interval=100 learning_rate=1e-2"""
 
 
-@pytest.mark.parametrize("variant", ["--n_sink=0", "--n_sink=1", "--gated_attention=True"])
-def test_a_pretrained_checkpoint_keeps_its_variant_and_may_change_its_length(
-    few, tmp_path, monkeypatch, variant
-):
-    main(
-        monkeypatch,
-        few.parent,
-        tmp_path / "a",
-        "--dataset=gsm8k",
-        "--max_steps=1",
-        "--block_size=70",
-        variant,
-    )
-    pretrained = [
-        f"--init_from={tmp_path / 'a'}",
-        f"--out_dir={tmp_path / 'b'}",
-        f"--data_dir={few.parent}",
-        "--dataset=gsm8k",
-    ]
-    flags = [
-        "--max_steps=1",
-        "--batch_size=4",
-        "--micro_batch_size=4",
-        "--eval_seqs=4",
-        "--device=cpu",
-        "--block_size=64",
-    ]
-    monkeypatch.setattr(sys, "argv", ["sft_gsm8k.py", *pretrained, *flags])
-    sft_gsm8k.main()
-    a, b = (load_checkpoint(tmp_path / name)["model_config"] for name in "ab")
-    assert (a.pop("block_size"), b.pop("block_size")) == (70, 64) and a == b
+@pytest.fixture
+def main(few, tmp_path, monkeypatch):
+    """Runs the script. Returns the checkpoint that it leaves in out_dir."""
+
+    def main(out_dir, settings, base=TINY):
+        places = f"data_dir={few.parent} out_dir={tmp_path / out_dir}"
+        flags = [f"--{setting}" for setting in f"{base} {places} {settings}".split()]
+        monkeypatch.setattr(sys, "argv", ["sft_gsm8k.py", *flags])
+        sft_gsm8k.main()
+        return load_checkpoint(tmp_path / out_dir)
+
+    return main
 
 
-@pytest.mark.parametrize("flag", ["epochs=1", "block_size=63", "dataset=arithmetic"])
-def test_every_option_changes_the_result(few, tmp_path, monkeypatch, flag):
-    """The others are TrainConfig's, and tested there; but align_documents, which is refused."""
-    prepare(PrepareConfig(data_dir=str(few.parent), num_problems=50, tokenizer="bytes"))
-    plain = ["--dataset=gsm8k", "--epochs=2", "--block_size=120"]
-    main(monkeypatch, few.parent, tmp_path / "a", *plain)
-    main(monkeypatch, few.parent, tmp_path / "b", *plain, f"--{flag}")
-    a, b = weights(tmp_path / "a"), weights(tmp_path / "b")
-    assert any(not torch.equal(a[name], b[name]) for name in a)
+def test_epochs_set_the_length_unless_only_max_steps_is_set(main, capsys):
+    """21 examples in batches of 8: two epochs are 5 steps. A resumed run equals an uninterrupted one."""
+    whole = main("whole", "epochs=2 warmup=0 min_lr=1e-2")
+    assert whole["step"] == 5 and "train: 21 examples; 1 left out" in capsys.readouterr().out
+    assert main("cut", "max_steps=2 warmup=0 min_lr=1e-2")["step"] == 2
+    resumed = main("cut", "epochs=2", base="init_from=resume")
+    assert resumed["step"] == 5
+    assert all(torch.equal(whole["model"][name], resumed["model"][name]) for name in whole["model"])
+    assert main("cut", "max_steps=6", base="init_from=resume")["step"] == 6
+    assert main("both", "max_steps=3 epochs=2")["step"] == 5
+    assert main("flops", "epochs=2 train_flops=3e6")["step"] == 0
 
 
-def test_lengths_exclude_each_other():
-    assert SFTConfig().out_dir == "out/sft-gsm8k"
-    with pytest.raises(ValueError, match="max_steps and train_flops and epochs are all None"):
-        parse(SFTConfig, ["--epochs=None"])
-    for flag, message in {
-        "epochs=-1": "epochs is -1.0; it must be a number above 0",
-        "epochs=inf": "epochs is inf; it must be a number above 0",
-        "align_documents=True": "align_documents is for pretraining",
-    }.items():
-        with pytest.raises(ValueError, match=message):
-            parse(SFTConfig, [f"--{flag}"])
+def test_what_does_not_fit_is_refused(few):
     with pytest.raises(
-        ValueError, match=r"max_steps \(command line\) and epochs \(command line\) all set the length"
+        ValueError, match="set --init_from=out/NAME, the model to fine-tune, or --init_from=scr"
     ):
-        settle(*parse(SFTConfig, ["--epochs=3", "--max_steps=5"]))
-    papers = [str(ROOT / "config" / "sft_gsm8k.py"), "--init_from=scratch"]
-    for flags in ([], papers):
-        cfg, _ = settle(*parse(SFTConfig, [*flags, "--max_steps=5"]))
-        assert (cfg.max_steps, cfg.epochs, cfg.train_flops) == (5, None, None)
-    cfg, _ = settle(*parse(SFTConfig, papers))
-    assert (cfg.max_steps, cfg.epochs, cfg.batch_size, cfg.block_size) == (None, 10, 256, 256)
-    assert (cfg.learning_rate, cfg.min_lr, cfg.warmup) == (2e-4, 2e-5, 0.01)  # the paper's
-
-
-def test_what_does_not_fit_is_refused(few, tmp_path, monkeypatch, data_dir):
-    main(monkeypatch, few.parent, tmp_path / "a", "--dataset=gsm8k", "--max_steps=1")
-    with pytest.raises(ValueError, match="has other settings than this script: resume it with the script"):
-        settle(*parse(TrainConfig, ["--init_from=resume", f"--out_dir={tmp_path / 'a'}"]))
-    meta = load_meta(few)
-    with pytest.raises(
-        ValueError, match="none of the 22 examples of .*train_cuts.npy fits into block_size 9; raise it"
-    ):
+        parse(SFTConfig, [])
+    meta, tokens = load_meta(few), (few / "train.bin").read_bytes()
+    with pytest.raises(ValueError, match="no example of .*train_cuts.npy fits into block_size 9; raise it"):
         load_examples(few, meta, "train", 9)
-    with pytest.raises(
-        ValueError, match="0.1 epochs of 21 examples are less than one batch of 8; raise epochs"
-    ):
-        main(monkeypatch, few.parent, tmp_path / "b", "--dataset=gsm8k", "--epochs=0.1")
-    tokens, cuts = (few / "train.bin").read_bytes(), (few / "train_cuts.npy").read_bytes()
-    for bad_tokens, bad_cuts in (
-        (bytes(len(tokens)), cuts),
-        (tokens[:-20], cuts),
-        (tokens, cuts[:200]),
-        (tokens, b""),
-    ):
-        (few / "train.bin").write_bytes(bad_tokens)
-        (few / "train_cuts.npy").write_bytes(bad_cuts)
-        with pytest.raises(
-            ValueError,
-            match="train_cuts.npy and train.bin do not belong together; prepare the data set again",
-        ):
+    for other in bytes(len(tokens)), tokens[:-20]:
+        (few / "train.bin").write_bytes(other)
+        with pytest.raises(ValueError, match="train_cuts.npy and train.bin do not belong together"):
             load_examples(few, meta, "train", 64)
-    (few / "train_cuts.npy").unlink()
-    with pytest.raises(
-        ValueError, match="train_cuts.npy not found: fine-tuning takes problems; prepare them with"
-    ):
+    os.remove(few / "train_cuts.npy")
+    with pytest.raises(ValueError, match="holds no problems; run: python prepare_data.py gsm8k"):
         load_examples(few, meta, "train", 64)
 
 
 # ---- asking
 
 
-def test_responses_do_not_depend_on_the_batch():
-    """64 prompts of 1 to 15 tokens in one batch, and each alone: the same tokens, and as many forward passes as it needs."""
-    model = make_model(block_size=20)
-    generator = torch.Generator().manual_seed(0)
-    prompts = [torch.randint(0, 11, (1 + i % 15,), generator=generator).tolist() for i in range(64)]
-    random = {"remasking": "random", "temperature": 0.5, "cfg_scale": 0.5, "steps": 12}
-    waiting = {
-        "block_length": 4,
-        "prefix_cache": True,
-        "steps": 20,
-    }  # rows wait for each other, but that is no pass
-    for length, options in (
-        (20, {"temperature": 0.8, "steps": 256}),
-        (20, random),
-        (17, {"steps": 5}),
-        (20, waiting),
-    ):
-        together, passes = respond(model, prompts, 3, list(range(64)), length=length, **options)
-        assert len({len(response) for response in together}) > 5
-        for i in range(0, 64, 5):
-            assert respond(model, prompts[i : i + 1], 3, [i], length=length, **options) == (
-                [together[i]],
-                [passes[i]],
-            )
-            x = torch.full((1, length), 11)
-            x[0, : len(prompts[i])] = torch.tensor(prompts[i])
-            filled, n_forward = generate(model, x, seeds=[i], eot_id=3, **options)
-            whole = filled[0, len(prompts[i]) :].tolist()
-            assert n_forward == passes[i] and together[i] == whole[: whole.index(3) if 3 in whole else None]
+def test_an_answer_does_not_depend_on_the_batch():
+    """Questions of many lengths in one batch, and each alone: the same texts, and as many forward passes."""
+    model, questions = make_model(vocab_size=257, block_size=39), ["x" * (i % 30) for i in range(40)]
+    for options in {"steps": 30, "temperature": 3.0}, {"steps": 9, "cfg_scale": 0.5, "remasking": "random"}:
+        together = answer(model, TOKENIZER, questions, list(range(40)), **options)
+        assert together[29] == (None, None, 0) and len({thoughts for thoughts, _, _ in together}) > 20
+        for i in range(0, 40, 7):
+            assert answer(model, TOKENIZER, questions[i : i + 1], [i], **options) == [together[i]]
 
 
-def test_prompts_without_room():
-    responses, passes = respond(make_model(), [[1] * 16, None, [1] * 15, [1] * 17], 3, [0, 1, 2, 3])
-    assert (
-        responses[0] is responses[1] is responses[3] is None
-        and len(responses[2]) <= 1
-        and passes == [0, 0, 1, 0]
-    )
-    assert respond(make_model(), [None], 3, [0]) == ([None], [0])
-
-
-def test_a_row_ends_with_its_first_end_of_text():
-    """Stopped early or not, the same response, for fewer forward passes; an end-of-text in the prompt ends nothing."""
-    model = make_model(block_size=20)
-    x = torch.full((40, 20), 11)
-    x[:, :2] = torch.tensor([3, 5])
-    seeds, options = list(range(40)), {"steps": 18, "temperature": 1.0}
-    full, n_full = generate(model, x, seeds=seeds, **options)
-    states = []
-    short, n_short = generate(model, x, seeds=seeds, eot_id=3, on_step=states.append, **options)
-    ends = [(row[2:] == 3).nonzero()[:, 0].tolist() for row in full]
-    assert n_full == 18 >= n_short and sum(bool(end) for end in ends) > 20
-    early = 0
-    for row, end in enumerate(ends):
-        end = 2 + end[0] if end else 20
-        assert torch.equal(short[row, :end], full[row, :end]) and (short[row] != 11).all()
-        steps = sum(bool((state[row] == 11).any()) for state in states)
-        early += steps < 17
-        for state in states:  # no row is closed while something before its end-of-text is hidden
-            assert (state[row] == 11).any() or not (state[row, :end] == 11).any()
-    assert early > 10
-
-
-def test_solve_goes_on_with_the_ids_it_wrote(monkeypatch):
-    """The second prompt is the first one and the response, id for id, though other ids spell the same text."""
-    ranks = [bytes([byte]) for byte in range(256)] + [b"AB"]
-    spec = {
-        "name": "bpe",
-        "pattern": r"\s|\S+",
-        "vocab_size": 258,
-        "ranks": [base64.b64encode(token).decode() for token in ranks],
-    }
-    tokenizer = load_tokenizer(spec)
+def test_the_answer_follows_the_ids_that_the_model_wrote(monkeypatch):
+    """The second prompt is the first and the response, id for id, though other ids spell the same text."""
+    ranks = [base64.b64encode(token).decode() for token in [*(bytes([i]) for i in range(256)), b"AB"]]
+    tokenizer = load_tokenizer({"name": "bpe", "pattern": r"\s|\S+", "vocab_size": 258, "ranks": ranks})
+    model, calls = make_model(vocab_size=258, block_size=99), []
+    q, r, thoughts, eot, mask = list(b"Question: q"), list(b"Question: rrr"), [32, 65, 66], 257, 258
     assert tokenizer.encode_ordinary(" AB") == [32, 256]
-    calls = []
+    rows = [[q + thoughts + [eot, 0], r + [67, 68, 69]], [q + thoughts + [67, eot]]]
 
-    def fake(model, prompts, eot_id, seeds, on_step=None, **options):
-        calls.append((prompts, seeds, options))
-        return ([[32, 65, 66], None], [3, 4]) if len(calls) == 1 else ([[32, 67], None], [5, 0])
+    def generate(model, x, seeds, eot_id, on_step, steps):
+        calls.append((x.tolist(), seeds, eot_id, steps))
+        return torch.tensor(rows[len(calls) - 1]), torch.tensor([3, 4][: len(x)])
 
-    monkeypatch.setattr(sft_gsm8k, "respond", fake)
-    solved = solve(None, tokenizer, ["q", " r "], [8, 9], {"steps": 2}, {"steps": 7})
-    assert solved == [("AB", "C", 8), (None, None, 4)]
-    (first, seeds_1, options_1), (second, seeds_2, options_2) = calls
-    assert first == [list(b"Question: q"), list(b"Question: r")] and second == [list(b"Question: q AB"), None]
-    assert (options_1, options_2) == ({"steps": 2}, {"steps": 7}) and len({*seeds_1, *seeds_2}) == 4
+    monkeypatch.setattr(sft_gsm8k, "generate", generate)
+    answers = answer(model, tokenizer, ["q", " rrr ", "too long"], [8, 9, 10], length=16, steps=7)
+    assert answers == [("AB", "C", 6), ("CDE", None, 4), (None, None, 0)]
+    first = [q + [mask] * 5, r + [mask] * 3], [seed_for(8, 0), seed_for(9, 0)], eot, 7
+    assert calls == [first, ([q + thoughts + [mask] * 2], [seed_for(8, 1)], eot, 7)]
 
 
-def test_what_is_learned_is_answered(few, tmp_path, monkeypatch):
-    """A model that has learned a few problems by heart answers them through both stages, and stops by itself."""
-    flags = ["--dataset=gsm8k", "--n_embd=64", "--max_steps=500", "--batch_size=12", "--micro_batch_size=12"]
-    flags += ["--learning_rate=3e-3", "--stratified_t=True", "--eval_interval=500"]
-    main(monkeypatch, few.parent, tmp_path / "a", *flags)
-    model, meta = MDM.from_checkpoint(tmp_path / "a"), load_meta(few)
-    solved = solve(
-        model, load_tokenizer(meta["tokenizer"]), [f"What is {i} + {i + 1}?" for i in (10, 15, 20)], [0, 1, 2]
+@pytest.mark.slow
+def test_what_is_learned_is_answered(main, tmp_path):
+    """A model that has learned a few problems by heart answers them in both stages, and stops by itself."""
+    main(
+        "a", "n_embd=64 max_steps=800 batch_size=12 micro_batch_size=12 learning_rate=3e-3 stratified_t=True"
     )
-    assert [(thoughts, answer) for thoughts, answer, _ in solved] == [
-        (f"Answer: <<{i}+{i + 1}={2 * i + 1}>>", f"#### {2 * i + 1}") for i in (10, 15, 20)
+    questions = [problem(i)[0].removeprefix("Question: ") for i in (10, 15, 20)]
+    answers = answer(MDM.from_checkpoint(tmp_path / "a"), TOKENIZER, questions, [0, 1, 2], steps=64)
+    assert [texts[:2] for texts in answers] == [
+        tuple(t.strip() for t in problem(i)[1:]) for i in (10, 15, 20)
     ]

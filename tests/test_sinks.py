@@ -260,7 +260,7 @@ def test_bounds_of_changed_sinks(folder, monkeypatch, capsys):
     no_rows, rows = (run["changes"] for run in json.loads((vanilla / "sinks.json").read_text())["runs"])
     assert no_rows is None and [row["change"] for row in rows] == CHANGES
     run, out, nats = Run(str(folder), SinksConfig(), "cpu"), capsys.readouterr().out.split(), {}
-    get_batch, *_ = sinks.validation(run.checkpoint["run_config"], None, run.tokenizer, 9)
+    get_batch, *_ = sinks.validation(run.checkpoint, None, 9)
     for change, setting in SETTINGS.items():
         model, row = changed_by_hand(run.model, **setting), rows[CHANGES.index(change)]
         bound, bound_se, nats[change], _ = validate(model, get_batch, 16, 9, mc_num=3)
