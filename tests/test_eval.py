@@ -1,405 +1,445 @@
-"""eval.py: the answer rule, tasks and their settings, results that do not depend on how the work is cut, stopped or spread.
+"""eval.py: its three tasks, and results that do not depend on how the work is cut, interrupted or spread.
 
 python -m pytest tests/test_eval.py
 """
 
 import json
+import math
+import os
 import re
+import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 from decimal import Decimal
-from types import SimpleNamespace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT, make_model
 
 import configurator
 import eval as eval_module
-from eval import EvalConfig, final_number, plan, read_problems, settings_of
-from prepare_data import PrepareConfig, load_tokenizer, prepare
-from train import load_meta, save_checkpoint
+import sft_gsm8k
+import train
+from eval import EvalConfig, encode_pair, final_number, log_likelihood, read_items, read_problems
+from prepare_data import PrepareConfig, prepare
+from sample import load_trained
+
+CHOICES = [
+    {"context": "Question: Tom has 3 apples", "choices": ["and buys 4 more.", "and 2.", "é"], "gold": 1},
+    {"context": "Mia has 2 books", "choices": ["and buys 2 more. How many now?", "eels"], "gold": 0},
+    {"context": "", "choices": ["ä" * 12, "abc"], "gold": 0},
+    {"context": "Sam has 5 cards and loses 5. " * 8, "choices": ["4", "How many", "is", "that?"], "gold": 3},
+]
+PROBLEMS = [(f"What is {i} + 7?", str(i + 7)) for i in range(10, 30)]
+QUICK = ["--steps=6", "--temperature=0.7"]
 
 
-@pytest.mark.parametrize(
-    "text, number",
-    [
-        ("#### 18", "18"),
-        ("He makes 9 * 2 = $<<9*2=18>>18 a day.\n#### 18", "18"),
-        ("#### 1,234,567", "1234567"),
-        ("#### -5", "-5"),
-        ("#### 2.50", "2.5"),
-        ("#### .75", "0.75"),
-        ("#### 18.", "18"),  # the rule takes a full stop with it
-        ("#### 007", "7"),
-        ("#### $18", None),  # as OpenAI's grader: no number stands where it must
-        ("####18", None),
-        ("the answer is 18", None),
-        ("#### none", None),
-        ("#### 1.2.3", None),
-        ("#### -,", None),
-        ("#### 3 #### 4", "3"),  # the first of two, as OpenAI's grader
-        ("#### 12 apples", "12"),
-        ("", None),
-    ],
-)
-def test_answers_are_read_as_openai_reads_them(text, number):
-    assert final_number(text) == (None if number is None else Decimal(number))
-
-
-class Oracle(torch.nn.Module):
-    """Completes any problem that it knows. Surer the further right: the filling comes first, and thoughts are whole only when
-    their row is complete, so that whole thoughts in an open row tell it that the answer is asked for."""
-
-    def __init__(self, problems, tokenizer, block_size):
-        super().__init__()
-        self.config = SimpleNamespace(mask_id=257, block_size=block_size)
-        self.lm_head = torch.nn.Linear(1, 1)
-        self.device, self.sink_keys_values = torch.device("cpu"), lambda: None
-        parts = [[tokenizer.encode_ordinary(text) for text in problem] for problem in problems]
-        self.prompts = [len(question + thoughts) for question, thoughts, _ in parts]
-        fill = lambda ids: torch.tensor(ids + [256] * (block_size - len(ids)))  # noqa: E731
-        self.thoughts = [fill(question + thoughts) for question, thoughts, _ in parts]
-        self.answers = [fill(sum(problem, [])) for problem in parts]
-        self.n_rows = []
-
-    def forward(self, x, only, **where):
-        self.n_rows.append(len(x))
-        logits = torch.zeros(*x.shape, 257)
-        for row, tokens in enumerate(x):
-            for i, length in enumerate(self.prompts):
-                visible = tokens[:length] != 257
-                if torch.equal(tokens[:length][visible], self.thoughts[i][:length][visible]):
-                    text = (self.answers[i] if visible.all() else self.thoughts[i])[: len(tokens)]
-                    logits[row, torch.arange(len(text)), text] = torch.arange(len(text)) / 10.0 + 9
-                    break
-        return logits.flatten(0, 1)[only]
-
-
-def problem(i, result):
-    return f"Question: What is {i} + 7?", f" Answer: <<{i}+7={result}>>", f" #### {result}"
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """The built-in problems, prepared."""
+    folder = tmp_path_factory.mktemp("data")
+    prepare(PrepareConfig(data_dir=str(folder), num_problems=300))
+    return folder
 
 
 @pytest.fixture
-def asked(tmp_path, monkeypatch):
-    """20 problems of which the oracle knows the right answer to all but numbers 3, 8 and 13, to which it adds 1. The checkpoint
-    is there for its tokenizer."""
-    lines = [f"What is {i} + 7?||<<{i}+7={i + 7}>> #### {i + 7}" for i in range(10, 30)]
-    (tmp_path / "test.txt").write_text("\n".join(lines))
-    prepare(
-        PrepareConfig(
-            name="gsm8k", tokenizer="bytes", source=str(tmp_path / "test.txt"), data_dir=str(tmp_path)
-        )
-    )
-    meta = load_meta(tmp_path / "gsm8k")
-    model = make_model(vocab_size=257, block_size=64)
-    checkpoint = {"model": model.state_dict(), "model_config": vars(model.config), "meta": meta, "step": 7}
+def out_dir(data, tmp_path):
+    """A checkpoint of random weights, and beside its folder PROBLEMS as a file."""
+    meta = train.load_meta(data / "arithmetic")
+    model = make_model(vocab_size=meta["vocab_size"], block_size=40)
+    run = train.TrainConfig(data_dir=str(data), block_size=40, micro_batch_size=5)
+    checkpoint = {
+        "model": model.state_dict(),
+        "model_config": asdict(model.config),
+        "run_config": asdict(run),
+    }
     (tmp_path / "out").mkdir()
-    save_checkpoint(tmp_path / "out" / "ckpt.pt", {**checkpoint, "run_config": {"data_dir": str(tmp_path)}})
-    tokenizer = load_tokenizer(meta["tokenizer"])
-    oracle = Oracle([problem(i, i + 7 + (i in (13, 18, 23))) for i in range(10, 30)], tokenizer, 64)
-    monkeypatch.setattr(
-        eval_module, "load_trained", lambda out_dir, name, device: (oracle, tokenizer, checkpoint_of(out_dir))
-    )
-    return tmp_path / "out", oracle
+    torch.save(checkpoint | {"meta": meta, "step": 3}, tmp_path / "out" / "ckpt.pt")
+    write_problems(tmp_path / "problems.txt", PROBLEMS)
+    return tmp_path / "out"
 
 
-def checkpoint_of(out_dir):
-    return torch.load(f"{out_dir}/ckpt.pt", weights_only=True)
+def write_problems(path, problems):
+    path.write_text("".join(f"{question}||so #### {gold}\n" for question, gold in problems))
+
+
+def write_items(path, items):
+    """The flag of a file of items."""
+    path.write_text("".join(json.dumps(item) + "\n" for item in items))
+    return f"--task={path}"
+
+
+def results_of(folder):
+    return json.loads((folder / "results.json").read_text())
+
+
+def records_of(folder, name):
+    lines = [line for path in folder.glob(f"{name}.*.jsonl") for line in path.read_text().splitlines()]
+    return sorted(map(json.loads, lines), key=lambda record: record["index"])
 
 
 def call(monkeypatch, out_dir, *flags):
-    data = f"--data={out_dir.parent / 'test.txt'}"
-    monkeypatch.setattr(
-        sys, "argv", ["eval.py", "--task=gsm8k", f"--out_dir={out_dir}", "--device=cpu", data, *flags]
-    )
+    """Runs eval.py. Returns the last entry of results.json, and its records."""
+    monkeypatch.setattr(sys, "argv", ["eval.py", f"--out_dir={out_dir}", "--device=cpu", *flags])
     eval_module.main()
-    results = json.loads((out_dir / "results.json").read_text())
-    name = list(results)[-1]
-    return results[name], (out_dir / f"{name}.jsonl").read_text()
+    folder = out_dir if out_dir.is_dir() else out_dir.parent
+    name, result = list(results_of(folder).items())[-1]
+    return result, records_of(folder, name)
 
 
-def records_of(lines):
-    """Without the time they took."""
-    return [
-        {key: value for key, value in json.loads(line).items() if key != "seconds"}
-        for line in lines.splitlines()
-    ]
+def gsm8k(monkeypatch, out_dir, *flags):
+    return call(monkeypatch, out_dir, "--task=gsm8k", f"--data={out_dir.parent / 'problems.txt'}", *flags)
 
 
-def test_accuracy_of_an_oracle(asked, monkeypatch, capsys):
-    out_dir, oracle = asked
-    result, lines = call(monkeypatch, out_dir, "--batch_size=8")
-    assert (result["accuracy"], result["n"], result["right"]) == (0.85, 20, 17)
-    assert result["accuracy_se"] == pytest.approx((0.85 * 0.15 / 20) ** 0.5)
-    records = [json.loads(line) for line in lines.splitlines()]
-    assert [r["index"] for r in records if not r["correct"]] == [3, 8, 13]
-    wanted = {
-        "question": "What is 13 + 7?",
-        "thoughts": "Answer: <<13+7=21>>",
-        "answer": "#### 21",
-        "gold": "20",
-    }
-    rest = {key: records[3][key] for key in ("forward_passes", "seconds")}
-    assert records[3] == {"index": 3, **wanted, "correct": False, **rest} and rest["seconds"] > 0
-    # one token a forward pass: 64 - 25 of the prompt; then those that thoughts (20) and answer (8) leave
-    assert sum(oracle.n_rows) == result["forward_passes"] == sum(r["forward_passes"] for r in records)
-    assert records[3]["forward_passes"] == (64 - 25) + (64 - 25 - 20)
-    out = capsys.readouterr().out
-    assert re.search(
-        r"accuracy 85.0% ± 8.0% \(standard error\): 17 of 20 right; 58.0 forward passes a problem; [\d.]+ s\n",
-        out,
-    )
-    assert result["settings"]["steps"] == 256 and result["step"] == 7
-    assert (
-        len(result["weights_sha256"]) == len(result["data_sha256"]) == 64
-        and result["torch"] == torch.__version__
-    )
-    assert result["commit"] is None or re.fullmatch(r"[0-9a-f]{40}(-dirty)?", result["commit"])
+# ---- GSM8K
 
 
-def test_interrupted_equals_uninterrupted(asked, monkeypatch, capsys):
-    """Stopped after two batches of three, with half a line in the file besides."""
-    out_dir, oracle = asked
-    whole, lines = call(monkeypatch, out_dir, "--batch_size=20")
-    for path in out_dir.glob("gsm8k-*"):
-        path.unlink()
-    solve, calls = eval_module.solve, []
-
-    def interrupted(*args):
-        calls.append(args)
-        if len(calls) == 3:
-            raise KeyboardInterrupt
-        return solve(*args)
-
-    monkeypatch.setattr(eval_module, "solve", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        call(monkeypatch, out_dir, "--batch_size=3")
-    assert "interrupted; the same command goes on where it stopped" in capsys.readouterr().out
-    (path,) = out_dir.glob("gsm8k-*")
-    assert records_of(path.read_text()) == records_of(lines)[:6]
-    with open(path, "a") as file:
-        file.write('{"index": 6, "ques')
-    monkeypatch.setattr(eval_module, "solve", solve)
-    oracle.n_rows.clear()
-    resumed, again = call(monkeypatch, out_dir, "--batch_size=4")
-    assert "holds 6 of 20 items; going on behind them" in capsys.readouterr().out
-    assert records_of(again) == records_of(lines) and sum(oracle.n_rows) == sum(
-        r["forward_passes"] for r in records_of(lines)[6:]
-    )
-    for key in whole.keys() - {"seconds", "batch_size"}:
-        assert resumed[key] == whole[key], key
-    assert resumed["seconds"] == sum(json.loads(line)["seconds"] for line in again.splitlines())
-    assert call(monkeypatch, out_dir, "--batch_size=4") == (
-        resumed,
-        again,
-    )  # complete: nothing is done, or lost
+ANSWERS = """
+#### 18 = 18          #### 1,234 = 1234    #### -5 = -5           #### 2.50 = 2.5      #### .75 = 0.75
+#### 18. = 18         #### 007 = 7         #### 12 apples = 12    #### 3 #### 4 = 3    is 9. #### 9 = 9
+it is 18 = None       #### $18 = None      ####18 = None          #### none = None     #### 1.2.3 = None
+#### -, = None        ####  = None"""
 
 
-def test_two_processes_and_any_batch_find_the_same(asked, monkeypatch, tmp_path):
-    """With a model whose draws are random: 20 problems in one batch, in batches of 3, and 19 on two processes, one of which has
-    none in the end."""
-    out_dir, _ = asked
-    monkeypatch.undo()
-    flags = ["--temperature=0.7", "--steps=12", "--remasking=random"]
-    _, one = call(monkeypatch, out_dir, "--batch_size=20", *flags)
-    for path in out_dir.glob("gsm8k-*"):
-        path.rename(tmp_path / path.name)
-    _, three = call(monkeypatch, out_dir, "--batch_size=3", *flags)
-    for path in out_dir.glob("gsm8k-*"):
-        path.unlink()
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node=2",
-        str(ROOT / "eval.py"),
-    ]
-    rest = [
-        "--task=gsm8k",
-        f"--out_dir={out_dir}",
-        "--device=cpu",
-        f"--data={out_dir.parent / 'test.txt'}",
-        "--batch_size=3",
-        "--limit=19",
-    ]
-    done = subprocess.run([*command, *rest, *flags], capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    (path,) = out_dir.glob("gsm8k-*")
-    assert records_of(path.read_text()) == records_of(three)[:19] and records_of(three) == records_of(one)
-    assert len({record["thoughts"] for record in records_of(one)}) == 20
+def test_answers_are_read_as_openai_reads_them():
+    """The number that stands at once behind the first '#### '; a full stop goes with it."""
+    for text, number in re.findall(r"(\S.*?) = (\S+)", ANSWERS):
+        assert final_number(text) == (None if number == "None" else Decimal(number)), text
+    assert final_number("") is None and final_number(None) is None
 
 
-@pytest.mark.parametrize(
-    "flag",
-    "steps=5 length=60 temperature=1 cfg_scale=2 answer_steps=5 answer_length=50 answer_temperature=4 answer_cfg_scale=2 "
-    "remasking=random seed=1 limit=19 checkpoint=best.pt dtype=bfloat16 threshold=0.1 block_length=4 "
-    "block_length=4,prefix_cache=True".split(),
-)
-def test_every_option_changes_the_answers(asked, monkeypatch, flag):
-    """The answers' own options with the oracle, whose thoughts are sure to end; the others with a model of random weights."""
-    out_dir, _ = asked
-    flags = ["--steps=12", "--temperature=0.5"]
-    if not flag.startswith("answer_"):
-        monkeypatch.undo()
-        checkpoint = checkpoint_of(out_dir)
-        checkpoint["model"] = make_model(seed=1, vocab_size=257, block_size=64).state_dict()
-        save_checkpoint(out_dir / "best.pt", checkpoint)
-    *base, flag = flag.split(",")  # what the option is an option of
-    flags += [f"--{key}" for key in base]
-    (_, plain), (_, other) = (
-        call(monkeypatch, out_dir, *flags),
-        call(monkeypatch, out_dir, *flags, f"--{flag}"),
-    )
-    assert records_of(plain) != records_of(other)
-    if flag.startswith("answer_"):  # the thoughts are what they were
-        assert [record["thoughts"] for record in records_of(plain)] == [
-            record["thoughts"] for record in records_of(other)
-        ]
-    assert len(json.loads((out_dir / "results.json").read_text())) == 2  # neither has taken the other's place
+class Oracle(torch.nn.Module):
+    """Ends a row as endings says, {tokens it begins with: tokens that follow}; the longest beginning counts.
+    Surer the further right: the filling comes first, and thoughts are complete only when their row is."""
+
+    def __init__(self, config, tokenizer):
+        super().__init__()
+        self.config, self.tokenizer, self.endings = config, tokenizer, {}
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    def teach(self, *texts):
+        question, thoughts, answer = map(self.tokenizer.encode_ordinary, texts)
+        self.endings |= {tuple(question): thoughts, tuple(question + thoughts): answer}
+
+    def trunk(self, x):
+        logits, T = torch.zeros(*x.shape, self.config.vocab_size), x.size(1)
+        for row, tokens in enumerate(x.tolist()):
+            begun = max((key for key in self.endings if tokens[: len(key)] == [*key]), key=len)
+            ids = [*begun, *self.endings[begun]] + [self.tokenizer.eot_token] * T
+            logits[row, range(T), ids[:T]] = 9 + torch.arange(T) / 10
+        return logits
+
+    def head(self, x):
+        return x
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"prefix_cache": True}, "prefix_cache needs a block_length"),
-        (
-            {"prefix_cache": True, "block_length": 4, "answer_cfg_scale": 1.0},
-            "without cfg_scale only",
-        ),  # not after the thoughts
-        ({"threshold": 2.0}, "wanted threshold in 0..1"),
-        ({"remasking": "greddy"}, "remasking is 'greddy'"),
-    ],
-)
-def test_options_that_do_not_go_together_are_told_before_the_work(options, message):
-    with pytest.raises(ValueError, match=message):
-        EvalConfig(**options)
+@pytest.fixture
+def oracle(out_dir, monkeypatch):
+    """Knows the answers to all problems but 3 and 8, to which it adds 1, and 13, to which it gives none."""
+    model, tokenizer, checkpoint = load_trained(out_dir, "cpu")
+    oracle = Oracle(model.config, tokenizer)
+    for i, (question, gold) in enumerate(PROBLEMS):
+        answer = "" if i == 13 else f" #### {int(gold) + (i in (3, 8))}"
+        oracle.teach(f"Question: {question}", f" Answer: <<{i + 10}+7>>", answer)
+    monkeypatch.setattr(eval_module, "load_trained", lambda path, device: (oracle, tokenizer, checkpoint))
+    return oracle
 
 
-def test_questions_and_thoughts_without_room(asked, monkeypatch):
-    """Counted as wrong, and told apart from wrong answers."""
-    out_dir, _ = asked
-    result, lines = call(monkeypatch, out_dir, "--length=25")
-    assert (result["accuracy"], result["without_room"], result["without_number"]) == (0, 20, 20)
-    assert json.loads(lines.splitlines()[0])["answer"] is None
-    result, _ = call(monkeypatch, out_dir, "--answer_length=45")
-    assert (result["without_room"], result["n"]) == (20, 20)
+def test_accuracy_of_an_oracle(out_dir, oracle, monkeypatch):
+    result, records = gsm8k(monkeypatch, out_dir, "--batch_size=8")
+    assert (result["acc"], result["n"], result["wrong"], result["wrong_and_empty"]) == (0.85, 20, 3, 1)
+    assert result["acc_se"] == pytest.approx(math.sqrt(0.85 * 0.15 / 19))
+    assert [record["index"] for record in records if not record["acc"]] == [3, 8, 13]
+    texts = {"question": "What is 13 + 7?", "gold": "20", "thoughts": "Answer: <<13+7>>", "answer": "#### 21"}
+    # one token a forward pass: what the question leaves of 40 tokens, and then what the thoughts leave
+    n_question, n_both = list(map(len, oracle.endings))[6:8]
+    assert records[3] == {"index": 3, **texts, "acc": False, "forward_passes": 80 - n_question - n_both}
+    assert result["forward_passes"] == np.mean([record["forward_passes"] for record in records])
+
+
+def test_no_room(out_dir, oracle, monkeypatch):
+    """Neither for thoughts nor for an answer: wrong and empty."""
+    n_question, n_both = list(map(len, oracle.endings))[:2]
+    for length, thoughts in ((n_question, None), (n_both, "Answer: <<10+7>>")):
+        result, (record,) = gsm8k(monkeypatch, out_dir, f"--length={length}", "--limit=1")
+        assert result["wrong_and_empty"] == 1
+        assert (record["thoughts"], record["answer"], record["acc"]) == (thoughts, None, False)
+
+
+def test_every_option_changes_the_answers(out_dir, monkeypatch):
+    """And no result takes another's place."""
+    _, plain = gsm8k(monkeypatch, out_dir, *QUICK, "--limit=3")
+    flags = "steps=5 length=38 temperature=1 cfg_scale=2 remasking=random threshold=0.01 seed=1 limit=2"
+    for flag in flags.split() + ["dtype=bfloat16"]:
+        assert gsm8k(monkeypatch, out_dir, *QUICK, "--limit=3", f"--{flag}")[1] != plain, flag
+    assert len(results_of(out_dir)) == 10
 
 
 def test_problems_are_read(tmp_path, capsys):
-    lines = ["q||t #### 1,000", "no problem", "r||t #### many", "s||t #### -2.50"]
-    (tmp_path / "a.txt").write_text("\n".join(lines))
-    assert read_problems(str(tmp_path / "a.txt"), "") == [("q", Decimal(1000)), ("s", Decimal("-2.5"))]
+    (tmp_path / "a.txt").write_text("q||t #### 1,000\nno problem\nr||t #### many\ns||t #### -2.50\n")
+    assert read_problems(str(tmp_path / "a.txt"), "") == [("q", "1000"), ("s", "-2.50")]
     out = capsys.readouterr().out
-    assert (
-        "left out 1 lines" in out
-        and "a.txt, line 2" in out
-        and "left out 1 problems whose answer is no number" in out
-    )
+    assert "left out 1 lines" in out and "a.txt, line 2" in out
+    assert "left out 1 problems whose answer is no number" in out
     (tmp_path / "b.txt").write_text("nothing\n")
     with pytest.raises(ValueError, match="b.txt holds no problems; wanted question||thoughts #### answer"):
         read_problems(str(tmp_path / "b.txt"), "")
-    with pytest.raises(ValueError, match="source .*c.txt not found"):
-        read_problems(str(tmp_path / "c.txt"), "")
 
 
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"limit": 0}, "limit is 0; it must be at least 1"),
-        ({"batch_tokens": 0}, "batch_tokens is 0; it must be at least 1"),
-        ({"seed": -1}, "seed is -1; it must not be negative"),
-        ({"cfg_scale": -0.5}, "cfg_scale is -0.5; it must not be negative"),
-        ({"cfg_scale": float("nan")}, "cfg_scale is nan; it must not be negative"),
-        ({"nll_type": "left"}, "nll_type is 'left'; it must be 'mc' or 'chain_rule'"),
-        ({"mc_masking": "fair"}, "mc_masking is 'fair'; it must be 'exact' or 'coins'"),
-    ],
-)
-def test_bad_options(options, message):
-    with pytest.raises(ValueError, match=message):
-        EvalConfig(**options)
+# ---- interrupted, repeated, in parallel
 
 
-def planned(*argv):
-    return plan(*configurator.parse(EvalConfig, argv))
+def test_interrupted_equals_uninterrupted(out_dir, monkeypatch):
+    """Two processes got so far: item 6 is there twice, and each was ended in the middle of a line."""
+    _, whole = gsm8k(monkeypatch, out_dir, *QUICK)
+    (path,) = out_dir.glob("gsm8k-*.0.jsonl")
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:9:2]) + lines[1][:-9])
+    Path(str(path).replace(".0.", ".1.")).write_text("".join(lines[3:7:3]) + lines[9][:20])
+    answer_problems, measured = eval_module.answer_problems, []
+
+    def recorded(model, tokenizer, indices, *args):
+        measured.extend(indices)
+        return answer_problems(model, tokenizer, indices, *args)
+
+    monkeypatch.setattr(eval_module, "answer_problems", recorded)
+    for _ in range(2):  # and called again when all is done
+        result, records = gsm8k(monkeypatch, out_dir, *QUICK, "--batch_size=5")
+        assert result["n"] == 20 and {record["index"]: record for record in records} == dict(enumerate(whole))
+    assert measured == [1, 5, 7, *range(9, 20)]
 
 
-def test_tasks_have_settings_of_their_own():
-    tasks = planned(
-        "--task=loss,a.jsonl:nll_type=chain_rule:cfg_scale=1.5, piqa", "--mc_num=7", "--cfg_scale=0.5"
+def test_two_processes_and_any_batch_size_find_the_same(out_dir, monkeypatch):
+    """All three tasks, of which 2 of 7 problems are there already. In batches of 2 a process has 3 and 2."""
+    targets = write_items(out_dir / "targets.jsonl", [{"context": q, "target": a} for q, a in PROBLEMS[:5]])
+    tasks = [["--task=gsm8k", f"--data={out_dir.parent / 'problems.txt'}", "--limit=7", *QUICK]]
+    tasks += [[targets, "--mc_num=4"], ["--task=loss", "--limit=22"]]
+    wanted = [call(monkeypatch, out_dir, *flags) for flags in tasks]
+    for path in [*out_dir.glob("*-*.jsonl"), out_dir / "results.json"]:
+        lines = path.read_text().splitlines(keepends=True)
+        path.unlink()
+        if path.name.startswith("gsm8k"):
+            path.write_text("".join(lines[:2]))
+    rest = [f"--out_dir={out_dir}", "--device=cpu", "--batch_size=2"]
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport eval\nfor flags in {tasks}:\n"
+    (out_dir / "three.py").write_text(
+        code + f"    sys.argv = ['eval.py', *flags, *{rest}]\n    eval.main()\n"
     )
-    assert [(t.task, t.mc_num, t.nll_type, t.cfg_scale) for t in tasks] == [
-        ("loss", 7, "mc", 0.5),
-        ("a.jsonl", 7, "chain_rule", 1.5),
-        ("piqa", 7, "mc", 0.5),
-    ]
-    tasks = planned(
-        "--task=loss,sink_changes,a.jsonl", "--nll_type=chain_rule", "--mc_num=7"
-    )  # which two of them make use of
-    assert ["mc_num" in settings_of(task) for task in tasks] == [True, True, False]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    done = subprocess.run([*command, str(out_dir / "three.py")], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for (result, records), (name, again) in zip(wanted, results_of(out_dir).items(), strict=True):
+        for key in result.keys() - {"settings", "commit", "torch"}:
+            assert again[key] == pytest.approx(result[key], rel=1e-5), (name, key)
+        if name.startswith("gsm8k"):
+            assert records_of(out_dir, name) == records
 
 
-@pytest.mark.parametrize(
-    "argv, message",
-    [
-        (
-            ["--task=loss", "--cfg_scale=0.5"],
-            r"--task=loss makes no use of cfg_scale \(command line\); leave it out",
-        ),
-        (
-            ["--task=a.jsonl,gsm8k", "--plot=True"],
-            r"--task=a.jsonl,gsm8k makes no use of plot \(command line\)",
-        ),
-        (["--task=loss:steps=4"], "task loss:steps=4 makes no use of steps; leave it out"),
-        (["--task=loss:task=x"], "task loss:task=x makes no use of task; leave it out"),
-        (["--task=a.jsonl:mc_num=2", "--mc_num=9"], "makes no use of mc_num"),  # every task has its own
-        ([str(ROOT / "config" / "eval_paper.py"), "--mc_masking=exact"], "makes no use of mc_masking"),
-        (
-            ["--task=a.jsonl:nll_type=chain_rule:mc_num=4"],
-            "chain_rule:mc_num=4 makes no use of mc_num",
-        ),
-        (
-            ["--task=a.jsonl", "--nll_type=chain_rule", "--mc_masking=coins"],
-            "--task=a.jsonl makes no use of mc_masking",
-        ),
-        (["--task=a.jsonl:mc_mum=4"], r"unknown key 'mc_mum' \(task a.jsonl\); did you mean 'mc_num'"),
-        (["--task=a.jsonl:mc_num=many"], r"mc_num='many' \(task a.jsonl\): wanted int"),
-        (["--task=a.jsonl:mc_num=0"], "mc_num is 0"),
-        (["--task=loss,"], "task '' has no name"),
-    ],
-)
-def test_settings_that_would_do_nothing_are_refused(argv, message):
-    with pytest.raises(ValueError, match=message):
-        planned(*argv)
+def test_second_evaluation_into_a_folder_is_told_so(out_dir, monkeypatch):
+    """It starts while the first one works, and changes nothing."""
+    answer_problems, second = eval_module.answer_problems, []
+    flags = ["--task=gsm8k", f"--data={out_dir.parent / 'problems.txt'}", f"--out_dir={out_dir}", "--steps=2"]
+
+    def while_working(*args):
+        command = [sys.executable, str(ROOT / "eval.py"), *flags, "--device=cpu"]
+        second.append(subprocess.run(command, capture_output=True, text=True, timeout=120))
+        return answer_problems(*args)
+
+    monkeypatch.setattr(eval_module, "answer_problems", while_working)
+    result, records = call(monkeypatch, out_dir, *flags)
+    assert second[0].returncode == 2 and "is in use" in second[0].stderr.splitlines()[-1]
+    assert result["n"] == len(records) == 20 and len(second) == 1
 
 
-def test_the_papers_settings():
-    """PAPER.md's table: estimator and guidance of each task."""
-    tasks = {t.task: t for t in planned(str(ROOT / "config" / "eval_paper.py"), "--out_dir=out/x")}
-    chain = {"lambada_standard": 1.1, "openbookqa": 1.6, "boolq": 1.6, "piqa": 0.6}
-    mc = {"arc_easy": 0.6, "arc_challenge": 0.6, "social_iqa": 0.6, "race": 0.7, "hellaswag": 0.7}
-    assert {name: t.cfg_scale for name, t in tasks.items()} == chain | mc
-    assert {name for name, t in tasks.items() if t.nll_type == "chain_rule"} == set(chain)
-    assert {(t.mc_num, t.mc_masking) for name, t in tasks.items() if name in mc} == {(1024, "coins")}
+def test_a_result_depends_on_our_modules_and_on_no_file_beside_them(out_dir, monkeypatch, tmp_path):
+    names = ["model.py", "train.py", "sft_gsm8k.py", "prepare_data.py", "eval.py"]
+    for name in names:
+        shutil.copy(ROOT / name, tmp_path)
+    monkeypatch.setattr(eval_module, "__file__", str(tmp_path / "eval.py"))
+    for n_results, name in enumerate(["notes.py", *names], start=1):
+        call(monkeypatch, out_dir, "--task=loss", "--limit=2", "--mc_num=1")
+        (tmp_path / name).write_text("# changed")
+        call(monkeypatch, out_dir, "--task=loss", "--limit=2", "--mc_num=1")
+        assert len(results_of(out_dir)) == n_results, name
 
 
-def test_damaged_files_are_told_before_the_work(asked, monkeypatch):
-    out_dir, oracle = asked
-    call(monkeypatch, out_dir)
-    oracle.n_rows.clear()
-    (path,) = out_dir.glob("gsm8k-*")
-    path.write_text(path.read_text().replace('"index": 4', '"index" 4'))
-    with pytest.raises(ValueError, match="jsonl is damaged .*; move it away to answer all problems anew"):
-        call(monkeypatch, out_dir)
-    (out_dir / "results.json").write_text('{"a":')
-    with pytest.raises(ValueError, match="results.json is damaged .*; move it away"):
-        call(monkeypatch, out_dir)
-    (out_dir / "results.json").unlink()
-    monkeypatch.setattr(sys, "argv", ["eval.py", "--task=gsm8k", f"--out_dir={out_dir}", "--device=cpu"])
-    monkeypatch.setattr(eval_module, "CORPORA", {"gsm8k": SimpleNamespace(test_source=None)})
-    with pytest.raises(
-        ValueError, match="data set gsm8k has no test problems at .*test.txt; name some with --data=file"
-    ):
-        eval_module.main()
-    assert oracle.n_rows == []
+def test_problems_are_identified_by_question_and_gold(out_dir, oracle, monkeypatch):
+    """With the oracle's wrong answer to problem 3 as its gold, that answer is right."""
+    assert gsm8k(monkeypatch, out_dir)[0]["acc"] == 0.85
+    write_problems(out_dir.parent / "problems.txt", [*PROBLEMS[:3], (PROBLEMS[3][0], "21"), *PROBLEMS[4:]])
+    assert gsm8k(monkeypatch, out_dir)[0]["acc"] == 0.9
+
+
+def test_results_are_kept_with_their_settings(out_dir, monkeypatch):
+    """Of two tasks, from ckpt.pt and best.pt. A write that fails leaves the file as it is."""
+    os.link(out_dir / "ckpt.pt", out_dir / "best.pt")
+    loss, _ = call(monkeypatch, out_dir, "--task=loss", "--limit=2", "--seed=5")
+    best, _ = call(monkeypatch, out_dir / "best.pt", write_items(out_dir / "c.jsonl", CHOICES), "--mc_num=1")
+    results = (out_dir / "results.json").read_text()
+    assert list(json.loads(results).values()) == [loss, best]
+    assert loss["settings"] == asdict(EvalConfig(out_dir=str(out_dir), device="cpu", limit=2, seed=5))
+    assert best["settings"]["out_dir"].endswith("best.pt") and (loss["step"], best["n"]) == (3, 4)
+
+    def fails(*args):
+        raise OSError("no space")
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(ValueError, match="no space"):
+        call(monkeypatch, out_dir, "--task=loss", "--limit=3")
+    assert (out_dir / "results.json").read_text() == results
+
+
+# ---- checkpoints
+
+
+def test_a_checkpoint_in_the_current_folder(out_dir, monkeypatch):
+    monkeypatch.chdir(out_dir)
+    assert call(monkeypatch, Path("ckpt.pt"), "--task=loss", "--limit=2", "--mc_num=1")[0]["n"] == 2
+
+
+def test_a_checkpoint_with_bfloat16_weights(out_dir, monkeypatch):
+    """Its values are those of the same weights in float32."""
+    checkpoint = torch.load(out_dir / "ckpt.pt")
+    log_p, items = [], write_items(out_dir / "c.jsonl", CHOICES)
+    for convert in (torch.Tensor.bfloat16, torch.Tensor.float):
+        checkpoint["model"] = {name: convert(tensor) for name, tensor in checkpoint["model"].items()}
+        torch.save(checkpoint, out_dir / "ckpt.pt")
+        log_p.append([record["log_p"] for record in call(monkeypatch, out_dir, items, "--mc_num=2")[1]])
+        for task in ("loss", "gsm8k"):
+            call(monkeypatch, out_dir, f"--task={task}", "--limit=2", "--steps=2")
+    assert log_p[0] == log_p[1]
+
+
+# ---- loss
+
+
+@pytest.mark.parametrize("script", [train, sft_gsm8k])
+def test_loss_agrees_with_training(data, tmp_path, monkeypatch, script):
+    """With one draw and as many sequences it is the run's last validation, or that of responses (fine-tuned).
+    More draws: a smaller error. No limit: as many sequences as the tokens fill, or all examples."""
+    flags = ["--dataset=arithmetic", f"--data_dir={data}", f"--out_dir={tmp_path / 'out'}", "--device=cpu"]
+    flags += ["--init_from=scratch", "--n_layer=1", "--n_embd=16", "--block_size=48", "--eval_seqs=30"]
+    flags += ["--max_steps=3", "--batch_size=8", "--micro_batch_size=8"]
+    monkeypatch.setattr(sys, "argv", ["script.py", *flags])
+    script.main()
+    log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    row = [row for row in log if "val_loss" in row][-1]
+    loss = [tmp_path / "out", "--task=loss", "--mc_num=1"]
+    result, _ = call(monkeypatch, *loss, "--limit=30")
+    assert result["nats_per_token"] == pytest.approx(row["val_loss"], rel=1e-6)
+    assert result["nats_per_token_se"] == pytest.approx(row["val_se"], rel=1e-6)
+    assert result["perplexity_bound"] == pytest.approx(math.exp(result["nats_per_token"]))
+    many, _ = call(monkeypatch, *loss, "--limit=30", "--mc_num=9")
+    assert abs(many["nats_per_token"] - row["val_loss"]) < 3 * row["val_se"]
+    assert many["nats_per_token_se"] < row["val_se"] * 0.7
+    n_tokens = train.load_meta(data / "arithmetic")["tokens"]["val"]
+    n_problems = len(np.load(data / "arithmetic" / "val_cuts.npy"))
+    assert call(monkeypatch, *loss)[0]["n"] == (n_tokens // 48 if script is train else 2 * n_problems)
+
+
+def test_loss_on_other_data(data, out_dir, monkeypatch, tmp_path):
+    """Half of the validation set is measured. Another vocabulary, be it of the same size, is refused."""
+    other = tmp_path / "other"
+    shutil.copytree(data / "arithmetic", other)
+    tokens, meta = np.fromfile(other / "val.bin", np.uint16), json.loads((other / "meta.json").read_text())
+    n = meta["tokens"]["val"] = len(tokens) // 2
+    tokens[:n].tofile(other / "val.bin")
+    (other / "meta.json").write_text(json.dumps(meta))
+    flags = ["--task=loss", f"--data={other}", "--mc_num=1"]
+    assert call(monkeypatch, out_dir, *flags)[0]["n"] == n // 40
+    meta["tokenizer"]["ranks"][-2:] = meta["tokenizer"]["ranks"][:-3:-1]
+    (other / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match="other has another vocabulary than the checkpoint"):
+        call(monkeypatch, out_dir, *flags)
+
+
+# ---- files of items
+
+
+def chain_rule(model, tokenizer, context, text):
+    """log p(text | context), from functions that test_likelihood.py has."""
+    pair = encode_pair(tokenizer, context, " " + text, model.config.block_size)[:2]
+    return log_likelihood(model, *pair, EvalConfig(nll_type="chain_rule"))
+
+
+def test_choices(out_dir, monkeypatch):
+    """acc by log p, acc_norm by log p over characters, acc_bytes over bytes."""
+    model, tokenizer, _ = load_trained(out_dir, "cpu")
+    task, right = write_items(out_dir / "c.jsonl", CHOICES), []
+    result, records = call(monkeypatch, out_dir, task, "--nll_type=chain_rule")
+    for item, record in zip(CHOICES, records, strict=True):
+        log_p = np.array([chain_rule(model, tokenizer, item["context"], text) for text in item["choices"]])
+        assert record["log_p"] == pytest.approx(log_p) and record["context"] == item["context"]
+        characters = [len(text) for text in item["choices"]]
+        n_bytes = [len(text.encode()) for text in item["choices"]]
+        right.append([np.argmax(log_p / size) == item["gold"] for size in (1, characters, n_bytes)])
+    for name, values in zip(("acc", "acc_norm", "acc_bytes"), np.transpose(right)):
+        assert [record[name] for record in records] == values.tolist()
+        assert result[name] == np.mean(values)
+        assert result[f"{name}_se"] == pytest.approx(np.std(values, ddof=1) / math.sqrt(len(values)))
+    assert result["n"] == 4 and result["contexts_cut"] == 1
+    assert right[2] == [False, False, True]  # of two bytes for a character
+
+
+def test_targets(out_dir, monkeypatch):
+    """The model always writes spaces, so one target is what it would write."""
+    checkpoint = torch.load(out_dir / "ckpt.pt")
+    checkpoint["model"]["wte.weight"][:, 0] = 99.0
+    checkpoint["model"]["lm_head.weight"][32, 0] = 9.0
+    torch.save(checkpoint, out_dir / "ckpt.pt")
+    model, tokenizer, _ = load_trained(out_dir, "cpu")
+    items = [{"context": item["context"], "target": item["choices"][0]} for item in CHOICES]
+    task = write_items(out_dir / "t.jsonl", [*items, {"context": "Tom", "target": "   "}])
+    result, records = call(monkeypatch, out_dir, task, "--nll_type=chain_rule")
+    log_p = [chain_rule(model, tokenizer, record["context"], record["target"]) for record in records]
+    assert [record["acc"] for record in records] == [False] * 4 + [True] and result["acc"] == 0.2
+    assert [record["log_p"] for record in records] == pytest.approx(log_p)
+    assert result["log_p"] == pytest.approx(np.mean(log_p))
+    assert result["log_p_se"] == pytest.approx(np.std(log_p, ddof=1) / math.sqrt(5))
+
+
+def test_fields_of_an_item_are_kept(out_dir, monkeypatch):
+    """But for those that are ours. A file may begin with the mark of some editors."""
+    item = {**CHOICES[0], "index": 7, "acc": 5, "target": "and", "source": "me"}
+    (out_dir / "c.jsonl").write_text("\ufeff" + f"{json.dumps(item)}\n" * 2, encoding="utf-8")
+    for _ in range(2):
+        result, records = call(monkeypatch, out_dir, f"--task={out_dir / 'c.jsonl'}", "--mc_num=1")
+        assert [(record["index"], record["source"]) for record in records] == [(0, "me"), (1, "me")]
+    assert result["acc"] in (0, 1) and "acc_norm" in result
+
+
+BAD_LINES = r"""
+{"context": "a", "choices": ["b"]
+{"context": "a", "choices": ["b", "c"]}
+{"context": "a", "choices": ["b", "c"], "gold": 2}
+{"context": "a", "choices": ["b", ""], "gold": 0}
+{"context": "a", "choices": ["b", 5], "gold": 0}
+{"context": "a", "choices": [], "gold": 0}
+{"context": 5, "choices": ["b"], "gold": 0}
+{"context": "a", "choices": ["\ud800"], "gold": 0}
+{"context": "a", "target": "not the kind of the line before"}
+[1]"""
+
+
+@pytest.mark.parametrize("line", BAD_LINES.split("\n"))
+def test_bad_lines_are_named(tmp_path, line):
+    (tmp_path / "bad.jsonl").write_text(json.dumps(CHOICES[0]) + f"\n{line}\n")
+    with pytest.raises(ValueError, match='bad.jsonl, line 2: wanted {"context": ..., "choices"'):
+        read_items(tmp_path / "bad.jsonl")
+
+
+def test_a_text_that_is_too_long_is_told_before_the_work(out_dir, monkeypatch):
+    task = write_items(out_dir / "c.jsonl", [*CHOICES, {"context": "a", "choices": ["c " * 40], "gold": 0}])
+    with pytest.raises(ValueError, match="a continuation of [0-9]+ tokens exceeds block_size 40"):
+        call(monkeypatch, out_dir, task)
+    assert not list(out_dir.glob("c-*"))
+
+
+def test_bad_options_are_refused():
+    flags = "limit=0 length=0 batch_size=0 seed=-1 nll_type=left mc_masking=fair cfg_scale=nan task=piqa"
+    for flag in flags.split():
+        with pytest.raises(ValueError, match=flag.split("=")[0]):
+            configurator.parse(EvalConfig, [f"--{flag}"])
