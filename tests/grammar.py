@@ -1,9 +1,12 @@
-"""Which texts are problems of the built-in grammar? Counts them among samples, and is the oracle of the generator's tests.
+"""Which texts are problems of the built-in grammar? Counts them among samples, and is the oracle of the
+generator's tests.
 
     python sample.py --num_samples=200 | python tests/grammar.py
 
-A sample PARSES if its question is one of the templates, with any numbers, names and things, followed by as many equations of the
-right operators as the template has, and an answer. It is RIGHT if moreover every number is the one it should be.
+A sample PARSES if its question is one of the templates, with any numbers, names and things, followed by as
+many equations of the
+right operators as the template has, and an answer. It is RIGHT if moreover every number is the one it
+should be.
 """
 
 import re
