@@ -307,13 +307,13 @@ def guided_logits(model, x, masked, given, cfg_scale=0.0):
 def sample_tokens(logits, temperature, uniform):
     """A token for each row of logits (N, V) and the model's probability of it, both (N,) on the CPU: the
     argmax at temperature 0, else where the cumulative softmax(logits / temperature) passes uniform (N,)."""
-    logits = (logits.cpu() if logits.device.type == "mps" else logits).double()  # MPS has no float64
+    logits = logits.cpu() if logits.device.type == "mps" else logits  # MPS has no float64
     tokens = logits.argmax(dim=-1)
-    if temperature > 0:
-        cumulative = (logits / temperature).softmax(dim=-1).cumsum(dim=-1)
+    if temperature > 1e-6:  # float32 cannot divide by much less
+        cumulative = (logits / temperature).softmax(dim=-1).cumsum(dim=-1, dtype=torch.float64)
         point = uniform.to(logits.device)[:, None] * cumulative[:, -1:]  # the sum is 1 up to rounding
         tokens = torch.searchsorted(cumulative, point, right=True)[:, 0].clamp(max=logits.size(1) - 1)
-    return tokens.cpu(), logits.softmax(dim=-1).gather(1, tokens[:, None])[:, 0].cpu()
+    return tokens.cpu(), logits.double().softmax(dim=-1).gather(1, tokens[:, None])[:, 0].cpu()
 
 
 @torch.no_grad()

@@ -163,7 +163,12 @@ def test_steps_from_flops(row):
     batch = {"batch_size": int(run["batch_size"]), "micro_batch_size": 1, "block_size": 2048}
     cfg = TrainConfig(train_flops=run["flops_e18"] * 1e18, **batch, device="cpu")
     with pytest.raises(ValueError, match=f"max_steps is {run['max_step']:.0f};"):
-        train(cfg, types.SimpleNamespace(config=config), None, resume={"step": 10**9})
+        train(
+            cfg,
+            types.SimpleNamespace(config=config),
+            None,
+            resume={"step": 10**9, "best_val_loss": 0, "losses": []},
+        )
 
 
 @pytest.mark.parametrize("run", ["m472_f300", "m6_f1", "m6_f0.006", "m19_f3", "sft"])
