@@ -30,7 +30,7 @@ from sample import load_trained
 CHOICES = [
     {"context": "Question: Tom has 3 apples", "choices": ["and buys 4 more.", "and 2.", "é"], "gold": 1},
     {"context": "Mia has 2 books", "choices": ["and buys 2 more. How many now?", "eels"], "gold": 0},
-    {"context": "", "choices": ["ä" * 12, "abc"], "gold": 0},
+    {"context": "", "choices": ["ä" * 12, "ab"], "gold": 0},
     {"context": "Sam has 5 cards and loses 5. " * 8, "choices": ["4", "How many", "is", "that?"], "gold": 3},
 ]
 PROBLEMS = [(f"What is {i} + 7?", str(i + 7)) for i in range(10, 30)]
@@ -381,7 +381,16 @@ def test_choices(out_dir, monkeypatch):
         assert result[name] == np.mean(values)
         assert result[f"{name}_se"] == pytest.approx(np.std(values, ddof=1) / math.sqrt(len(values)))
     assert result["n"] == 4 and result["contexts_cut"] == 1
-    assert right[2] == [False, False, True]  # of two bytes for a character
+
+
+def test_characters_are_not_bytes(out_dir, monkeypatch):
+    """-10 for 4 characters of 2 bytes, -6 for 3 of one: the second wins per character, the first per byte."""
+    model, tokenizer, _ = load_trained(out_dir, "cpu")
+    log_p = iter([-10.0, -6.0])
+    monkeypatch.setattr(eval_module, "log_likelihood", lambda *args: next(log_p))
+    item = {"context": "a", "choices": ["ä" * 4, "abc"], "gold": 0}
+    record = eval_module.score_item(model, tokenizer, item, EvalConfig())
+    assert (record["acc"], record["acc_norm"], record["acc_bytes"]) == (False, False, True)
 
 
 def test_targets(out_dir, monkeypatch):
