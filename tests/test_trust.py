@@ -52,7 +52,7 @@ LONG_STEP = """
 def hook(*key):
     if key == (0, 50):
         print("long step", flush=True)
-        time.sleep(60)
+        time.sleep(600)
 """
 NOT_A_NUMBER = """
 real_loss = train.diffusion_loss
@@ -89,8 +89,8 @@ def start(data_dir, tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
 
 
-def finish(process, code=0, timeout=240):
-    out, err = process.communicate(timeout=timeout)
+def finish(process, code=0):
+    out, err = process.communicate(timeout=300)
     assert process.returncode == code, (process.returncode, out, err)
     return out, err
 
@@ -185,7 +185,7 @@ def test_the_number_of_processes_does_not_matter(start, tmp_path):
         hook += f"print(key[1], file=open('{out_dir}.txt', 'a'))"
         flags = ["--micro_batch_size=2", "--max_steps=20", "--log_interval=1", "--eval_interval=5"]
         out, _ = finish(start("train", out_dir, *flags, hook=hook, processes=processes))
-        assert f"20 steps of {4 // processes} x {processes} x 2 sequences" in out
+        assert f"a step is {4 // processes} x {processes} x 2 x 16 tokens" in out
         seen = (tmp_path / f"{processes}.txt").read_text().split()
         assert sorted(int(index) for index in seen) == list(range(80))
         for key, rel in {"loss": 1e-5, "val_loss": 1e-5, "val_se": 1e-4, "grad_norm": 1e-4}.items():
@@ -224,7 +224,7 @@ def test_a_signal_finishes_the_step_and_saves(data_dir, tmp_path, monkeypatch, c
 
 
 def test_a_second_ctrl_c_leaves_at_once(start, tmp_path):
-    """In the middle of a step that would take a minute. ckpt.pt stays as it was."""
+    """In the middle of a step that would take ten minutes. ckpt.pt stays as it was."""
     process = start("train", tmp_path / "a", hook=LONG_STEP)
     while "long step" not in process.stdout.readline():
         assert process.poll() is None
@@ -233,7 +233,7 @@ def test_a_second_ctrl_c_leaves_at_once(start, tmp_path):
     time.sleep(1)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    _, err = finish(process, 130, timeout=30)
+    _, err = finish(process, 130)
     assert err == "" and (tmp_path / "a" / "ckpt.pt").read_bytes() == before
     assert load_checkpoint(tmp_path / "a")["step"] == 20
 
@@ -259,7 +259,7 @@ def test_signals_under_torchrun(signum, code, start, tmp_path):
     process = start("train", tmp_path / "a", "--max_steps=99999", processes=2)
     wait_for_step(process, tmp_path / "a", 10)
     process.send_signal(signum)
-    process.communicate(timeout=60)
+    process.communicate(timeout=300)
     assert [(tmp_path / f"hooked_0.py.code{rank}").read_text() for rank in range(2)] == [str(code)] * 2
     step = load_checkpoint(tmp_path / "a")["step"]
     assert step >= 10
