@@ -215,6 +215,9 @@ class MDM(nn.Module):
     def head(self, x):
         return self.lm_head(self.ln_f(x))  # (..., C) -> logits (..., V)
 
+    def nll(self, logits, targets):
+        return F.cross_entropy(logits.float(), targets, reduction="none")  # (N, V), (N,) -> (N,) float32
+
     def num_params(self, non_embedding: bool = True) -> int:
         """Parameters; by default, as in the table of sizes, without embeddings, sinks and output head."""
         left_out = ("wte", "sink", "lm_head") if non_embedding else ()
@@ -266,8 +269,8 @@ def weighted_nll(model, x0, xt, masked, p_mask):
     """Sum over each row's hidden tokens of -log p(x0_i | xt) / p_mask, in nats: (B,) on the model's device.
     x0, xt, masked (B, T) and p_mask (B, 1) are on the CPU: no GPU is asked how many tokens are hidden."""
     device = next(model.parameters()).device
-    logits = model(xt.to(device), masked).float()  # (N, V)
-    nll = F.cross_entropy(logits, x0[masked].to(device), reduction="none")
+    logits = model(xt.to(device), masked)  # (N, V)
+    nll = getattr(model, "module", model).nll(logits, x0[masked].to(device))  # DDP keeps the model in .module
     nll = nll / p_mask.expand_as(x0)[masked].to(device)
     return nll.new_zeros(x0.shape).masked_scatter(masked.to(device), nll).sum(dim=1)
 

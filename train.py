@@ -1,7 +1,6 @@
 """Trains a masked diffusion language model, on a laptop or on many GPUs.
 
     python train.py                                                        # arithmetic, minutes on a CPU
-    python train.py config/shakespeare.py --n_sink=0 --out_dir=out/shakespeare-vanilla
     torchrun --standalone --nproc_per_node=8 train.py config/pretrain_472m_sink.py
     python train.py --init_from=resume --out_dir=out/arithmetic            # continues where it stopped
 
@@ -243,6 +242,7 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
     model.to(device)
     if cfg.compile:
         model.trunk = torch.compile(model.trunk, dynamic=False)
+        model.nll = torch.compile(model.nll, dynamic=True)  # another number of tokens each time
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world_size > 1 else model
     options = {"lr": cfg.learning_rate, "betas": (cfg.beta1, cfg.beta2), "weight_decay": cfg.weight_decay}
     optimizer = torch.optim.AdamW(model.parameters(), **options, fused=device.type in ("cuda", "cpu"))
@@ -322,7 +322,7 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
                 raise ValueError(f"{problem}; start a new run with a lower learning_rate (now {lr:.1e})")
             optimizer.step()
             optimizer.zero_grad()
-            if cfg.compile:  # from now on a text of another length, or in a smaller batch, runs as it is
+            if cfg.compile:  # from now on another shape, such as a shorter text, runs as it is
                 torch.compiler.set_stance("eager_on_recompile")
             done = step + 1  # the rest is reporting
             losses.append(loss)
