@@ -249,9 +249,6 @@ def load_checkpoint(path) -> dict:
     return checkpoint
 
 
-# ---------- Diffusion: the forward process, the loss, the reverse process
-
-
 def mask_tokens(x0, p_mask, maskable, mask_id, noise=None):
     """Forward process q(xt | x0): each maskable token becomes [MASK] with probability p_mask (B, 1).
     x0, maskable (B, T); noise (B, T) uniform numbers, drawn here by default. Returns xt, masked (B, T)."""

@@ -361,9 +361,6 @@ def download(url, folder):
     return path
 
 
-# ---------- Writing
-
-
 def encode(pieces, tokenizer, dtype):
     """Tokens of (text, is_end_of_document) pairs, end-of-text after each document; how many of each pair."""
     arrays = []

@@ -136,7 +136,7 @@ def start(folder, kind, stdout=subprocess.PIPE):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
     options = {"stdout": stdout, "stderr": subprocess.PIPE, "text": True, "cwd": folder}
-    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUNBUFFERED": ""}
     return subprocess.Popen([sys.executable, "script.py", kind], env=environment, **options)
 
 
