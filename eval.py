@@ -81,7 +81,7 @@ def draws(L, cfg, rng):
 
 @torch.no_grad()
 def nll_of(model, context, target, hidden, weight, cfg):
-    """Sum of weight * -log p over the passes of `draws`, in nats. Guided, it is no likelihood of the model."""
+    """Sum of weight * -log p over the passes of `draws`, in nats. Guided, it is no likelihood of a model."""
     n, x0, total = len(context), torch.tensor(context + target), 0.0
     hidden, weight = (F.pad(torch.from_numpy(array), (n, 0)) for array in (hidden, weight))  # (passes, n + L)
     for rows in torch.arange(len(hidden)).split(cfg.batch_size):
