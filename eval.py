@@ -252,10 +252,9 @@ def main():
         results[name] = {**result, "step": checkpoint["step"], "settings": asdict(cfg), **train.made_by()}
         train.write_file(path, lambda file: file.write(json.dumps(results, indent=1).encode()))
         print(f"{name}: {cfg.out_dir}, step {checkpoint['step']:,}; added to {path}")
-        for key, value in result.items():
-            if not key.endswith("_se"):
-                error = f" ± {result[f'{key}_se']:.4f}" if f"{key}_se" in result else ""
-                print(f"  {key:<16} {value if isinstance(value, int) else f'{value:.4f}'}{error}")
+        for key in (key for key in result if not key.endswith("_se")):
+            error = f" ± {result[f'{key}_se']:.4f}" if f"{key}_se" in result else ""
+            print(f"  {key:<16} {round(result[key], 4)}{error}")
 
 
 if __name__ == "__main__":
