@@ -12,7 +12,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from decimal import Decimal
-from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -30,44 +30,20 @@ from sample import load_trained
 CHOICES = [
     {"context": "Question: Tom has 3 apples", "choices": ["and buys 4 more.", "and 2.", "é"], "gold": 1},
     {"context": "Mia has 2 books", "choices": ["and buys 2 more. How many now?", "eels"], "gold": 0},
-    {"context": "", "choices": ["ä" * 12, "ab"], "gold": 0},
+    {"context": "", "choices": ["ä" * 12, "abc"], "gold": 0},
     {"context": "Sam has 5 cards and loses 5. " * 8, "choices": ["4", "How many", "is", "that?"], "gold": 3},
 ]
 PROBLEMS = [(f"What is {i} + 7?", str(i + 7)) for i in range(10, 30)]
-QUICK = ["--steps=6", "--temperature=0.7"]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """The built-in problems, prepared."""
-    folder = tmp_path_factory.mktemp("data")
-    prepare(PrepareConfig(data_dir=str(folder), num_problems=300))
-    return folder
-
-
-@pytest.fixture
-def out_dir(data, tmp_path):
-    """A checkpoint of random weights, and beside its folder PROBLEMS as a file."""
-    meta = train.load_meta(data / "arithmetic")
-    model = make_model(vocab_size=meta["vocab_size"], block_size=40)
-    run = train.TrainConfig(data_dir=str(data), block_size=40, micro_batch_size=5)
-    checkpoint = {
-        "model": model.state_dict(),
-        "model_config": asdict(model.config),
-        "run_config": asdict(run),
-    }
-    (tmp_path / "out").mkdir()
-    torch.save(checkpoint | {"meta": meta, "step": 3}, tmp_path / "out" / "ckpt.pt")
-    write_problems(tmp_path / "problems.txt", PROBLEMS)
-    return tmp_path / "out"
+GSM8K = ["--task=gsm8k", "--steps=6", "--temperature=0.7"]  # where a model of random weights answers
+LOSS = ["--task=loss", "--mc_num=1"]
 
 
 def write_problems(path, problems):
     path.write_text("".join(f"{question}||so #### {gold}\n" for question, gold in problems))
+    return f"--data={path}"
 
 
 def write_items(path, items):
-    """The flag of a file of items."""
     path.write_text("".join(json.dumps(item) + "\n" for item in items))
     return f"--task={path}"
 
@@ -81,21 +57,40 @@ def records_of(folder, name):
     return sorted(map(json.loads, lines), key=lambda record: record["index"])
 
 
-def call(monkeypatch, out_dir, *flags):
-    """Runs eval.py. Returns the last entry of results.json, and its records."""
-    monkeypatch.setattr(sys, "argv", ["eval.py", f"--out_dir={out_dir}", "--device=cpu", *flags])
-    eval_module.main()
-    folder = out_dir if out_dir.is_dir() else out_dir.parent
-    name, result = list(results_of(folder).items())[-1]
-    return result, records_of(folder, name)
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """The built-in problems, prepared, with PROBLEMS to test."""
+    folder = tmp_path_factory.mktemp("data")
+    prepare(PrepareConfig(data_dir=str(folder), num_problems=300))
+    write_problems(folder / "arithmetic" / "test.txt", PROBLEMS)
+    return folder
 
 
-def gsm8k(monkeypatch, out_dir, *flags):
-    return call(monkeypatch, out_dir, "--task=gsm8k", f"--data={out_dir.parent / 'problems.txt'}", *flags)
+@pytest.fixture
+def out_dir(data, tmp_path):
+    """A checkpoint of random weights."""
+    meta = train.load_meta(data / "arithmetic")
+    model = make_model(vocab_size=meta["vocab_size"], block_size=40)
+    run = asdict(train.TrainConfig(data_dir=str(data), block_size=40, micro_batch_size=5))
+    checkpoint = {"model": model.state_dict(), "model_config": asdict(model.config), "run_config": run}
+    torch.save(checkpoint | {"meta": meta, "step": 3}, tmp_path / "ckpt.pt")
+    return tmp_path
+
+
+@pytest.fixture
+def evaluate(out_dir, monkeypatch):
+    """Runs eval.py on the checkpoint. Returns the last entry of results.json, and its records."""
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["eval.py", f"--out_dir={out_dir}", "--device=cpu", *flags])
+        eval_module.main()
+        name, result = list(results_of(out_dir).items())[-1]
+        return result, records_of(out_dir, name)
+
+    return run
 
 
 # ---- GSM8K
-
 
 ANSWERS = """
 #### 18 = 18          #### 1,234 = 1234    #### -5 = -5           #### 2.50 = 2.5      #### .75 = 0.75
@@ -115,20 +110,16 @@ class Oracle(torch.nn.Module):
     """Ends a row as endings says, {tokens it begins with: tokens that follow}; the longest beginning counts.
     Surer the further right: the filling comes first, and thoughts are complete only when their row is."""
 
-    def __init__(self, config, tokenizer):
+    def __init__(self, config, endings, eot_id):
         super().__init__()
-        self.config, self.tokenizer, self.endings = config, tokenizer, {}
+        self.config, self.endings, self.eot_id = config, endings, eot_id
         self.weight = torch.nn.Parameter(torch.zeros(1))
-
-    def teach(self, *texts):
-        question, thoughts, answer = map(self.tokenizer.encode_ordinary, texts)
-        self.endings |= {tuple(question): thoughts, tuple(question + thoughts): answer}
 
     def trunk(self, x):
         logits, T = torch.zeros(*x.shape, self.config.vocab_size), x.size(1)
         for row, tokens in enumerate(x.tolist()):
             begun = max((key for key in self.endings if tokens[: len(key)] == [*key]), key=len)
-            ids = [*begun, *self.endings[begun]] + [self.tokenizer.eot_token] * T
+            ids = [*begun, *self.endings[begun]] + [self.eot_id] * T
             logits[row, range(T), ids[:T]] = 9 + torch.arange(T) / 10
         return logits
 
@@ -140,16 +131,19 @@ class Oracle(torch.nn.Module):
 def oracle(out_dir, monkeypatch):
     """Knows the answers to all problems but 3 and 8, to which it adds 1, and 13, to which it gives none."""
     model, tokenizer, checkpoint = load_trained(out_dir, "cpu")
-    oracle = Oracle(model.config, tokenizer)
+    endings = {}
     for i, (question, gold) in enumerate(PROBLEMS):
         answer = "" if i == 13 else f" #### {int(gold) + (i in (3, 8))}"
-        oracle.teach(f"Question: {question}", f" Answer: <<{i + 10}+7>>", answer)
+        texts = f"Question: {question}", f" Answer: <<{i + 10}+7>>", answer
+        question, thoughts, answer = map(tokenizer.encode_ordinary, texts)
+        endings |= {tuple(question): thoughts, tuple(question + thoughts): answer}
+    oracle = Oracle(model.config, endings, tokenizer.eot_token)
     monkeypatch.setattr(eval_module, "load_trained", lambda path, device: (oracle, tokenizer, checkpoint))
     return oracle
 
 
-def test_accuracy_of_an_oracle(out_dir, oracle, monkeypatch):
-    result, records = gsm8k(monkeypatch, out_dir, "--batch_size=8")
+def test_accuracy_of_an_oracle(oracle, evaluate):
+    result, records = evaluate("--task=gsm8k", "--batch_size=8")
     assert (result["acc"], result["n"], result["wrong"], result["wrong_and_empty"]) == (0.85, 20, 3, 1)
     assert result["acc_se"] == pytest.approx(math.sqrt(0.85 * 0.15 / 19))
     assert [record["index"] for record in records if not record["acc"]] == [3, 8, 13]
@@ -160,21 +154,21 @@ def test_accuracy_of_an_oracle(out_dir, oracle, monkeypatch):
     assert result["forward_passes"] == np.mean([record["forward_passes"] for record in records])
 
 
-def test_no_room(out_dir, oracle, monkeypatch):
+def test_no_room(oracle, evaluate):
     """Neither for thoughts nor for an answer: wrong and empty."""
     n_question, n_both = list(map(len, oracle.endings))[:2]
     for length, thoughts in ((n_question, None), (n_both, "Answer: <<10+7>>")):
-        result, (record,) = gsm8k(monkeypatch, out_dir, f"--length={length}", "--limit=1")
-        assert result["wrong_and_empty"] == 1
+        result, (record,) = evaluate("--task=gsm8k", f"--length={length}", "--limit=1")
         assert (record["thoughts"], record["answer"], record["acc"]) == (thoughts, None, False)
+        assert result["wrong_and_empty"] == 1
 
 
-def test_every_option_changes_the_answers(out_dir, monkeypatch):
+def test_every_option_changes_the_answers(out_dir, evaluate):
     """And no result takes another's place."""
-    _, plain = gsm8k(monkeypatch, out_dir, *QUICK, "--limit=3")
+    _, plain = evaluate(*GSM8K, "--limit=3")
     flags = "steps=5 length=38 temperature=1 cfg_scale=2 remasking=random threshold=0.01 seed=1 limit=2"
     for flag in flags.split() + ["dtype=bfloat16"]:
-        assert gsm8k(monkeypatch, out_dir, *QUICK, "--limit=3", f"--{flag}")[1] != plain, flag
+        assert evaluate(*GSM8K, "--limit=3", f"--{flag}")[1] != plain, flag
     assert len(results_of(out_dir)) == 10
 
 
@@ -192,44 +186,37 @@ def test_problems_are_read(tmp_path, capsys):
 # ---- interrupted, repeated, in parallel
 
 
-def test_interrupted_equals_uninterrupted(out_dir, monkeypatch):
+def test_interrupted_equals_uninterrupted(out_dir, evaluate, monkeypatch):
     """Two processes got so far: item 6 is there twice, and each was ended in the middle of a line."""
-    _, whole = gsm8k(monkeypatch, out_dir, *QUICK)
+    _, whole = evaluate(*GSM8K)
     (path,) = out_dir.glob("gsm8k-*.0.jsonl")
     lines = path.read_text().splitlines(keepends=True)
     path.write_text("".join(lines[:9:2]) + lines[1][:-9])
-    Path(str(path).replace(".0.", ".1.")).write_text("".join(lines[3:7:3]) + lines[9][:20])
-    answer_problems, measured = eval_module.answer_problems, []
-
-    def recorded(model, tokenizer, indices, *args):
-        measured.extend(indices)
-        return answer_problems(model, tokenizer, indices, *args)
-
-    monkeypatch.setattr(eval_module, "answer_problems", recorded)
+    path.with_name(path.name.replace(".0.", ".1.")).write_text("".join(lines[3:7:3]) + lines[9][:20])
+    spy = mock.Mock(wraps=eval_module.answer_problems)
+    monkeypatch.setattr(eval_module, "answer_problems", spy)
     for _ in range(2):  # and called again when all is done
-        result, records = gsm8k(monkeypatch, out_dir, *QUICK, "--batch_size=5")
+        result, records = evaluate(*GSM8K, "--batch_size=5")
         assert result["n"] == 20 and {record["index"]: record for record in records} == dict(enumerate(whole))
+    measured = [index for call in spy.call_args_list for index in call.args[2]]
     assert measured == [1, 5, 7, *range(9, 20)]
 
 
-def test_two_processes_and_any_batch_size_find_the_same(out_dir, monkeypatch):
+def test_two_processes_and_any_batch_size_find_the_same(out_dir, evaluate):
     """All three tasks, of which 2 of 7 problems are there already. In batches of 2 a process has 3 and 2."""
     targets = write_items(out_dir / "targets.jsonl", [{"context": q, "target": a} for q, a in PROBLEMS[:5]])
-    tasks = [["--task=gsm8k", f"--data={out_dir.parent / 'problems.txt'}", "--limit=7", *QUICK]]
-    tasks += [[targets, "--mc_num=4"], ["--task=loss", "--limit=22"]]
-    wanted = [call(monkeypatch, out_dir, *flags) for flags in tasks]
+    tasks = [[*GSM8K, "--limit=7"], [targets, "--mc_num=4"], [*LOSS, "--limit=22"]]
+    wanted = [evaluate(*flags) for flags in tasks]
     for path in [*out_dir.glob("*-*.jsonl"), out_dir / "results.json"]:
         lines = path.read_text().splitlines(keepends=True)
         path.unlink()
         if path.name.startswith("gsm8k"):
             path.write_text("".join(lines[:2]))
-    rest = [f"--out_dir={out_dir}", "--device=cpu", "--batch_size=2"]
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nimport eval\nfor flags in {tasks}:\n"
-    (out_dir / "three.py").write_text(
-        code + f"    sys.argv = ['eval.py', *flags, *{rest}]\n    eval.main()\n"
-    )
+    code = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nimport eval\nfor flags in {tasks}:\n"
+    code += f"    sys.argv = ['eval.py', '--out_dir={out_dir}', '--device=cpu', '--batch_size=2', *flags]\n"
+    (out_dir / "three.py").write_text(code + "    eval.main()\n")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run([*command, str(out_dir / "three.py")], capture_output=True, text=True, timeout=120)
+    done = subprocess.run([*command, str(out_dir / "three.py")], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     for (result, records), (name, again) in zip(wanted, results_of(out_dir).items(), strict=True):
         for key in result.keys() - {"settings", "commit", "torch"}:
@@ -238,109 +225,103 @@ def test_two_processes_and_any_batch_size_find_the_same(out_dir, monkeypatch):
             assert records_of(out_dir, name) == records
 
 
-def test_second_evaluation_into_a_folder_is_told_so(out_dir, monkeypatch):
-    """It starts while the first one works, and changes nothing."""
+def test_second_evaluation_into_a_folder_is_told_so(out_dir, evaluate, monkeypatch):
+    """It has another task, starts while the first one works, and changes nothing."""
     answer_problems, second = eval_module.answer_problems, []
-    flags = ["--task=gsm8k", f"--data={out_dir.parent / 'problems.txt'}", f"--out_dir={out_dir}", "--steps=2"]
 
     def while_working(*args):
-        command = [sys.executable, str(ROOT / "eval.py"), *flags, "--device=cpu"]
-        second.append(subprocess.run(command, capture_output=True, text=True, timeout=120))
+        command = [sys.executable, str(ROOT / "eval.py"), *sys.argv[1:], "--task=loss", "--limit=2"]
+        second.append(subprocess.run(command, capture_output=True, text=True, timeout=300))
         return answer_problems(*args)
 
     monkeypatch.setattr(eval_module, "answer_problems", while_working)
-    result, records = call(monkeypatch, out_dir, *flags)
-    assert second[0].returncode == 2 and "is in use" in second[0].stderr.splitlines()[-1]
-    assert result["n"] == len(records) == 20 and len(second) == 1
+    result, records = evaluate(*GSM8K)
+    assert [process.returncode for process in second] == [2] and "is in use" in second[0].stderr
+    assert result["n"] == len(records) == 20 and len(results_of(out_dir)) == 1
 
 
-def test_a_result_depends_on_our_modules_and_on_no_file_beside_them(out_dir, monkeypatch, tmp_path):
+def test_a_result_depends_on_our_modules_and_on_no_file_beside_them(out_dir, evaluate, monkeypatch, tmp_path):
     names = ["model.py", "train.py", "sft_gsm8k.py", "prepare_data.py", "eval.py"]
     for name in names:
         shutil.copy(ROOT / name, tmp_path)
     monkeypatch.setattr(eval_module, "__file__", str(tmp_path / "eval.py"))
     for n_results, name in enumerate(["notes.py", *names], start=1):
-        call(monkeypatch, out_dir, "--task=loss", "--limit=2", "--mc_num=1")
+        evaluate(*LOSS, "--limit=2")
         (tmp_path / name).write_text("# changed")
-        call(monkeypatch, out_dir, "--task=loss", "--limit=2", "--mc_num=1")
+        evaluate(*LOSS, "--limit=2")
         assert len(results_of(out_dir)) == n_results, name
 
 
-def test_problems_are_identified_by_question_and_gold(out_dir, oracle, monkeypatch):
+def test_problems_are_identified_by_question_and_gold(out_dir, oracle, evaluate):
     """With the oracle's wrong answer to problem 3 as its gold, that answer is right."""
-    assert gsm8k(monkeypatch, out_dir)[0]["acc"] == 0.85
-    write_problems(out_dir.parent / "problems.txt", [*PROBLEMS[:3], (PROBLEMS[3][0], "21"), *PROBLEMS[4:]])
-    assert gsm8k(monkeypatch, out_dir)[0]["acc"] == 0.9
+    changed = [(question, "21" if i == 3 else gold) for i, (question, gold) in enumerate(PROBLEMS)]
+    for problems, acc in ((PROBLEMS, 0.85), (changed, 0.9)):
+        flag = write_problems(out_dir / "problems.txt", problems)
+        assert evaluate("--task=gsm8k", flag)[0]["acc"] == acc
 
 
-def test_results_are_kept_with_their_settings(out_dir, monkeypatch):
+def test_results_are_kept_with_their_settings(out_dir, evaluate, monkeypatch):
     """Of two tasks, from ckpt.pt and best.pt. A write that fails leaves the file as it is."""
     os.link(out_dir / "ckpt.pt", out_dir / "best.pt")
-    loss, _ = call(monkeypatch, out_dir, "--task=loss", "--limit=2", "--seed=5")
-    best, _ = call(monkeypatch, out_dir / "best.pt", write_items(out_dir / "c.jsonl", CHOICES), "--mc_num=1")
+    loss, _ = evaluate("--task=loss", "--limit=2", "--seed=5")
+    best, _ = evaluate(write_items(out_dir / "c.jsonl", CHOICES), f"--out_dir={out_dir / 'best.pt'}")
     results = (out_dir / "results.json").read_text()
     assert list(json.loads(results).values()) == [loss, best]
     assert loss["settings"] == asdict(EvalConfig(out_dir=str(out_dir), device="cpu", limit=2, seed=5))
     assert best["settings"]["out_dir"].endswith("best.pt") and (loss["step"], best["n"]) == (3, 4)
-
-    def fails(*args):
-        raise OSError("no space")
-
-    monkeypatch.setattr(os, "replace", fails)
+    monkeypatch.setattr(os, "replace", mock.Mock(side_effect=OSError("no space")))
     with pytest.raises(ValueError, match="no space"):
-        call(monkeypatch, out_dir, "--task=loss", "--limit=3")
+        evaluate(*LOSS, "--limit=3")
     assert (out_dir / "results.json").read_text() == results
 
 
 # ---- checkpoints
 
 
-def test_a_checkpoint_in_the_current_folder(out_dir, monkeypatch):
+def test_a_checkpoint_in_the_current_folder(out_dir, evaluate, monkeypatch):
     monkeypatch.chdir(out_dir)
-    assert call(monkeypatch, Path("ckpt.pt"), "--task=loss", "--limit=2", "--mc_num=1")[0]["n"] == 2
+    assert evaluate(*LOSS, "--limit=2", "--out_dir=ckpt.pt")[0]["n"] == 2
 
 
-def test_a_checkpoint_with_bfloat16_weights(out_dir, monkeypatch):
+def test_a_checkpoint_with_bfloat16_weights(out_dir, evaluate):
     """Its values are those of the same weights in float32."""
-    checkpoint = torch.load(out_dir / "ckpt.pt")
-    log_p, items = [], write_items(out_dir / "c.jsonl", CHOICES)
+    checkpoint, values = torch.load(out_dir / "ckpt.pt"), []
+    task = write_items(out_dir / "c.jsonl", CHOICES)
     for convert in (torch.Tensor.bfloat16, torch.Tensor.float):
         checkpoint["model"] = {name: convert(tensor) for name, tensor in checkpoint["model"].items()}
         torch.save(checkpoint, out_dir / "ckpt.pt")
-        log_p.append([record["log_p"] for record in call(monkeypatch, out_dir, items, "--mc_num=2")[1]])
-        for task in ("loss", "gsm8k"):
-            call(monkeypatch, out_dir, f"--task={task}", "--limit=2", "--steps=2")
-    assert log_p[0] == log_p[1]
+        values.append([evaluate(task)[1], evaluate(*GSM8K)[1], evaluate(*LOSS)[0]["nats_per_token"]])
+    assert values[0] == values[1]
 
 
 # ---- loss
 
 
 @pytest.mark.parametrize("script", [train, sft_gsm8k])
-def test_loss_agrees_with_training(data, tmp_path, monkeypatch, script):
+def test_loss_agrees_with_training(data, out_dir, evaluate, monkeypatch, script):
     """With one draw and as many sequences it is the run's last validation, or that of responses (fine-tuned).
     More draws: a smaller error. No limit: as many sequences as the tokens fill, or all examples."""
-    flags = ["--dataset=arithmetic", f"--data_dir={data}", f"--out_dir={tmp_path / 'out'}", "--device=cpu"]
+    (out_dir / "ckpt.pt").unlink()
+    flags = ["--dataset=arithmetic", f"--data_dir={data}", f"--out_dir={out_dir}", "--device=cpu"]
     flags += ["--init_from=scratch", "--n_layer=1", "--n_embd=16", "--block_size=48", "--eval_seqs=30"]
     flags += ["--max_steps=3", "--batch_size=8", "--micro_batch_size=8"]
     monkeypatch.setattr(sys, "argv", ["script.py", *flags])
     script.main()
-    log = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    log = [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
     row = [row for row in log if "val_loss" in row][-1]
-    loss = [tmp_path / "out", "--task=loss", "--mc_num=1"]
-    result, _ = call(monkeypatch, *loss, "--limit=30")
+    result, _ = evaluate(*LOSS, "--limit=30")
     assert result["nats_per_token"] == pytest.approx(row["val_loss"], rel=1e-6)
     assert result["nats_per_token_se"] == pytest.approx(row["val_se"], rel=1e-6)
     assert result["perplexity_bound"] == pytest.approx(math.exp(result["nats_per_token"]))
-    many, _ = call(monkeypatch, *loss, "--limit=30", "--mc_num=9")
+    many, _ = evaluate("--task=loss", "--mc_num=9", "--limit=30")
     assert abs(many["nats_per_token"] - row["val_loss"]) < 3 * row["val_se"]
     assert many["nats_per_token_se"] < row["val_se"] * 0.7
     n_tokens = train.load_meta(data / "arithmetic")["tokens"]["val"]
     n_problems = len(np.load(data / "arithmetic" / "val_cuts.npy"))
-    assert call(monkeypatch, *loss)[0]["n"] == (n_tokens // 48 if script is train else 2 * n_problems)
+    assert evaluate(*LOSS)[0]["n"] == (n_tokens // 48 if script is train else 2 * n_problems)
 
 
-def test_loss_on_other_data(data, out_dir, monkeypatch, tmp_path):
+def test_loss_on_other_data(data, evaluate, tmp_path):
     """Half of the validation set is measured. Another vocabulary, be it of the same size, is refused."""
     other = tmp_path / "other"
     shutil.copytree(data / "arithmetic", other)
@@ -348,37 +329,34 @@ def test_loss_on_other_data(data, out_dir, monkeypatch, tmp_path):
     n = meta["tokens"]["val"] = len(tokens) // 2
     tokens[:n].tofile(other / "val.bin")
     (other / "meta.json").write_text(json.dumps(meta))
-    flags = ["--task=loss", f"--data={other}", "--mc_num=1"]
-    assert call(monkeypatch, out_dir, *flags)[0]["n"] == n // 40
+    assert evaluate(*LOSS, f"--data={other}")[0]["n"] == n // 40
     meta["tokenizer"]["ranks"][-2:] = meta["tokenizer"]["ranks"][:-3:-1]
     (other / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(ValueError, match="other has another vocabulary than the checkpoint"):
-        call(monkeypatch, out_dir, *flags)
+        evaluate(*LOSS, f"--data={other}")
 
 
 # ---- files of items
 
 
-def chain_rule(model, tokenizer, context, text):
-    """log p(text | context), from functions that test_likelihood.py has."""
-    pair = encode_pair(tokenizer, context, " " + text, model.config.block_size)[:2]
-    return log_likelihood(model, *pair, EvalConfig(nll_type="chain_rule"))
-
-
-def test_choices(out_dir, monkeypatch):
-    """acc by log p, acc_norm by log p over characters, acc_bytes over bytes."""
+def chain_rule(out_dir, context, texts):
+    """log p of each text behind the context, from functions that test_likelihood.py checks."""
     model, tokenizer, _ = load_trained(out_dir, "cpu")
-    task, right = write_items(out_dir / "c.jsonl", CHOICES), []
-    result, records = call(monkeypatch, out_dir, task, "--nll_type=chain_rule")
+    pairs = [encode_pair(tokenizer, context, " " + text, 40)[:2] for text in texts]
+    return np.array([log_likelihood(model, *pair, EvalConfig(nll_type="chain_rule")) for pair in pairs])
+
+
+def test_choices(out_dir, evaluate):
+    """acc by log p, acc_norm by log p over characters, acc_bytes over bytes."""
+    result, records = evaluate(write_items(out_dir / "c.jsonl", CHOICES), "--nll_type=chain_rule")
+    right = []
     for item, record in zip(CHOICES, records, strict=True):
-        log_p = np.array([chain_rule(model, tokenizer, item["context"], text) for text in item["choices"]])
+        log_p = chain_rule(out_dir, item["context"], item["choices"])
         assert record["log_p"] == pytest.approx(log_p) and record["context"] == item["context"]
-        characters = [len(text) for text in item["choices"]]
-        n_bytes = [len(text.encode()) for text in item["choices"]]
-        right.append([np.argmax(log_p / size) == item["gold"] for size in (1, characters, n_bytes)])
+        sizes = 1, [len(text) for text in item["choices"]], [len(text.encode()) for text in item["choices"]]
+        right.append([np.argmax(log_p / size) == item["gold"] for size in sizes])
     for name, values in zip(("acc", "acc_norm", "acc_bytes"), np.transpose(right)):
-        assert [record[name] for record in records] == values.tolist()
-        assert result[name] == np.mean(values)
+        assert [record[name] for record in records] == values.tolist() and result[name] == np.mean(values)
         assert result[f"{name}_se"] == pytest.approx(np.std(values, ddof=1) / math.sqrt(len(values)))
     assert result["n"] == 4 and result["contexts_cut"] == 1
 
@@ -393,29 +371,28 @@ def test_characters_are_not_bytes(out_dir, monkeypatch):
     assert (record["acc"], record["acc_norm"], record["acc_bytes"]) == (False, False, True)
 
 
-def test_targets(out_dir, monkeypatch):
+def test_targets(out_dir, evaluate):
     """The model always writes spaces, so one target is what it would write."""
     checkpoint = torch.load(out_dir / "ckpt.pt")
     checkpoint["model"]["wte.weight"][:, 0] = 99.0
     checkpoint["model"]["lm_head.weight"][32, 0] = 9.0
     torch.save(checkpoint, out_dir / "ckpt.pt")
-    model, tokenizer, _ = load_trained(out_dir, "cpu")
     items = [{"context": item["context"], "target": item["choices"][0]} for item in CHOICES]
-    task = write_items(out_dir / "t.jsonl", [*items, {"context": "Tom", "target": "   "}])
-    result, records = call(monkeypatch, out_dir, task, "--nll_type=chain_rule")
-    log_p = [chain_rule(model, tokenizer, record["context"], record["target"]) for record in records]
+    items += [{"context": "Tom", "target": "   "}]
+    result, records = evaluate(write_items(out_dir / "t.jsonl", items), "--nll_type=chain_rule")
+    log_p = [chain_rule(out_dir, item["context"], [item["target"]])[0] for item in items]
     assert [record["acc"] for record in records] == [False] * 4 + [True] and result["acc"] == 0.2
     assert [record["log_p"] for record in records] == pytest.approx(log_p)
     assert result["log_p"] == pytest.approx(np.mean(log_p))
     assert result["log_p_se"] == pytest.approx(np.std(log_p, ddof=1) / math.sqrt(5))
 
 
-def test_fields_of_an_item_are_kept(out_dir, monkeypatch):
+def test_fields_of_an_item_are_kept(out_dir, evaluate):
     """But for those that are ours. A file may begin with the mark of some editors."""
     item = {**CHOICES[0], "index": 7, "acc": 5, "target": "and", "source": "me"}
     (out_dir / "c.jsonl").write_text("\ufeff" + f"{json.dumps(item)}\n" * 2, encoding="utf-8")
     for _ in range(2):
-        result, records = call(monkeypatch, out_dir, f"--task={out_dir / 'c.jsonl'}", "--mc_num=1")
+        result, records = evaluate(f"--task={out_dir / 'c.jsonl'}", "--mc_num=1")
         assert [(record["index"], record["source"]) for record in records] == [(0, "me"), (1, "me")]
     assert result["acc"] in (0, 1) and "acc_norm" in result
 
@@ -427,7 +404,6 @@ BAD_LINES = r"""
 {"context": "a", "choices": ["b", ""], "gold": 0}
 {"context": "a", "choices": ["b", 5], "gold": 0}
 {"context": "a", "choices": [], "gold": 0}
-{"context": 5, "choices": ["b"], "gold": 0}
 {"context": "a", "choices": ["\ud800"], "gold": 0}
 {"context": "a", "target": "not the kind of the line before"}
 [1]"""
@@ -440,10 +416,10 @@ def test_bad_lines_are_named(tmp_path, line):
         read_items(tmp_path / "bad.jsonl")
 
 
-def test_a_text_that_is_too_long_is_told_before_the_work(out_dir, monkeypatch):
+def test_a_text_that_is_too_long_is_told_before_the_work(out_dir, evaluate):
     task = write_items(out_dir / "c.jsonl", [*CHOICES, {"context": "a", "choices": ["c " * 40], "gold": 0}])
     with pytest.raises(ValueError, match="a continuation of [0-9]+ tokens exceeds block_size 40"):
-        call(monkeypatch, out_dir, task)
+        evaluate(task)
     assert not list(out_dir.glob("c-*"))
 
 

@@ -89,7 +89,7 @@ def test_exact_masks_hide_all_tokens_equally_often():
 
 
 def test_exact_masks_of_a_size_are_equally_likely():
-    """Dealt from one deck or not: every set of k of 4 tokens comes equally often, once in 4 draws."""
+    """Balanced or not: every set of k of 4 tokens comes equally often, and every k once in 4 draws."""
     counts = dict.fromkeys(ALL_MASKS[1:], 0)
     for seed in range(3000):
         hidden, weight = draws(4, EvalConfig(mc_num=4), np.random.default_rng(seed))
@@ -183,11 +183,11 @@ def test_sums_are_not_made_in_half_precision(monkeypatch):
         return seen[-1]
 
     monkeypatch.setattr(torch.nn.functional, "cross_entropy", recorded)
-    half = nll(model, CONTEXT, TARGET, **CHAIN, dtype="bfloat16")
+    half = nll(model, CONTEXT, 3 * TARGET, **CHAIN, dtype="bfloat16")
     *dtypes, values = seen
     assert dtypes == [torch.bfloat16, torch.float32]
     assert half == pytest.approx(math.fsum(values.tolist()), rel=1e-12)
-    assert half == pytest.approx(nll(model, CONTEXT, TARGET, **CHAIN), rel=0.02)
+    assert half == pytest.approx(nll(model, CONTEXT, 3 * TARGET, **CHAIN), rel=0.02)
 
 
 # ---- greedy decoding
