@@ -12,8 +12,10 @@ import glob
 import json
 import math
 import os
+import re
 import zlib
 from dataclasses import asdict, dataclass
+from decimal import Decimal, InvalidOperation
 
 import numpy as np
 import torch
@@ -23,7 +25,7 @@ from tqdm import tqdm
 import configurator
 import train
 from model import generate, guided_logits, seed_for
-from prepare_data import CORPORA, encode_pair, file_sha256, final_number, read_problems
+from prepare_data import documents, file_sha256, find_files, load_meta, open_locked, read_rows
 from sample import load_trained
 from sft_gsm8k import SFTConfig, answer, example_batches
 
@@ -79,6 +81,19 @@ def draws(L, cfg, rng):
     return hidden, np.bincount(number.ravel(), weight / cfg.mc_num)[:, None] * hidden
 
 
+def encode_pair(tokenizer, context, continuation, block_size):
+    """Token ids of context and continuation as they stand in the joint text: a token that reaches beyond the
+    context is the continuation's. An empty context becomes end-of-text; a long one loses tokens on its left,
+    and their number is the third result. Raises ValueError for a too long continuation."""
+    ids = tokenizer.encode_ordinary(context + continuation)
+    n = len(os.path.commonprefix([ids, tokenizer.encode_ordinary(context)]))
+    context, target = ids[:n] or [tokenizer.eot_token], ids[n:]
+    n_cut = max(0, len(context) + len(target) - block_size)
+    if n_cut > len(context):
+        raise ValueError(f"a continuation of {len(target)} tokens exceeds block_size {block_size}")
+    return context[n_cut:], target, n_cut
+
+
 @torch.no_grad()
 def nll_of(model, context, target, hidden, weight, cfg):
     """Sum of weight * -log p over the passes of `draws`, in nats. Guided, it is no likelihood of a model."""
@@ -118,15 +133,17 @@ def greedy_match(model, context, target, cfg):
 def read_items(path):
     """Items of a .jsonl file, all with choices or all with a target. Raises ValueError for another line."""
     items, wanted = [], '{"context": ..., "choices": [...], "gold": 0} or {"context": ..., "target": ...}'
-    for number, line in enumerate(open(path, encoding="utf-8-sig", errors="replace"), start=1):
+    for line, position in read_rows(path):
         try:
             items.append(item := json.loads(line))
             texts = item["choices"] if "choices" in item else [item["target"]]
-            assert all(texts) and "".join([item["context"], *texts]).encode()
-            assert "choices" not in item or item["gold"] in range(len(texts))
-            assert ("choices" in item) == ("choices" in items[0])
-        except (ValueError, TypeError, KeyError, AssertionError) as error:
-            raise ValueError(f"{path}, line {number}: wanted {wanted}; got {line[:80]!r}") from error
+            "".join([item["context"], *texts]).encode()  # they are texts, and no half of a surrogate pair
+            alike = ("choices" in item) == ("choices" in items[0])
+            gold = item["gold"] if "choices" in item else 0
+            if not (alike and texts and all(texts) and gold in range(len(texts))):
+                raise ValueError("wanted items of one kind, with texts that are not empty")
+        except (ValueError, TypeError, LookupError, AttributeError) as error:
+            raise ValueError(f"{position}: wanted {wanted}; got {line[:80]!r}") from error
     if not items:
         raise ValueError(f"{path} is empty; wanted {wanted}")
     return items
@@ -143,6 +160,36 @@ def score_item(model, tokenizer, item, cfg):
     lengths = [len(text) for text in texts], [len(text.encode()) for text in texts]
     scores = {"acc": log_p, "acc_norm": log_p / lengths[0], "acc_bytes": log_p / lengths[1]}
     return record | {name: int(score.argmax()) == item["gold"] for name, score in scores.items()}
+
+
+def final_number(text):
+    """The number behind the first '#### ', as OpenAI's grader reads it, without commas; or None."""
+    match = re.search(r"#### (\-?[0-9\.\,]+)", text or "")
+    try:
+        return Decimal(match[1].replace(",", "")) if match else None
+    except InvalidOperation:  # such as 1.2.3
+        return None
+
+
+def read_problems(address, download_dir=None):
+    """[(question, gold)] of problems; those of a prepared folder are its test problems. An answer that is no
+    number, or has more of one behind it (1/2, 3:30), is left out. Raises ValueError if there are none."""
+    if os.path.exists(f"{address}/meta.json"):
+        folder, test = address, load_meta(address)["settings"]["test_source"]
+        if test is None:
+            raise ValueError(f"{folder} has no test problems; give some with --data=FILE")
+        address, download_dir = test if "://" in test else f"{folder}/{test}", f"{folder}/download"
+    texts = [text for text, _ in documents(find_files(address, download_dir), "problems")]
+    problems = []
+    for question, text in zip(texts[::3], texts[2::3]):  # between them stand the thoughts
+        gold = final_number(text)
+        if gold is not None and not re.search(r"#### -?[0-9.,]++.*[/:\d]", text):
+            problems.append((question.removeprefix("Question: "), str(gold)))
+    if len(problems) < len(texts) / 3:
+        print(f"{address}: left out {len(texts) // 3 - len(problems):,} problems whose answer is no number")
+    if not problems:
+        raise ValueError(f"{address} holds no problems whose answer is a number")
+    return problems
 
 
 def answer_problems(model, tokenizer, indices, problems, cfg):
@@ -170,7 +217,7 @@ def measure(path, items, batch_size, work, rank, world_size):
     if world_size > 1:
         torch.distributed.barrier()  # all have read before one writes
     todo = [i for i in range(rank, len(items), world_size) if i not in done]
-    with train.open_locked(f"{path}.{rank}.jsonl") as file, tqdm(total=len(todo), disable=rank > 0) as bar:
+    with open_locked(f"{path}.{rank}.jsonl") as file, tqdm(total=len(todo), disable=rank > 0) as bar:
         for indices in (todo[i : i + batch_size] for i in range(0, len(todo), batch_size)):
             for index, record in zip(indices, work(indices, [items[i] for i in indices])):
                 done[index] = {**record, "index": index}
@@ -187,7 +234,7 @@ def validation(checkpoint, data, limit):
     """(get_batch, number of sequences, meta) of a run's validation set, or of another prepared folder's."""
     run = checkpoint["run_config"]
     folder = data or os.path.join(run["data_dir"], run["dataset"])
-    meta = train.load_meta(folder)
+    meta = load_meta(folder)
     if meta["tokenizer"] | {"pattern": None} != checkpoint["meta"]["tokenizer"] | {"pattern": None}:
         raise ValueError(f"{folder} has another vocabulary than the checkpoint; prepare it again")
     cfg = SFTConfig(**run) if "epochs" in run else train.TrainConfig(**run)
@@ -207,7 +254,7 @@ def main():
     model, tokenizer, checkpoint = load_trained(path, device)
     run, folder = checkpoint["run_config"], os.path.dirname(path) or "."
     if rank == 0:
-        locked = train.open_locked(os.path.join(folder, ".eval.lock"))  # noqa: F841
+        locked = open_locked(os.path.join(folder, ".eval.lock"))  # noqa: F841
         print(configurator.describe(cfg, set_by))
     if cfg.task == "loss":
         get_batch, n, data = validation(checkpoint, cfg.data, cfg.limit)
@@ -216,8 +263,7 @@ def main():
         result = {"n": n, "nats_per_token": nats, "nats_per_token_se": se, "perplexity_bound": math.exp(nats)}
     elif cfg.task == "gsm8k":
         corpus = os.path.join(run["data_dir"], run["dataset"])
-        address = cfg.data or CORPORA[run["dataset"]].test_source or f"{corpus}/test.txt"
-        data = read_problems(address, f"{corpus}/download")[: cfg.limit]
+        data = read_problems(cfg.data or corpus, f"{corpus}/download")[: cfg.limit]
     else:
         data = read_items(cfg.task)[: cfg.limit]
         for item in data:  # a text that is too long is told before the work

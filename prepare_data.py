@@ -1,33 +1,34 @@
 """Turns a corpus into token files: data/<name>/train.bin, val.bin and meta.json.
 
-    python prepare_data.py                                   # arithmetic: generated word problems, no network
-    python prepare_data.py shakespeare --tokenizer=bytes     # downloads 1 MB of text
-    python prepare_data.py text --source=my_folder           # .txt, .jsonl ("text" field), also .gz and .xz
-    python prepare_data.py fineweb_edu --max_tokens=1e9      # streams from the hub (pip install datasets)
+    python prepare_data.py                                # arithmetic: generated word problems, no network
+    python prepare_data.py shakespeare                    # downloads 1 MB of text
+    python prepare_data.py novels --source=my_folder      # texts of your own, under any name
+    python prepare_data.py fineweb_edu --max_tokens=1e9   # streams from the hub (pip install datasets)
 
+Public data sets: gsm8k, shakespeare, wikitext2, tinystories, openwebtext, fineweb_edu, slimpajama. Sources of
+your own are .txt, .jsonl or .parquet files, also packed as .gz, .xz or .zst, or a folder with such files.
 A .bin file is the tokens of all documents, one after another as uint16 (uint32 for a vocabulary over 65,536),
-each closed by the end-of-text token. Files are read as streams and encoded on all cores. A word problem reads
-"Question: ... Answer: <<3+4=7>> #### 7"; _cuts.npy files tell sft_gsm8k.py where the parts of each begin."""
+each closed by the end-of-text token. A word problem reads "Question: ... Answer: <<3+4=7>> #### 7"; _cuts.npy
+files tell sft_gsm8k.py where the parts of each begin."""
 
-import base64
 import collections
+import contextlib
 import gzip
 import hashlib
-import heapq
 import http.client
 import io
+import itertools
 import json
 import lzma
+import math
 import os
-import pathlib
 import random
+import shutil
 import sys
+import tempfile
 import time
 import urllib.request
-import zlib
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import regex
@@ -37,313 +38,282 @@ from tqdm import tqdm
 import configurator
 
 EOT = "<|endoftext|>"
-CHARS_AT_ONCE = 1 << 20  # text encoded as one piece of work; longer documents are cut at a line's end
+PIECE = 1 << 16  # characters; a document of more than two pieces is encoded in pieces
 
 
 @dataclass
 class PrepareConfig:
-    name: str = "arithmetic"  # or gsm8k, shakespeare, wikitext2, tinystories, openwebtext, ..., text
+    name: str = "arithmetic"  # the files go to data_dir/name: a public data set, or any name with a source
     source: str | None = None  # file, folder, URL or hub:ID[@CONFIG][:SPLIT]; None: the public source
-    val_source: str | None = None  # likewise; None: the public one, or the last val_fraction of source
-    val_fraction: float | None = None  # share of the tokens held out from the end; None: as the data set says
-    tokenizer: str | None = None  # gpt2, bytes, or bpe (trained on the corpus); None: as the data set says
-    vocab_size: int | None = None  # of a bpe tokenizer, end-of-text included; None: 4096 (arithmetic: 512)
-    split_digits: bool | None = None  # every digit its own token; None: for arithmetic and gsm8k
-    max_tokens: int | None = None  # stop after so many tokens of source
-    data_dir: str = "data"  # the files go to data_dir/name
+    val_source: str | None = None  # likewise; None: the public one, or documents held out from source
+    test_source: str | None = None  # likewise, problems for eval.py
+    val_fraction: float | None = None  # 1/n holds out every n-th document; None: 0.01, or as in CORPORA
+    documents: str | None = None  # problems, articles (WikiText), or marked: text between <|endoftext|> marks
+    text_field: str = "text"  # of .jsonl, .parquet and hub rows
+    tokenizer: str | None = None  # gpt2, bytes, words, or a tokenizer.json: a path, or a model on the hub
+    vocab_size: int | None = None  # of words (None: 4096), or only the first tokens of gpt2
+    split_digits: bool | None = None  # every digit its own token; None: for problems
+    max_tokens: int | None = None  # stop after about so many tokens of source
+    overwrite: bool = False  # replace what was prepared with other settings
+    data_dir: str = "data"  # where the data sets are
     num_problems: int = 50000  # arithmetic: training problems (1,000 more each for validation and test)
     seed: int = 0  # arithmetic: seed of the generator
 
 
-@dataclass
-class Corpus:
-    source: str | None
-    val_source: str | None = None
-    val_fraction: float = 0.01
-    documents: str = "marked"  # 'marked' by <|endoftext|>, wikitext 'articles', or 'problems', one a line
-    tokenizer: str = "gpt2"
-    test_source: str | None = None  # problems for eval.py; None: test.txt beside the prepared data
-
-
 GITHUB, HF = "https://raw.githubusercontent.com", "https://huggingface.co/datasets"
 ICOT, ICOT_LFS = "da03/implicit_chain_of_thought/main/data/gsm8k", "https://media.githubusercontent.com/media"
-GSM8K_VALID = f"{GITHUB}/{ICOT}/valid.txt"  # 500 lines of GSM8K's training set
 GSM8K_TEST = f"{GITHUB}/openai/grade-school-math/master/grade_school_math/data/test.jsonl"
-TINYSHAKESPEARE = f"{GITHUB}/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
+SHAKESPEARE = f"{GITHUB}/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 WIKITEXT2 = f"{GITHUB}/pytorch/examples/main/word_language_model/data/wikitext-2"
 TINYSTORIES = f"{HF}/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4"
-CORPORA = {
-    "arithmetic": Corpus(None, documents="problems", tokenizer="bpe"),
-    "gsm8k": Corpus(f"{ICOT_LFS}/{ICOT}/train.txt", GSM8K_VALID, 0.02, "problems", test_source=GSM8K_TEST),
-    "shakespeare": Corpus(TINYSHAKESPEARE, val_fraction=0.1, tokenizer="bytes"),
-    "wikitext2": Corpus(f"{WIKITEXT2}/train.txt", f"{WIKITEXT2}/valid.txt", documents="articles"),
-    "tinystories": Corpus(f"{TINYSTORIES}-train.txt", f"{TINYSTORIES}-valid.txt"),
-    "openwebtext": Corpus("hub:Skylion007/openwebtext:train", val_fraction=0.0005),
-    "fineweb_edu": Corpus("hub:HuggingFaceFW/fineweb-edu@sample-10BT:train", val_fraction=0.0005),
-    "slimpajama": Corpus("hub:cerebras/SlimPajama-627B:train", "hub:cerebras/SlimPajama-627B:validation"),
-    "text": Corpus(None),
+FINEWEB, SLIMPAJAMA = "hub:HuggingFaceFW/fineweb-edu@sample-10BT", "hub:cerebras/SlimPajama-627B"
+CORPORA = {  # settings in place of None
+    "arithmetic": {"documents": "problems", "tokenizer": "words", "test_source": "test.txt"},
+    "gsm8k": {"source": f"{ICOT_LFS}/{ICOT}/train.txt", "val_source": f"{GITHUB}/{ICOT}/valid.txt"}
+    | {"documents": "problems", "test_source": GSM8K_TEST},
+    "shakespeare": {"source": SHAKESPEARE, "val_fraction": 0.1, "tokenizer": "bytes"},
+    "wikitext2": {"source": f"{WIKITEXT2}/train.txt", "val_source": f"{WIKITEXT2}/valid.txt"}
+    | {"documents": "articles"},
+    "tinystories": {"source": f"{TINYSTORIES}-train.txt", "val_source": f"{TINYSTORIES}-valid.txt"},
+    "openwebtext": {"source": "hub:Skylion007/openwebtext", "val_fraction": 0.0005},
+    "fineweb_edu": {"source": FINEWEB, "val_fraction": 0.0005},
+    "slimpajama": {"source": f"{SLIMPAJAMA}:train", "val_source": f"{SLIMPAJAMA}:validation"},
 }
 
-# ---------- Tokenizers: tiktoken encodings, described by a dict that meta.json and every checkpoint carry
+# ---------- Tokenizers: described by a dict that meta.json and every checkpoint carry
 
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's
 DIGIT_PATTERN = PATTERN.replace(r" ?\p{N}+", r"\p{N}")
-TOKENIZERS = ("gpt2", "bytes", "bpe")
 
 
-def load_tokenizer(spec: dict) -> tiktoken.Encoding:
-    """The encoding of a tokenizer dict: its name, pattern, vocab_size, and for bpe the ranks in base64."""
-    if spec["name"] == "gpt2":
-        try:
-            ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
-        except OSError as error:
-            hint = "set TIKTOKEN_CACHE_DIR to a folder with its vocabulary, or choose --tokenizer=bpe"
-            raise ValueError(f"gpt2 could not be downloaded ({type(error).__name__}); {hint}") from error
-    elif spec["name"] == "bytes":
-        ranks = {bytes([byte]): byte for byte in range(256)}
-    else:
-        ranks = {base64.b64decode(token): rank for rank, token in enumerate(spec["ranks"])}
-    name, pattern, size = spec["name"], spec["pattern"], spec["vocab_size"]
+def make_tokenizer(name: str, split_digits: bool = False, vocab_size: int | None = None, texts=()) -> dict:
+    """gpt2, or its first vocab_size - 1 tokens and end-of-text; bytes; words, the bytes and the commonest
+    pieces of texts, up to a million texts; or a tokenizer.json. Raises ValueError if it cannot be had."""
+    spec = {"name": name, "pattern": DIGIT_PATTERN if split_digits else PATTERN}
+    if vocab_size is not None and not (257 <= vocab_size <= 50257 and name in ("gpt2", "words")):
+        raise ValueError(f"vocab_size is {vocab_size}; wanted 257 to 50257, with gpt2 or words")
+    if name in ("gpt2", "bytes"):
+        return spec | {"vocab_size": (vocab_size or 50257) if name == "gpt2" else 257}
+    if name == "words":
+        counts = collections.Counter()
+        for text in itertools.islice(texts, 1_000_000):
+            counts.update(regex.findall(spec["pattern"], text))
+        words = [word for word, _ in counts.most_common() if len(word.encode()) > 1]
+        words = words[: (vocab_size or 4096) - 257]
+        return spec | {"vocab_size": 257 + len(words), "words": words}
+    hub = configurator.need("tokenizers").Tokenizer
     try:
-        special = {EOT: size - 1}
-        return tiktoken.Encoding(
-            name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=special, explicit_n_vocab=size
-        )
-    except Exception as error:  # tiktoken has no error of its own for ranks and patterns that are none
+        tokenizer = hub.from_file(name) if os.path.exists(name) else hub.from_pretrained(name)
+    except Exception as error:  # tokenizers has no class of its own for errors
+        wanted = "gpt2, bytes, words, the path of a tokenizer.json, or a model on the hub"
+        raise ValueError(f"tokenizer {name!r} cannot be loaded ({error}); wanted {wanted}") from error
+    data, ids = json.loads(tokenizer.to_str()), tokenizer.get_vocab()
+    for key, kind in (("normalizer", "Prepend"), ("decoder", "Strip")):  # Llama 2's adds a space to each text
+        if steps := (data[key] or {}).get(f"{key}s"):  # and removes it again: pieces of a text would not join
+            steps[:] = [step for step in steps if step["type"] != kind]
+    eot = [token for token in (EOT, "<|end_of_text|>", "</s>") if token in ids]
+    if not eot:
+        raise ValueError(f"tokenizer {name!r} lacks an end-of-text token: {EOT}, <|end_of_text|> or </s>")
+    spec = {"name": "tokenizer.json", "pattern": None, "vocab_size": max(ids.values()) + 1}
+    return spec | {"eot": eot[0], "json": json.dumps(data)}
+
+
+def load_tokenizer(spec: dict):
+    """The tiktoken.Encoding or HubTokenizer that a dict describes. Raises ValueError if it does not."""
+    size, ranks = spec["vocab_size"], {bytes([byte]): byte for byte in range(256)}
+    try:
+        if "json" in spec:
+            return HubTokenizer(spec)
+        if spec["name"] == "gpt2":
+            ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
+        for word in spec.get("words", []):
+            ranks[word.encode()] = len(ranks)
+        ranks = {token: rank for token, rank in ranks.items() if rank < size - 1}  # the first are a BPE, too
+        options = {"special_tokens": {EOT: size - 1}, "explicit_n_vocab": size}
+        return tiktoken.Encoding(spec["name"], pat_str=spec["pattern"], mergeable_ranks=ranks, **options)
+    except OSError as error:
+        hint = "set TIKTOKEN_CACHE_DIR to a folder with its vocabulary, or choose --tokenizer=words"
+        raise ValueError(f"gpt2 could not be downloaded ({type(error).__name__}); {hint}") from error
+    except Exception as error:  # tiktoken has no class of its own for errors
         fault = f"the tokenizer's description is damaged ({error!r})"
         raise ValueError(f"{fault}; prepare the data set again") from error
 
 
-def make_tokenizer(name: str, split_digits: bool, vocab_size: int, texts) -> dict:
-    """A tokenizer dict. vocab_size and texts, what it is trained on, count only for bpe."""
-    spec = {"name": name, "pattern": DIGIT_PATTERN if split_digits else PATTERN}
-    if name != "bpe":
-        return {**spec, "vocab_size": 50257 if name == "gpt2" else 257}
-    if vocab_size < 258:
-        raise ValueError(f"vocab_size is {vocab_size}; bpe needs at least 258: bytes, a merge, end-of-text")
-    ranks = [base64.b64encode(token).decode() for token in train_bpe(texts, spec["pattern"], vocab_size - 1)]
-    return {**spec, "vocab_size": len(ranks) + 1, "ranks": ranks}
+class HubTokenizer:
+    """A tokenizer.json, with the methods of a tiktoken.Encoding that this project calls."""
+
+    def __init__(self, spec):
+        self.tokenizer = configurator.need("tokenizers").Tokenizer.from_str(spec["json"])
+        self.eot_token = self.tokenizer.token_to_id(spec["eot"])
+
+    def encode_ordinary_batch(self, texts, num_threads=None):
+        encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def encode(self, text, allowed_special=()):
+        self.tokenizer.encode_special_tokens = not allowed_special
+        return self.encode_ordinary_batch([text])[0]
+
+    encode_ordinary = encode
+
+    def decode(self, ids):
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
 
 
-def encode_pair(tokenizer, context, continuation, block_size):
-    """Token ids of context and continuation as they stand in the joint text: a token that reaches beyond the
-    context is the continuation's. An empty context becomes end-of-text; a long one loses tokens on its left,
-    and their number is the third result. Raises ValueError for a too long continuation."""
-    ids = tokenizer.encode_ordinary(context + continuation)
-    ends = np.cumsum([len(piece) for piece in tokenizer.decode_tokens_bytes(ids)])
-    n = int((ends <= len(context.encode())).sum())
-    context, target = ids[:n] or [tokenizer.eot_token], ids[n:]
-    n_cut = max(0, len(context) + len(target) - block_size)
-    if n_cut > len(context):
-        raise ValueError(f"a continuation of {len(target)} tokens exceeds block_size {block_size}")
-    return context[n_cut:], target, n_cut
+# ---------- Documents: pieces (text, is_end_of_document)
+
+KINDS = regex.compile(r"(?i)(\.parquet|(\.txt|\.jsonl)(\.gz|\.xz|\.zst)?)$")
+MARKS = {"marked": r"\n?<\|endoftext\|>\n?", "articles": r"(?m)^(?= = [^=\s].* = $)", "problems": None}
+LINE_END = regex.compile(r"(?s).*\S\n(?=\S)")  # up to a single one: no tokenizer's pattern reads across
 
 
-def train_bpe(texts, pattern: str, n_tokens: int, max_chars: int = 50_000_000) -> dict[bytes, int]:
-    """Byte pair encoding: starting from the 256 bytes, merge the most frequent neighbours into a new token
-    until there are n_tokens. Learned from the first max_chars characters. Ties go to the smaller bytes."""
-    counts = collections.Counter()
-    for text in texts:
-        counts.update(regex.findall(pattern, text))
-        max_chars -= len(text)
-        if max_chars <= 0:
-            break
-    words = []
-    for word, count in sorted(counts.items()):
-        words.append(([bytes([byte]) for byte in word.encode("utf-8", "replace")], count))
-    ranks = {bytes([byte]): byte for byte in range(256)}
-    pairs = collections.Counter()  # two neighbouring tokens, joined -> how often
-    words_with = collections.defaultdict(set)  # ... -> indices of the words that hold them
-
-    def count_pairs(index, sign):
-        parts, count = words[index]
-        for first, second in zip(parts, parts[1:]):
-            pairs[first + second] += sign * count
-            words_with[first + second].add(index)
-
-    for index in range(len(words)):
-        count_pairs(index, +1)
-    heap = [(-count, pair) for pair, count in pairs.items()]
-    heapq.heapify(heap)
-    while heap and len(ranks) < n_tokens:
-        count, pair = heapq.heappop(heap)
-        if pairs[pair] < 2 or pair in ranks:
+def find_files(address, download_dir):
+    """The files of a path or URL, and of all folders below, that can be read; the address itself of hub:...
+    Prints how many there are, and what is left out. Raises ValueError if there are none."""
+    if address.startswith("hub:"):
+        return [address]
+    path, found, seen = download(address, download_dir) if "://" in address else address, [], set()
+    for folder, folders, names in os.walk(path, followlinks=True):
+        if os.path.realpath(folder) in seen:  # a link led here for the second time
+            folders.clear()
             continue
-        if pairs[pair] != -count:  # the count has changed since it was pushed
-            heapq.heappush(heap, (-pairs[pair], pair))
-            continue
-        ranks[pair] = len(ranks)
-        for index in sorted(words_with.pop(pair)):
-            parts, count = words[index]
-            before = set(zip(parts, parts[1:]))
-            count_pairs(index, -1)
-            merged = []
-            for part in parts:
-                if merged and merged[-1] + part == pair:
-                    merged[-1] = pair
-                else:
-                    merged.append(part)
-            words[index] = (merged, count)
-            count_pairs(index, +1)
-            for first, second in set(zip(merged, merged[1:])) - before:
-                heapq.heappush(heap, (-pairs[first + second], first + second))
-    return ranks
+        seen.add(os.path.realpath(folder))
+        found += [os.path.join(folder, name) for name in names]
+    found = found or [path]
+    files = sorted(file for file in found if KINDS.search(file) and f"{os.sep}." not in file[len(path) :])
+    others = sorted(set(found).difference(files))
+    if not (files and os.path.exists(path)):
+        wanted = "wanted a .txt, .jsonl or .parquet file, also packed (.gz, .xz, .zst), or a folder of them"
+        raise ValueError(f"source {path!r} does not exist, or holds no texts; {wanted}")
+    print(f"{path}: {len(files):,} files, {sum(map(os.path.getsize, files)):,} bytes")
+    if others:
+        print(f"{path}: left out {len(others):,} hidden or of another kind: {', '.join(others[:9])}")
+    return files
 
 
-# ---------- Reading: a source is a stream of documents in pieces (text, is_end_of_document)
-
-
-class Source:
-    """Documents of a file, folder, URL or hub data set. bytes_read of bytes_total (or None) are done."""
-
-    def __init__(self, address: str, documents: str, download_dir: str):
-        self.address, self.documents, self.paths = address, documents, []
-        self.bytes_read, self.bytes_total, self.malformed, self.first_malformed = 0, None, 0, None
-        if address.startswith("hub:"):
-            if documents == "problems":
-                raise ValueError(f"{address}: problems are read from files; give a .txt or .jsonl")
-            return
-        path = download(address, download_dir) if "://" in address else address
-        if not os.path.exists(path):
-            raise ValueError(f"source {path} not found")
-        files = [os.path.join(folder, file) for folder, _, names in os.walk(path) for file in names] or [path]
-        self.paths = sorted(file for file in files if file_kind(file) is not None)
-        if not self.paths:
-            raise ValueError(f"{path}: wanted .txt or .jsonl files (also .gz, .xz), or a folder of them")
-        self.bytes_total = sum(os.path.getsize(path) for path in self.paths)
-
-    def __iter__(self):
-        self.bytes_read, self.malformed = 0, 0
-        if not self.paths:
-            yield from read_hub(self.address)
-        for path in self.paths:
-            yield from self.read_file(path)
-
-    def read_file(self, path):
-        base = self.bytes_read
-        with open(path, "rb") as raw:
-            if raw.peek(40).startswith(b"version https://git-lfs"):
-                raise ValueError(f"{path} is a Git LFS pointer, not the file itself; run: git lfs pull")
-            data = gzip.open(raw) if path.endswith(".gz") else lzma.open(raw) if path.endswith(".xz") else raw
-            try:
-                for piece in self.split(io.TextIOWrapper(data, encoding="utf-8", newline="\n"), path):
-                    self.bytes_read = base + raw.tell()
-                    yield piece
-            except (UnicodeDecodeError, EOFError, lzma.LZMAError, gzip.BadGzipFile, zlib.error) as error:
-                raise ValueError(f"{path} cannot be read as UTF-8 text ({error}); convert it") from error
-
-    def split(self, lines, path):
-        """Lines of one file -> (text, is_end_of_document)."""
-        is_json = file_kind(path) == ".jsonl"
-        if not is_json and self.documents != "problems":
-            yield from self.split_text(lines)
-            return
-        for number, line in enumerate(lines, 1):
-            if line.strip() and self.documents == "problems":
-                yield from self.split_problem(line, is_json, f"{path}, line {number}")
-            elif line.strip():
-                yield json_text(line, f"{path}, line {number}"), True
-
-    def split_problem(self, line, is_json, position):
-        """The three parts of a problem. Each begins with a space, where every tokenizer begins a new word: so
-        its tokens are the same alone, as an evaluation meets them, and in the middle of the text."""
-        problem = parse_problem(line, is_json)
-        if problem is None:
-            self.malformed += 1
-            self.first_malformed = self.first_malformed or position
-            return
-        for text, begins in zip(problem, ("Question: ", " Answer: ", " #### ")):
-            yield (begins + text).rstrip(), begins == " #### "
-
-    def report_malformed(self):
-        if self.malformed:
-            wanted = "question||thoughts #### answer, or JSON with 'question' and 'answer #### number'"
-            lines = f"{self.malformed:,} lines that are not {wanted}"
-            print(f"{self.address}: left out {lines}; the first is {self.first_malformed}")
-
-    def split_text(self, lines):
-        text, size = [], 0
-        while line := lines.readline(CHARS_AT_ONCE):  # a longer line comes in parts
-            if self.documents == "articles" and regex.fullmatch(r" = [^=\s].* = \n", line):
-                yield "".join(text), True
-                text, size = [], 0
-            *ended, rest = line.split(EOT)
-            for end in ended:
-                yield ("".join(text) + end).removesuffix("\n"), True
-                text, size, rest = [], 0, rest.removeprefix("\n")
-            # A long document is cut where one line end stands between two other characters: no tokenizer
-            # pattern reads across. Only after sixteen times the length without one is it cut anywhere.
-            lone_line_end = text and regex.search(r"\S\n$", text[-1]) and not rest[:1].isspace()
-            if size > (CHARS_AT_ONCE if lone_line_end else 16 * CHARS_AT_ONCE):
-                yield "".join(text), False
-                text, size = [], 0
-            text.append(rest)
-            size += len(rest)
-        yield "".join(text), True
-
-
-def file_kind(path):
-    stem, suffix = os.path.splitext(path.lower())
-    kind = os.path.splitext(stem)[1] if suffix in (".gz", ".xz") else suffix
-    return kind if kind in (".txt", ".jsonl") else None
-
-
-def json_text(line, position):
+@contextlib.contextmanager
+def open_text(path):
+    """A text file, also packed, to read: UTF-8 with or without a byte order mark, and with any line ends."""
+    with open(path, "rb") as file:
+        if file.read(40).startswith(b"version https://git-lfs"):
+            raise ValueError(f"{path} is a Git LFS pointer, not the file itself; run: git lfs pull")
+    suffix = os.path.splitext(path)[1].lower()
+    unpack = {".gz": gzip.open, ".xz": lzma.open}.get(suffix, open)
+    if suffix == ".zst":
+        unpack = configurator.need("backports.zstd").open
     try:
-        return json.loads(line)["text"] + ""  # a text, or a TypeError
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise ValueError(f"{position}: wanted JSON with a 'text' field, got {error!r}") from error
+        with unpack(path, "rb") as file:
+            yield io.TextIOWrapper(file, encoding="utf-8-sig")
+    except Exception as error:  # each way of packing has its own
+        raise ValueError(f"{path} cannot be read as UTF-8 text ({error}); convert it") from error
 
 
-def parse_problem(line, is_json):
-    """(question, thoughts, answer) of a line of one of two forms; None if it has no question or no answer.
-    question||thoughts #### answer                  augmented GSM8K; thoughts are <<3+4=7>> <<7*2=14>>
-    {"question": ..., "answer": "... #### answer"}  OpenAI's files; equations are picked out of the prose"""
-    if is_json:
+def read_rows(address):
+    """(row, position): the lines of a text file that are not blank; or the dicts of a .parquet file or of
+    hub:ID[@CONFIG][:SPLIT], of which a stream that breaks off is taken up again, five times."""
+    options = {"path": "parquet", "data_files": address, "split": "train"}
+    if address.startswith("hub:"):
+        name, config, split = regex.fullmatch(r"hub:([^@:]*)@?([^:]*):?(.*)", address).groups()
+        options = {"path": name, "name": config or None, "split": split or "train"}
+    elif not address.lower().endswith(".parquet"):
+        with open_text(address) as file:
+            yield from ((line, f"{address}, line {n}") for n, line in enumerate(file, 1) if line.strip())
+        return
+    load_dataset, n, failures = configurator.need("datasets").load_dataset, 0, 0
+    while True:
         try:
-            row = json.loads(line)
-            question, solution = row["question"] + "", row["answer"] + ""  # texts, or a TypeError
-        except (ValueError, KeyError, TypeError, RecursionError):
-            return None
-    else:
-        question, _, solution = line.partition("||")
+            for row in load_dataset(**options, streaming=True).skip(n):
+                n, failures = n + 1, 0
+                yield row, f"{address}, row {n}"
+            return
+        except Exception as error:  # of the library, or of one of those that it calls
+            failures += 1
+            if n == 0 or failures > 5:
+                problem = f"{address} cannot be read beyond row {n:,} ({type(error).__name__}: {error})"
+                hint = "nothing is kept: try again, or download it and give the folder as --source"
+                raise ValueError(f"{problem}; {hint}") from error
+            time.sleep(2**failures)
+
+
+def cut(text):
+    """A text in pieces (text, is_end) of up to 2 * PIECE characters, cut at a line's end if there is one."""
+    start = 0
+    while len(text) - start > 2 * PIECE:
+        line_end = LINE_END.match(text, start, start + PIECE)
+        end = line_end.end() if line_end else start + PIECE
+        yield text[start:end], False
+        start = end
+    yield text[start:], True
+
+
+def split(file, mark):
+    """The documents of a text file between marks, in pieces. It is read as far as the pieces are taken."""
+    text, is_open = "", False
+    while chunk := file.read(PIECE):
+        chunk += file.read(1) if chunk.endswith(">") else ""  # the line end behind a mark is part of it
+        *documents, text = regex.split(mark, text + chunk)
+        for document in documents:
+            if is_open or document.strip():
+                yield from cut(document)
+            is_open = False
+        *pieces, (text, _) = cut(text)
+        yield from pieces
+        is_open = is_open or bool(pieces)
+    if is_open or text.strip():
+        yield text, True
+
+
+def parse(row, kind, text_field):
+    """Pieces of a row: its text, or the three parts of a problem. A problem is a line of augmented GSM8K,
+    question||<<3+4=7>> <<7*2=14>> #### 14, or OpenAI's {"question": ..., "answer": "... #### 14"}, where the
+    equations <<...>> are the thoughts, or the prose if it has none. A part begins with a space, where every
+    tokenizer begins a word: it has the same tokens alone, as an evaluation meets it, and in the whole."""
+    if kind != "problems":
+        row[text_field].encode()  # fails for None, and for half a surrogate pair
+        return cut(row[text_field]) if row[text_field].strip() else []
+    is_line = isinstance(row, str)
+    question, solution = row.split("||", 1) if is_line else (row["question"], row["answer"])
     thoughts, hashes, answer = solution.rpartition("####")
-    if is_json:
-        thoughts = " ".join(regex.findall(r"<<.*?>>", thoughts))
+    if not is_line:
+        thoughts = " ".join(regex.findall(r"<<.*?>>", thoughts)) or thoughts
     if not (hashes and question.strip() and answer.strip()):
-        return None
-    return question.strip(), thoughts.strip(), answer.strip()
+        raise ValueError("wanted question||thoughts #### answer")
+    texts = (
+        f"Question: {question.strip()}",
+        f" Answer: {thoughts.strip()}".rstrip(),
+        f" #### {answer.strip()}",
+    )
+    return zip(texts, (False, False, True))
 
 
-def final_number(text):
-    """The number behind the first '#### ', as OpenAI's grader reads it, without commas; or None."""
-    match = regex.search(r"#### (\-?[0-9\.\,]+)", text or "")
-    try:
-        return Decimal(match[1].replace(",", "")) if match else None
-    except InvalidOperation:  # such as 1.2.3
-        return None
-
-
-def read_problems(address, download_dir):
-    """[(question, gold)] of a source of problems. Lines that are none are left out, with a note."""
-    source = Source(address, "problems", download_dir)
-    texts = [text for text, _ in source]  # question, thoughts, answer, question, ...
-    problems = [(q.removeprefix("Question: "), final_number(a)) for q, a in zip(texts[::3], texts[2::3])]
-    source.report_malformed()
-    numeric = [(question, str(gold)) for question, gold in problems if gold is not None]
-    if len(numeric) < len(problems):
-        print(f"{address}: left out {len(problems) - len(numeric):,} problems whose answer is no number")
-    if not numeric:
-        raise ValueError(f"{address} holds no problems; wanted question||thoughts #### answer, or a .jsonl")
-    return numeric
-
-
-def read_hub(address):
-    name, _, split = address.removeprefix("hub:").partition(":")
-    name, _, config = name.partition("@")
-    load_dataset = configurator.need("datasets").load_dataset
-    for row in load_dataset(name, config or None, split=split or "train", streaming=True):
-        yield row["text"], True
+def documents(files, kind, text_field="text"):
+    """The documents of files in pieces (text, is_end). Rows that do not fit are left out and counted. Raises
+    ValueError if these are more than 1 in 100."""
+    n_rows, n_bad, first_bad, n_empty = 0, 0, None, 0
+    for path in files:
+        is_text = regex.search(r"(?i)\.txt(\.\w+)?$", path)
+        if is_text and kind != "problems":
+            with open_text(path) as file:
+                yield from split(file, MARKS[kind])
+            continue
+        for row, position in read_rows(path):
+            n_rows += 1
+            try:
+                row = row if is_text or isinstance(row, dict) else json.loads(row)
+                for text, is_end in parse(row, kind, text_field):
+                    n_empty += text == " Answer:"
+                    yield text, is_end
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+                n_bad, first_bad = n_bad + 1, first_bad or f"{position}, {error!r}: {str(row)[:80]!r}"
+                if n_bad > 100 + n_rows / 100:
+                    break
+    if n_empty:
+        print(f"{n_empty:,} problems have an answer, but no thoughts")
+    note = f"left out {n_bad:,} of {n_rows:,} rows; the first is {first_bad}"
+    if n_bad > n_rows / 100:
+        raise ValueError(f"{note}. These are more than 1 %: mend them, or set --text_field or --documents")
+    if n_bad:
+        print(note)
 
 
 def download(url, folder):
@@ -361,93 +331,47 @@ def download(url, folder):
     return path
 
 
-def encode(pieces, tokenizer, dtype):
-    """Tokens of (text, is_end_of_document) pairs, end-of-text after each document; how many of each pair."""
-    arrays = []
+# ---------- Writing
+
+
+def open_locked(path):
+    """path, opened to append, locked until it is closed. Raises ValueError if another process has it."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    file = open(path, "a")
+    try:
+        if hasattr(os, "lockf"):  # not on Windows
+            os.lockf(file.fileno(), os.F_TLOCK, 0)
+    except OSError as error:
+        raise ValueError(f"{path} is in use ({error}); wait for that run, or set another folder") from error
+    return file
+
+
+def write_tokens(pieces, files, tokenizer, dtype, max_tokens, sizes):
+    """Encodes pieces (split, text, is_end) to files[split], and an end-of-text behind each document. Appends
+    how many tokens a piece has to sizes[split], if that exists. Returns how many documents were written."""
+    n_documents, wait = 0, 0.1 if sys.stderr.isatty() else 30  # seconds between two lines of progress
+    with tqdm(unit=" tokens", unit_scale=True, mininterval=wait, delay=wait) as bar:
+        while batch := list(itertools.islice(pieces, 256)):  # as many at a time: this bounds the memory
+            texts = [text for _, text, _ in batch]
+            encoded = tokenizer.encode_ordinary_batch(texts, num_threads=os.cpu_count())
+            for (split, _, is_end), ids in zip(batch, encoded):
+                if bar.n >= max_tokens:
+                    return n_documents
+                ids += [tokenizer.eot_token] * is_end
+                files[split].write(np.array(ids, dtype).tobytes())
+                if split in sizes:
+                    sizes[split].append(len(ids))
+                n_documents += is_end
+                bar.update(len(ids))
+    return n_documents
+
+
+def assign(pieces, n):
+    """(split, text, is_end): every n-th document goes to validation; with n = 0 none."""
+    number = 0
     for text, is_end in pieces:
-        text = text.encode("utf-8", "replace").decode()  # half a surrogate pair, as in JSON, becomes "?"
-        tokens = tokenizer.encode_to_numpy(text, disallowed_special=())
-        arrays.append(np.append(tokens, tokenizer.eot_token) if is_end else tokens)
-    return np.concatenate(arrays).astype(dtype), [len(tokens) for tokens in arrays]
-
-
-def group(source):
-    """Documents that hold anything, in lists of about CHARS_AT_ONCE characters."""
-    pieces, size, is_open = [], 0, False
-    for text, is_end in source:
-        if text.strip() or is_open:
-            pieces.append((text, is_end))
-            size, is_open = size + len(text), not is_end
-        if size >= CHARS_AT_ONCE:
-            yield pieces
-            pieces, size = [], 0
-    if pieces:
-        yield pieces
-
-
-def write_tokens(path, source, tokenizer, dtype, max_tokens):
-    """Writes a source's tokens to path. Returns how many there are, how many documents, and (problems, 4):
-    the positions where each problem's question, thoughts and answer begin and where it ends."""
-    limit = 1 << 62 if max_tokens is None else max_tokens
-    n_tokens, n_documents, sizes = 0, 0, []  # sizes: of the parts of problems
-    groups, workers = group(source), os.cpu_count() or 1
-    waiting = collections.deque()  # work under way, in order; its length bounds the memory
-    wait = 0.1 if sys.stderr.isatty() else 30  # seconds between two lines of progress
-    bar = tqdm(desc=os.path.basename(path), unit="tok", unit_scale=True, mininterval=wait, delay=wait)
-    with open(path, "wb") as file, ThreadPoolExecutor(workers) as pool, bar:  # tiktoken releases the GIL
-        while n_tokens < limit:
-            while len(waiting) < 2 * workers and (pieces := next(groups, None)):
-                waiting.append(pool.submit(encode, pieces, tokenizer, dtype))
-            if not waiting:
-                break
-            tokens, new_sizes = waiting.popleft().result()
-            if source.documents == "problems":
-                sizes += new_sizes
-            tokens = tokens[: limit - n_tokens]
-            tokens.tofile(file)
-            n_tokens += len(tokens)
-            n_documents += int((tokens == tokenizer.eot_token).sum())
-            if source.bytes_total and source.bytes_read:
-                bar.total = max(n_tokens, int(n_tokens * source.bytes_total / source.bytes_read))
-            bar.update(len(tokens))
-        file.flush()
-        os.fsync(file.fileno())
-    source.report_malformed()
-    bounds = np.cumsum([0, *sizes])
-    cuts = bounds[np.arange(0, len(sizes) - 2, 3)[:, None] + np.arange(4)]
-    return n_tokens, n_documents, cuts[cuts[:, 3] <= n_tokens]
-
-
-def split_tail(train_path, val_path, dtype, fraction, eot_id, problem_starts):
-    """Moves about the last fraction of train_path's tokens to val_path, from the start of a document if one
-    is near; or the last fraction of the problems, if there are any. Returns how many tokens each file has."""
-    tokens = np.memmap(train_path, dtype, mode="r")
-    if len(problem_starts):
-        cut = int(problem_starts[-max(1, round(len(problem_starts) * fraction))])
-    else:
-        size = max(1, round(len(tokens) * fraction))
-        cut = len(tokens) - size
-        ends = np.flatnonzero(tokens[cut:-1] == eot_id)
-        if len(ends) and ends[0] < size / 2:  # else the rest would be too small; then cut within a document
-            cut += int(ends[0]) + 1
-    n_val = len(tokens) - cut
-    tokens[cut:].tofile(val_path)
-    os.truncate(train_path, cut * dtype.itemsize)
-    return cut, n_val
-
-
-def load_meta(folder: str) -> dict:
-    """meta.json of prepared data. Raises ValueError if it is missing, or a token file has another size."""
-    path, again = f"{folder}/meta.json", f"run: python prepare_data.py {os.path.basename(folder)}"
-    if not os.path.exists(path):
-        raise ValueError(f"data set {folder} is not prepared; {again}")
-    with open(path) as file:
-        meta = json.load(file)
-    for split, n in meta["tokens"].items():
-        path, size = f"{folder}/{split}.bin", n * np.dtype(meta["dtype"]).itemsize
-        if not os.path.exists(path) or os.path.getsize(path) != size:
-            raise ValueError(f"{path} does not have the {size:,} bytes that meta.json says; {again}")
-    return meta
+        yield "val" if n and number % n == n - 1 else "train", text, is_end
+        number += is_end
 
 
 def file_sha256(path):
@@ -457,73 +381,88 @@ def file_sha256(path):
 
 def prepare(cfg: PrepareConfig) -> dict:
     """Writes data_dir/name/{train.bin,val.bin,meta.json}, returns the meta. The files appear only when all is
-    complete, meta.json last. Raises ValueError for a source that cannot be read or is too short."""
-    if cfg.name not in CORPORA:
-        raise ValueError(f"unknown data set {cfg.name!r}; there are {', '.join(CORPORA)}")
-    if cfg.tokenizer not in (None, *TOKENIZERS):
-        raise ValueError(f"unknown tokenizer {cfg.tokenizer!r}; there are {', '.join(TOKENIZERS)}")
-    corpus = CORPORA[cfg.name]
-    fraction = corpus.val_fraction if cfg.val_fraction is None else cfg.val_fraction
-    if not 0 < fraction < 1:
-        raise ValueError(f"val_fraction is {fraction}; it must lie between 0 and 1")
-    folder = os.path.join(cfg.data_dir, cfg.name)
-    address = cfg.source or corpus.source
-    val_address = cfg.val_source or (None if cfg.source else corpus.val_source)
-    stated = address, val_address or f"last {fraction} of the tokens"
-    if cfg.name == "arithmetic":
-        if cfg.source or cfg.val_source:
-            raise ValueError("arithmetic is generated; for your own problems use gsm8k --source=...")
-        address, val_address = write_arithmetic(folder, cfg.num_problems, cfg.seed)
-        stated = [f"generated, seed {cfg.seed}"] * 2
-    if address is None:
-        raise ValueError(f"data set {cfg.name!r} has no public source; give --source=file-or-folder")
-    has_problems, download_dir = corpus.documents == "problems", os.path.join(folder, "download")
-    source = Source(address, corpus.documents, download_dir)
-    val_source = Source(val_address, corpus.documents, download_dir) if val_address else None
+    complete, meta.json last. Raises ValueError for a source that cannot be read or is too short, and for data
+    that would replace others."""
+    defaults = {"val_fraction": 0.01, "documents": "marked", "tokenizer": "gpt2"} | CORPORA.get(cfg.name, {})
+    if cfg.source:
+        defaults.pop("val_source", None)
+    cfg = replace(cfg, **{key: value for key, value in defaults.items() if getattr(cfg, key) is None})
+    if (cfg.name == "arithmetic") == bool(cfg.source or cfg.val_source):
+        hint = f"give a --source with a name of your own, or choose from {', '.join(CORPORA)}"
+        raise ValueError(f"data set {cfg.name!r}, source {cfg.source!r}: {hint} (arithmetic is generated)")
+    if cfg.documents not in MARKS or not 0 < cfg.val_fraction <= 0.5:
+        wanted = f"wanted documents of {', '.join(MARKS)}, and val_fraction between 0 and 0.5"
+        raise ValueError(f"{wanted}; got {cfg.documents!r} and {cfg.val_fraction}")
+    folder, has_parts = os.path.join(cfg.data_dir, cfg.name), cfg.documents == "problems"
+    settings = {key: value for key, value in asdict(cfg).items() if key not in ("data_dir", "overwrite")}
+    with open_locked(f"{folder}/.lock"), tempfile.TemporaryDirectory(dir=folder) as new:
+        if os.path.exists(f"{folder}/meta.json") and not cfg.overwrite:
+            with open(f"{folder}/meta.json") as file:
+                old = json.load(file).get("settings", {})
+            changed = [f"{key}={old.get(key)!r}" for key, value in settings.items() if old.get(key) != value]
+            if changed:
+                hint = "choose another name or data_dir, or replace them with --overwrite=True"
+                raise ValueError(f"{folder} holds data prepared with {', '.join(changed)}; {hint}")
+        addresses = [cfg.source, cfg.val_source] if cfg.source else write_arithmetic(folder, cfg)
+        sources = [find_files(address, f"{folder}/download") for address in addresses if address]
+        n = 0 if len(sources) == 2 else round(1 / cfg.val_fraction)
 
-    split_digits = has_problems if cfg.split_digits is None else cfg.split_digits
-    vocab_size = (512 if cfg.name == "arithmetic" else 4096) if cfg.vocab_size is None else cfg.vocab_size
-    texts = (text for text, _ in source)
-    spec = make_tokenizer(cfg.tokenizer or corpus.tokenizer, split_digits, vocab_size, texts)
-    tokenizer = load_tokenizer(spec)
-    dtype = np.dtype("uint16" if spec["vocab_size"] <= 1 << 16 else "uint32")
+        def pieces():
+            return assign(documents(sources[0], cfg.documents, cfg.text_field), n)
 
-    os.makedirs(folder, exist_ok=True)
-    names = ["train.bin", "val.bin"] + (["train_cuts.npy", "val_cuts.npy"] if has_problems else [])
-    partial = {name: os.path.join(folder, f"{name}.tmp") for name in names}
-    paths, meta_path = (partial["train.bin"], partial["val.bin"]), os.path.join(folder, "meta.json")
-    try:
-        n_train, n_documents, cuts = write_tokens(paths[0], source, tokenizer, dtype, cfg.max_tokens)
-        if n_train < 2:
-            raise ValueError(f"{address} is empty (or max_tokens too small): it gives {n_train} tokens")
-        if val_source:
-            n_val, _, val_cuts = write_tokens(paths[1], val_source, tokenizer, dtype, None)
-            if n_val == 0:
-                raise ValueError(f"{val_address} is empty: it gives no tokens")
-        else:
-            n_train, n_val = split_tail(*paths, dtype, fraction, tokenizer.eot_token, cuts[:, 0])
-            cuts, val_cuts = cuts[cuts[:, 3] <= n_train], cuts[cuts[:, 0] >= n_train] - n_train
-        if has_problems:
-            if not (len(cuts) and len(val_cuts)):
-                raise ValueError(f"{address} has too few problems to train on some and hold out others")
-            for split, array in {"train": cuts, "val": val_cuts}.items():
-                with open(partial[f"{split}_cuts.npy"], "wb") as file:
-                    np.save(file, array)
-        meta = {"name": cfg.name, "source": stated[0], "val_source": stated[1]}
-        meta |= {"documents": n_documents, "one_per_line": has_problems}
-        meta |= {"vocab_size": spec["vocab_size"], "eot_id": tokenizer.eot_token, "dtype": dtype.name}
-        meta["tokens"] = {"train": n_train, "val": n_val}
-        meta["sha256"] = {name.split(".")[0]: file_sha256(path) for name, path in partial.items()}
-        meta["tokenizer"] = spec
-        with open(meta_path + ".tmp", "w") as file:
+        texts = (text for split, text, _ in pieces() if split == "train")
+        split_digits = has_parts if cfg.split_digits is None else cfg.split_digits
+        spec = make_tokenizer(cfg.tokenizer, split_digits, cfg.vocab_size, texts)
+        tokenizer = load_tokenizer(spec)
+        dtype = np.dtype("uint16" if spec["vocab_size"] <= 1 << 16 else "uint32")
+        sizes = {"train": [], "val": []} if has_parts else {}
+        with open(f"{new}/train.bin", "w+b") as train, open(f"{new}/val.bin", "wb") as val:
+            work = {"train": train, "val": val}, tokenizer, dtype
+            n_documents = write_tokens(pieces(), *work, cfg.max_tokens or math.inf, sizes)
+            held_out = f"every {n}th document"
+            if len(sources) == 2:
+                held_out = cfg.val_source or "1,000 other problems"
+                val_pieces = documents(sources[1], cfg.documents, cfg.text_field)
+                write_tokens(assign(val_pieces, 1), *work, math.inf, sizes)
+            elif val.tell() == 0 and not has_parts:  # fewer than n documents
+                held_out = f"the last {cfg.val_fraction:.2%} of the text"
+                start = round(train.tell() // dtype.itemsize * (1 - cfg.val_fraction)) * dtype.itemsize
+                train.seek(start)
+                shutil.copyfileobj(train, val)
+                train.truncate(start)
+                train.seek(start)
+            n_tokens = {"train": train.tell() // dtype.itemsize, "val": val.tell() // dtype.itemsize}
+        if min(n_tokens.values()) < 1:
+            raise ValueError(f"{addresses} are empty or too short to hold out {held_out}: {n_tokens}")
+        for split, array in sizes.items():  # where question, thoughts and answer begin, and where they end
+            ends = np.cumsum(array[: len(array) // 3 * 3], dtype=np.int64).reshape(-1, 3)
+            begins = np.append(0, ends[:-1, 2])[: len(ends)]
+            np.save(f"{new}/{split}_cuts.npy", np.column_stack([begins, ends]))
+        meta = {"name": cfg.name, "settings": settings, "held_out": held_out, "documents": n_documents}
+        meta |= {"one_per_line": has_parts, "vocab_size": spec["vocab_size"], "eot_id": tokenizer.eot_token}
+        meta |= {"dtype": dtype.name, "tokens": n_tokens, "tokenizer": spec}
+        names = sorted(os.listdir(new))
+        meta["sha256"] = {name.split(".")[0]: file_sha256(f"{new}/{name}") for name in names}
+        with open(f"{new}/meta.json", "w") as file:
             json.dump(meta, file, indent=1)
-        pathlib.Path(meta_path).unlink(missing_ok=True)  # until it is back the folder counts as not prepared
-        for path in partial.values():
-            os.replace(path, path.removesuffix(".tmp"))
-        os.replace(meta_path + ".tmp", meta_path)
-    finally:
-        for path in partial.values():
-            pathlib.Path(path).unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(f"{folder}/meta.json")  # until it is back, the folder counts as not prepared
+        for name in [*names, "meta.json"]:
+            os.replace(f"{new}/{name}", f"{folder}/{name}")
+    return meta
+
+
+def load_meta(folder: str) -> dict:
+    """meta.json of prepared data. Raises ValueError if it is missing, or a token file has another size."""
+    path, again = f"{folder}/meta.json", "prepare it with prepare_data.py, or set --data_dir"
+    if not os.path.exists(path):
+        raise ValueError(f"no prepared data in {str(folder)!r}; {again}")
+    with open(path) as file:
+        meta = json.load(file)
+    for split, n in meta["tokens"].items():
+        path, size = f"{folder}/{split}.bin", n * np.dtype(meta["dtype"]).itemsize
+        if not os.path.exists(path) or os.path.getsize(path) != size:
+            raise ValueError(f"{path} does not have the {size:,} bytes that meta.json says; {again}")
     return meta
 
 
@@ -569,23 +508,19 @@ def make_problem(rng: random.Random) -> str:
             return f"{question}||{' '.join(thoughts)} #### {numbers['x']}"
 
 
-def write_arithmetic(folder, num_problems, seed):
+def write_arithmetic(folder, cfg):
     """Writes train.txt, and 1,000 lines of valid.txt and test.txt; no question twice. Returns two paths."""
-    if not 1 <= num_problems <= 100_000:
-        raise ValueError(f"num_problems is {num_problems}; the grammar is good for 1 to 100,000")
-    rng = random.Random(seed)
-    problems = {}  # a dict keeps the order, and a question only once
-    while len(problems) < num_problems + 2000:
-        problems[make_problem(rng)] = None
+    if not 1 <= cfg.num_problems <= 100_000:
+        raise ValueError(f"num_problems is {cfg.num_problems}; the grammar is good for 1 to 100,000")
+    rng, problems = random.Random(cfg.seed), {}
+    while len(problems) < cfg.num_problems + 2000:
+        problems[make_problem(rng)] = None  # a dict keeps the order, and a question only once
     lines = list(problems)
     rng.shuffle(lines)  # short templates run out of new questions: the last ones drawn are of another kind
-    os.makedirs(folder, exist_ok=True)
-    for split, part in {"train": lines[:-2000], "valid": lines[-2000:-1000], "test": lines[-1000:]}.items():
-        path = os.path.join(folder, f"{split}.txt")
-        with open(path + ".tmp", "w") as file:
+    for name, part in {"train": lines[:-2000], "valid": lines[-2000:-1000], "test": lines[-1000:]}.items():
+        with open(f"{folder}/{name}.txt", "w") as file:
             file.write("\n".join(part) + "\n")
-        os.replace(path + ".tmp", path)
-    return os.path.join(folder, "train.txt"), os.path.join(folder, "valid.txt")
+    return f"{folder}/train.txt", f"{folder}/valid.txt"
 
 
 def main():
@@ -594,10 +529,9 @@ def main():
     start = time.time()
     meta = prepare(cfg)
     tokens, spec, seconds = meta["tokens"], meta["tokenizer"], time.time() - start
-    rate = sum(tokens.values()) / seconds
-    counts = f"{tokens['train']:,} training and {tokens['val']:,} validation tokens"
-    vocabulary = f"{spec['name']} vocabulary of {spec['vocab_size']:,}"
-    print(f"{cfg.data_dir}/{cfg.name}: {counts}, {vocabulary}, {seconds:.1f} s, {rate:,.0f} tokens/s")
+    print(f"{cfg.data_dir}/{cfg.name}: {spec['name']} vocabulary of {spec['vocab_size']:,}")
+    print(f"{tokens['train']:,} training and {tokens['val']:,} validation tokens ({meta['held_out']})")
+    print(f"{seconds:.1f} s, {sum(tokens.values()) / seconds:,.0f} tokens/s")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ import configurator
 from model import MDM, MDMConfig, diffusion_loss, load_checkpoint, mask_tokens, noise_levels, seed_for
 
 from model import weighted_nll  # isort: skip
-from prepare_data import load_meta
+from prepare_data import load_meta, open_locked
 
 MODEL_KEYS = [field.name for field in fields(MDMConfig) if field.name != "vocab_size"]
 MAY_CHANGE = {"data_dir", "max_steps", "train_flops", "epochs", "eval_interval", "log_interval", "wandb"}
@@ -95,7 +95,10 @@ def token_batches(folder: str, meta: dict, cfg: TrainConfig):
     for split in ("train", "val"):
         tokens = np.memmap(os.path.join(folder, f"{split}.bin"), meta["dtype"], mode="r")
         n = max(0, len(tokens) - T + 1)
-        starts = np.flatnonzero(tokens[:n] == meta["eot_id"]) if meta["one_per_line"] else range(n)
+        starts = range(n)
+        if meta["one_per_line"]:  # at the end-of-text before a problem
+            starts = np.load(os.path.join(folder, f"{split}_cuts.npy"))[:, 3] - 1
+            starts = starts[starts < n]
         if len(starts) == 0:
             raise ValueError(f"{folder}/{split}.bin is too short for block_size {T}; lower block_size")
         data[split] = tokens, starts
@@ -149,21 +152,11 @@ def flops_utilization(model, T, tokens_per_s):
 
 def made_by() -> dict:
     """What made a number besides settings, weights and data: the commit, if there is one, and torch."""
-    git, folder = "git describe --always --dirty --exclude=*", os.path.dirname(os.path.abspath(__file__))
-    commit = subprocess.run(git, shell=True, cwd=folder, capture_output=True, text=True).stdout.strip()
+    git, folder = "git describe --always --dirty --exclude=*", os.path.dirname(os.path.realpath(__file__))
+    env = os.environ | {"GIT_CEILING_DIRECTORIES": os.path.dirname(folder)}  # not of a repository around it
+    run = subprocess.run(git, shell=True, cwd=folder, env=env, capture_output=True, text=True)
+    commit = run.stdout.strip()
     return {"commit": commit or None, "torch": torch.__version__}
-
-
-def open_locked(path):
-    """path, opened to append, locked until it is closed. Raises ValueError if another process has it."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    file = open(path, "a")
-    try:
-        if hasattr(os, "lockf"):  # not on Windows
-            os.lockf(file.fileno(), os.F_TLOCK, 0)
-    except OSError as error:
-        raise ValueError(f"{path} is in use ({error}); wait for that run, or set another out_dir") from error
-    return file
 
 
 def write_file(path, write):

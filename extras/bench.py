@@ -23,7 +23,6 @@ from tqdm import tqdm
 import configurator
 from eval import EvalConfig, answer_problems, read_problems
 from model import MDM, MDMConfig, mask_tokens, weighted_nll
-from prepare_data import CORPORA
 from sample import load_trained
 from train import autocast, flops_utilization, setup_distributed
 
@@ -143,8 +142,7 @@ def bench_sample(cfg, device):
     model, tokenizer, checkpoint = load_trained(cfg.out_dir, device)
     run, block_size = checkpoint["run_config"], model.config.block_size
     folder = os.path.join(run["data_dir"], run["dataset"])
-    address = cfg.data or CORPORA[run["dataset"]].test_source or os.path.join(folder, "test.txt")
-    problems = read_problems(address, os.path.join(folder, "download"))[: cfg.rounds * cfg.batch_size]
+    problems = read_problems(cfg.data or folder, f"{folder}/download")[: cfg.rounds * cfg.batch_size]
 
     def answer_batch(options, number):
         indices = range(len(problems))[number * cfg.batch_size :][: cfg.batch_size]

@@ -173,14 +173,32 @@ def test_every_option_changes_the_answers(out_dir, evaluate):
 
 
 def test_problems_are_read(tmp_path, capsys):
-    (tmp_path / "a.txt").write_text("q||t #### 1,000\nno problem\nr||t #### many\ns||t #### -2.50\n")
-    assert read_problems(str(tmp_path / "a.txt"), "") == [("q", "1000"), ("s", "-2.50")]
+    answers = "1,000 many -2.50 2/5 3:30 1.5.2 7apples 1-2 5|4".split()
+    rows = [f"q{i}||t #### {answer.replace('|', ' and ')}\n" for i, answer in enumerate(answers)]
+    path = tmp_path / "a.txt"
+    path.write_text("".join(rows) + "no problem\n" + rows[0] * 100)
+    numbers = [("q0", "1000"), ("q2", "-2.50"), ("q6", "7")]
+    assert read_problems(str(path)) == numbers + [("q0", "1000")] * 100
     out = capsys.readouterr().out
-    assert "left out 1 lines" in out and "a.txt, line 2" in out
-    assert "left out 1 problems whose answer is no number" in out
-    (tmp_path / "b.txt").write_text("nothing\n")
-    with pytest.raises(ValueError, match="b.txt holds no problems; wanted question||thoughts #### answer"):
-        read_problems(str(tmp_path / "b.txt"), "")
+    assert "left out 1 of 110 rows" in out and "a.txt, line 10" in out
+    assert "left out 6 problems whose answer is no number" in out
+    path.write_text("q||t #### many\n")
+    with pytest.raises(ValueError, match="a.txt holds no problems whose answer is a number"):
+        read_problems(str(path))
+
+
+def test_of_a_prepared_folder_the_test_problems_are_read(data, tmp_path, capsys):
+    assert read_problems(str(data / "arithmetic")) == PROBLEMS
+    shutil.copytree(data / "arithmetic", tmp_path / "moved")
+    meta = json.loads((tmp_path / "moved" / "meta.json").read_text())
+    assert read_problems(str(tmp_path / "moved")) == read_problems(str(data / "arithmetic"))
+    meta["settings"]["test_source"] = f"file://{data}/arithmetic/valid.txt"
+    (tmp_path / "moved" / "meta.json").write_text(json.dumps(meta))
+    assert len(read_problems(str(tmp_path / "moved"))) == 1000
+    meta["settings"]["test_source"] = None
+    (tmp_path / "moved" / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(ValueError, match="moved has no test problems; give some with --data=FILE"):
+        read_problems(str(tmp_path / "moved"))
 
 
 # ---- interrupted, repeated, in parallel
@@ -330,7 +348,7 @@ def test_loss_on_other_data(data, evaluate, tmp_path):
     tokens[:n].tofile(other / "val.bin")
     (other / "meta.json").write_text(json.dumps(meta))
     assert evaluate(*LOSS, f"--data={other}")[0]["n"] == n // 40
-    meta["tokenizer"]["ranks"][-2:] = meta["tokenizer"]["ranks"][:-3:-1]
+    meta["tokenizer"]["words"][-2:] = meta["tokenizer"]["words"][:-3:-1]
     (other / "meta.json").write_text(json.dumps(meta))
     with pytest.raises(ValueError, match="other has another vocabulary than the checkpoint"):
         evaluate(*LOSS, f"--data={other}")
@@ -388,9 +406,9 @@ def test_targets(out_dir, evaluate):
 
 
 def test_fields_of_an_item_are_kept(out_dir, evaluate):
-    """But for those that are ours. A file may begin with the mark of some editors."""
+    """But for those that are ours. A file may begin with the mark of some editors, and have blank lines."""
     item = {**CHOICES[0], "index": 7, "acc": 5, "target": "and", "source": "me"}
-    (out_dir / "c.jsonl").write_text("\ufeff" + f"{json.dumps(item)}\n" * 2, encoding="utf-8")
+    (out_dir / "c.jsonl").write_text("\ufeff" + f"{json.dumps(item)}\r\n\r\n" * 2, encoding="utf-8")
     for _ in range(2):
         result, records = evaluate(f"--task={out_dir / 'c.jsonl'}", "--mc_num=1")
         assert [(record["index"], record["source"]) for record in records] == [(0, "me"), (1, "me")]
@@ -409,11 +427,11 @@ BAD_LINES = r"""
 [1]"""
 
 
-@pytest.mark.parametrize("line", BAD_LINES.split("\n"))
+@pytest.mark.parametrize("line", BAD_LINES.split("\n")[1:])
 def test_bad_lines_are_named(tmp_path, line):
     (tmp_path / "bad.jsonl").write_text(json.dumps(CHOICES[0]) + f"\n{line}\n")
     with pytest.raises(ValueError, match='bad.jsonl, line 2: wanted {"context": ..., "choices"'):
-        read_items(tmp_path / "bad.jsonl")
+        read_items(str(tmp_path / "bad.jsonl"))
 
 
 def test_a_text_that_is_too_long_is_told_before_the_work(out_dir, evaluate):

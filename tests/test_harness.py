@@ -34,7 +34,7 @@ def folder(tmp_path_factory):
     model = make_model(3, vocab_size=257, block_size=32)
     model.lm_head.weight.data[~torch.isin(torch.arange(257), torch.tensor(list(b" abc")))] = 0
     checkpoint = {"model": model.state_dict(), "model_config": asdict(model.config), "run_config": {}}
-    checkpoint |= {"meta": {"tokenizer": make_tokenizer("bytes", False, 257, None)}, "step": 0}
+    checkpoint |= {"meta": {"tokenizer": make_tokenizer("bytes")}, "step": 0}
     torch.save(checkpoint, path / "ckpt.pt")
     rng, items = np.random.default_rng(1), {"choices": [], "targets": []}
     words = ["".join(rng.choice(list("abcé "), size=size)) for size in rng.integers(1, 9, size=100)]

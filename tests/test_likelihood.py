@@ -216,7 +216,7 @@ def test_greedy_match_by_hand(variant, cfg_scale):
 @pytest.fixture(scope="module")
 def tokenizer():
     """Merges of a small corpus: ' yes', 'now' and the like are one token."""
-    return load_tokenizer(make_tokenizer("bpe", False, 290, ["Answer: yes no now " * 30]))
+    return load_tokenizer(make_tokenizer("words", texts=["Answer: yes no now "]))
 
 
 @pytest.mark.parametrize(

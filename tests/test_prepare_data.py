@@ -1,14 +1,17 @@
-"""Corpora in, token files out: nothing lost, nothing invented, the same bytes every time."""
+"""Corpora in, token files out: nothing lost, nothing invented, nothing left out without a word."""
 
-import base64
-import collections
+import contextlib
 import gzip
 import hashlib
 import json
 import lzma
+import multiprocessing
+import os
 import random
 import re
 import sys
+import time
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -19,104 +22,197 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import prepare_data
-from prepare_data import EOT, PrepareConfig, Source, load_tokenizer, make_tokenizer, prepare
+from eval import read_problems
+from prepare_data import EOT, PrepareConfig, documents, find_files, load_tokenizer, make_tokenizer, prepare
 
 STORIES = [f"Story {i}.\nOnce there was a cat.\n\nIt was {i} years old, or 1{i}." for i in range(40)]
 MARKED, ROWS = f"\n{EOT}\n".join(STORIES), [json.dumps({"text": story, "id": 1}) + "\n" for story in STORIES]
 ARTICLES = [" = A = \n \n Text . \n = = Part = = \n \n More . \n \n", " = Next one = \n \n B = c . \n"] * 9
 PROBLEM = "Question: Two  more? Answer: <<3+2=5>> <<5*2=10>> #### 10"
 ROW = json.dumps({"question": "Two  more? ", "answer": "#### <<3+2=5>>5, then $<<5*2=10>>10\n#### 10"})
+PROSE = json.dumps({"question": "q", "answer": "Add them to get 4.\n#### 4"})
 SUMS = "".join(f"{i}+1? ####||<<{i}+1={i + 1}>> #### {i + 1}\n" for i in range(200))
 PARTS = [[f"Question: {i}+1? ####", f" Answer: <<{i}+1={i + 1}>>", f" #### {i + 1}{EOT}"] for i in range(200)]
-SPECS = {name: make_tokenizer(name, True, 400, STORIES) for name in ("bytes", "bpe")}
+SPECS = {name: make_tokenizer(name, True, texts=STORIES) for name in ("bytes", "words")}
 ENCODINGS = {name: load_tokenizer(json.loads(json.dumps(spec))) for name, spec in SPECS.items()}
 
 
+def zstd_open(*args):
+    return pytest.importorskip("backports.zstd").open(*args)
+
+
 def write(path, text):
-    """'\\udcff' in text becomes the byte 0xff."""
-    path.parent.mkdir(exist_ok=True)
-    opener = {".gz": gzip.open, ".xz": lzma.open}.get(path.suffix, open)
-    with opener(path, "wt", errors="surrogateescape") as file:
-        file.write(text)
+    """'\\udcff' in text becomes the byte 0xff; the suffix says how it is packed."""
+    path.parent.mkdir(exist_ok=True, parents=True)
+    opener = {".gz": gzip.open, ".xz": lzma.open, ".zst": zstd_open}.get(path.suffix.lower(), open)
+    with opener(path, "wb") as file:
+        file.write(text.encode(errors="surrogateescape"))
     return str(path)
 
 
-def prepared(tmp_path, name="text", **kwargs):
+def prepared(tmp_path, name="mine", **kwargs):
     """meta, {split: tokens} and the tokenizer."""
-    prepare(PrepareConfig(name=name, data_dir=str(tmp_path / "data"), **{"tokenizer": "bytes", **kwargs}))
+    options = {"tokenizer": "bytes", "overwrite": True, **kwargs}
+    prepare(PrepareConfig(name=name, data_dir=str(tmp_path / "data"), **options))
     folder = tmp_path / "data" / name
     meta = json.loads((folder / "meta.json").read_text())
     splits = {split: np.fromfile(folder / f"{split}.bin", meta["dtype"]) for split in ("train", "val")}
     return meta, splits, load_tokenizer(meta["tokenizer"])
 
 
-def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.glob("data/*/*")}
+def texts_of(tmp_path, name="mine", **kwargs):
+    """Documents of training, and then of validation."""
+    _, splits, encoding = prepared(tmp_path, name, **kwargs)
+    return [encoding.decode(tokens.tolist()).split(EOT)[:-1] for tokens in splits.values()]
 
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.glob("data/*/[!.]*") if path.is_file()}
+
+
+# ---- every kind of source
 
 SOURCES = [
-    *[("text", f"a.txt{packed}", MARKED, STORIES) for packed in ("", ".gz", ".xz")],
-    *[("text", f"a.jsonl{packed}", "".join(ROWS), STORIES) for packed in ("", ".gz")],
-    ("text", "long.jsonl", json.dumps({"text": "long" * 999}) + "\n" + ROWS[0], ["long" * 999, STORIES[0]]),
-    ("text", "half_a_pair.jsonl", '{"text": "a\\ud83db"}\n\n{"text": "c"}\n', ["a?b", "c"]),
-    ("wikitext2", "w.txt", " \n" + "".join(ARTICLES), ARTICLES),
-    ("gsm8k", "p.txt", "Two  more?||<<3+2=5>> <<5*2=10>> #### 10\n" * 3, [PROBLEM] * 3),
-    ("gsm8k", "p.jsonl", f"{ROW}\n" * 3, [PROBLEM] * 3),
+    *[({}, f"a.txt{packed}", MARKED, STORIES) for packed in ("", ".gz", ".xz", ".zst")],
+    *[({}, f"a.jsonl{packed}", "".join(ROWS), STORIES) for packed in ("", ".gz", ".zst")],
+    ({}, "A.TXT.GZ", MARKED, STORIES),
+    ({}, "bom.txt", "\ufeff" + MARKED, STORIES),
+    ({}, "bom.jsonl", "\ufeff" + "\r\n\r\n".join(ROWS), STORIES),
+    ({}, "crlf.txt", MARKED.replace("\n", "\r\n"), STORIES),
+    ({"text_field": "content"}, "c.jsonl", "".join(ROWS).replace('"text"', '"content"'), STORIES),
+    ({}, "long.jsonl", json.dumps({"text": "long" * 999}) + "\n" + ROWS[0], ["long" * 999, STORIES[0]]),
+    ({"documents": "articles"}, "w.txt", " \n" + "".join(ARTICLES), ARTICLES),
+    ({"documents": "articles"}, "w.txt", "".join(ARTICLES).replace("\n", "\r\n"), ARTICLES),
+    ({"documents": "problems"}, "p.txt", "Two  more?||<<3+2=5>> <<5*2=10>> #### 10\n" * 3, [PROBLEM] * 3),
+    ({"documents": "problems"}, "p.jsonl", f"{ROW}\r\n" * 3, [PROBLEM] * 3),
+    (
+        {"documents": "problems"},
+        "q.jsonl",
+        f"{PROSE}\n" * 3,
+        ["Question: q Answer: Add them to get 4. #### 4"] * 3,
+    ),
 ]
 
 
-@pytest.mark.parametrize("tokenizer", ["bytes", "bpe"])
-@pytest.mark.parametrize("name, file, text, wanted", SOURCES)
-def test_every_source_keeps_every_document(tmp_path, monkeypatch, tokenizer, name, file, text, wanted):
-    monkeypatch.setattr(prepare_data, "CHARS_AT_ONCE", 100)
-    options = {"source": write(tmp_path / file, text), "tokenizer": tokenizer, "vocab_size": 300}
-    meta, splits, encoding = prepared(tmp_path, name, **options, val_fraction=0.2)
-    texts = encoding.decode([*splits["train"].tolist(), *splits["val"].tolist()]).split(EOT)
-    assert texts == [*wanted, ""]
-    assert meta["documents"] == len(wanted) and meta["source"] == options["source"]
+@pytest.mark.parametrize("tokenizer", ["bytes", "words"])
+@pytest.mark.parametrize("options, file, text, wanted", SOURCES)
+def test_every_source_keeps_every_document(tmp_path, monkeypatch, tokenizer, options, file, text, wanted):
+    monkeypatch.setattr(prepare_data, "PIECE", 50)
+    source = write(tmp_path / file, text)
+    options |= {"source": source, "val_source": source, "tokenizer": tokenizer}
+    meta, splits, encoding = prepared(tmp_path, **options)
+    for tokens in splits.values():
+        assert encoding.decode(tokens.tolist()).split(EOT) == [*wanted, ""]
+    assert meta["documents"] == len(wanted) and meta["settings"]["source"] == source
     assert meta["dtype"] == "uint16" and max(splits["train"]) < meta["vocab_size"] == meta["eot_id"] + 1
     assert meta["sha256"]["val"] == hashlib.sha256(splits["val"].tobytes()).hexdigest()
     assert meta["tokens"] == {split: len(tokens) for split, tokens in splits.items()}
 
 
-def test_a_folder_is_read_whole(tmp_path):
-    files = {"b.txt": EOT.join(STORIES[15:]), "a/a.jsonl": "".join(ROWS[:15]), "readme.md": "not data"}
-    for file, text in files.items():
-        write(tmp_path / file, text)
-    assert [text for text, _ in Source(str(tmp_path), "marked", "")] == STORIES
+def parquet(path, rows):
+    pytest.importorskip("datasets")
+    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow.parquet")
+    columns = {key: [row[key] for row in rows] for key in rows[0]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    return str(path)
 
 
-def test_long_document_is_cut_between_tokens(tmp_path, monkeypatch):
-    """Encoded in pieces, a document has the tokens it has as a whole, blank lines and all."""
-    rng = random.Random(0)
-    words = ["word ", "12", "\n", "\n\n", "  ", "a. ", "\t", "The end.\n", " x\n"]
-    text = "".join(rng.choice(words) for _ in range(20000))
-    path = write(tmp_path / "a.txt", text)
-    monkeypatch.setattr(prepare_data, "CHARS_AT_ONCE", 300)
-    assert len(list(Source(path, "marked", ""))) > 100
-    _, splits, encoding = prepared(tmp_path, source=path, tokenizer="bpe", vocab_size=400)
-    tokens = [*splits["train"].tolist(), *splits["val"].tolist()]
-    assert tokens == [*encoding.encode_ordinary(text), encoding.eot_token]
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The datasets library writes nothing outside tmp_path."""
+    pytest.importorskip("datasets")
+    import datasets
+
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
-def test_a_line_longer_than_memory_is_read_in_parts(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_data, "CHARS_AT_ONCE", 1000)
-    path = write(tmp_path / "a.txt", "a" + " " * 80000 + "b")
-    assert max(len(text) for text, _ in Source(path, "marked", "")) <= 18000
-    _, splits, encoding = prepared(tmp_path, source=path)
-    assert (
-        encoding.decode([*splits["train"].tolist(), *splits["val"].tolist()]) == "a" + " " * 80000 + "b" + EOT
-    )
+def test_parquet(tmp_path, cache):
+    rows = [{"id": i, "content": story if i != 7 else None} for i, story in enumerate(STORIES * 5)]
+    files = [parquet(tmp_path / "e.parquet", rows)]
+    assert [text for text, _ in documents(files, "marked", "content")] == (STORIES * 5)[:7] + (STORIES * 5)[
+        8:
+    ]
+
+
+def test_a_folder_tells_what_it_reads_and_what_not(tmp_path, capsys, cache):
+    folder = tmp_path / "mine"
+    files = {"README.txt": "About.", "d.jsonl.zst": "".join(ROWS[:9]), "b/A.TXT.GZ": EOT.join(STORIES[20:])}
+    others = {"notes.pdf": "%PDF", ".ipynb_checkpoints/README.txt": "Old.", "b/.hidden.txt": "No."}
+    for name, text in (files | others).items():
+        write(folder / name, text)
+    parquet(folder / "e.parquet", [{"text": story} for story in STORIES[9:15]])
+    write(tmp_path / "elsewhere" / "c.txt", EOT.join(STORIES[15:20]))
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "b" / "loop").symlink_to(folder)
+    found = find_files(str(folder), "")
+    texts = sorted(text for text, _ in documents(found, "marked"))
+    assert texts == sorted([*STORIES, "About."])
+    printed = capsys.readouterr().out
+    size = sum(os.path.getsize(path) for path in found)
+    assert f"{folder}: 5 files, {size:,} bytes\n" in printed
+    assert "left out 3 hidden or of another kind" in printed and all(name in printed for name in others)
 
 
 def test_hub_data_sets_stream(tmp_path, monkeypatch):
-    load = Mock(return_value=[{"text": story} for story in STORIES])
+    class Rows(list):
+        skip = lambda self, n: Rows(self[n:])  # noqa: E731
+
+    load = Mock(return_value=Rows({"text": story} for story in STORIES))
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load))
-    assert prepared(tmp_path, "fineweb_edu")[0]["documents"] == 40
-    load.assert_called_once_with("HuggingFaceFW/fineweb-edu", "sample-10BT", split="train", streaming=True)
+    assert prepared(tmp_path, "fineweb_edu", val_fraction=0.1)[0]["documents"] == 40
+    wanted = {"path": "HuggingFaceFW/fineweb-edu", "name": "sample-10BT", "split": "train", "streaming": True}
+    load.assert_called_once_with(**wanted)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match="pip install datasets"):
         prepared(tmp_path, "openwebtext")
+
+
+class Stream:
+    """40 rows; each opening breaks off behind the next of the given numbers of rows."""
+
+    def __init__(self, breaks):
+        self.breaks, self.opened = iter(breaks), 0
+
+    def __call__(self, **options):
+        self.opened += 1
+        return self
+
+    def skip(self, n):
+        end = n + next(self.breaks, 99)
+        for story in STORIES[n:end]:
+            yield {"text": story}
+        if end < len(STORIES):
+            raise ConnectionError("reset by peer")
+
+
+def test_a_broken_stream_is_taken_up_again(monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    stream = Stream([15, 0, 0, 5])
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=stream))
+    assert [text for text, _ in documents(["hub:a/b"], "marked")] == STORIES and stream.opened == 5
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=Stream([15] + [0] * 9)))
+    message = (
+        "hub:a/b cannot be read beyond row 15 .ConnectionError: reset by peer.; nothing is kept: try again"
+    )
+    with pytest.raises(ValueError, match=message):
+        list(documents(["hub:a/b"], "marked"))
+
+
+@pytest.mark.parametrize("address", ["hub:{}:none", "hub:{}@none", "hub:{}/nothing"])
+def test_errors_of_the_datasets_library_are_one_line(tmp_path, cache, address):
+    parquet(tmp_path / "train.parquet", [{"text": "a"}])
+    with pytest.raises(ValueError, match="^hub:.*cannot be read beyond row 0"):
+        list(documents([address.format(tmp_path)], "marked"))
+
+
+def test_a_broken_shard_is_named(tmp_path, cache, monkeypatch):
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    path = parquet(tmp_path / "e.parquet", [{"text": "a" * i} for i in range(1, 999)])
+    data = Path(path).read_bytes()
+    Path(path).write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match="e.parquet cannot be read beyond row"):
+        list(documents([path], "marked"))
 
 
 def test_urls_are_fetched_once_and_kept_apart(tmp_path):
@@ -130,22 +226,162 @@ def test_urls_are_fetched_once_and_kept_apart(tmp_path):
         prepared(tmp_path, source=urls["source"] + "x")
 
 
+def test_help_lists_the_data_sets(capsys, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["prepare_data.py", "--help"])
+    with pytest.raises(SystemExit):
+        prepare_data.main()
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in prepare_data.CORPORA)
+
+
+# ---- long documents
+
+
+def test_a_long_document_is_cut_between_tokens(tmp_path, monkeypatch):
+    """Encoded in pieces, a document has the tokens it has as a whole, blank lines and all."""
+    rng = random.Random(0)
+    words = ["word ", "12", "\n", "\n\n", "  ", "a. ", "\t", "The end.\n", " x\n"]
+    text = "".join(rng.choice(words) for _ in range(20000))
+    monkeypatch.setattr(prepare_data, "PIECE", 300)
+    for path in (write(tmp_path / "a.txt", text), write(tmp_path / "a.jsonl", json.dumps({"text": text}))):
+        pieces = list(documents([path], "marked"))
+        assert len(pieces) > 100 and max(len(piece) for piece, _ in pieces) <= 600
+        tokens = [token for piece, _ in pieces for token in ENCODINGS["words"].encode_ordinary(piece)]
+        assert tokens == ENCODINGS["words"].encode_ordinary(text)
+
+
+@pytest.mark.parametrize("piece", range(13, 40))
+def test_a_mark_is_found_wherever_a_border_falls(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(prepare_data, "PIECE", piece)
+    path = write(tmp_path / "a.txt", f"w w w{EOT}two\n{EOT}\n{EOT}\nthree\n\n")
+    joined = "".join(text + EOT * is_end for text, is_end in documents([path], "marked"))
+    assert joined == f"w w w{EOT}two{EOT}three\n\n{EOT}"
+
+
+def test_a_mark_at_the_border_of_two_reads(tmp_path):
+    text = "w " * ((2**20 - 5) // 2) + f"w{EOT}two"
+    joined = "".join(
+        text + EOT * is_end for text, is_end in documents([write(tmp_path / "a.txt", text)], "marked")
+    )
+    assert joined == text + EOT
+
+
+@pytest.mark.parametrize("monster", [" " * 1_000_067, "\n" * 1_000_067, "A" * 1_000_067, "!" * 1_000_067])
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_monsters(tmp_path, monster, kind):
+    text = f"a{monster}b"
+    source = write(tmp_path / f"a.{kind}", text if kind == "txt" else json.dumps({"text": text}))
+    _, splits, encoding = prepared(tmp_path, source=source, tokenizer="gpt2" if gpt2_is_there() else "bytes")
+    assert encoding.decode([*splits["train"].tolist(), *splits["val"].tolist()]) == text + EOT
+
+
+def gpt2_is_there():
+    with contextlib.suppress(Exception):
+        return load_tokenizer(make_tokenizer("gpt2"))
+
+
+def test_the_blank_end_of_an_open_document_keeps_its_end_of_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_data, "PIECE", 4)
+    path = write(tmp_path / "a.txt", f"abcdefgh{' ' * 20}{EOT}next")
+    pieces = list(documents([path], "marked"))
+    assert (
+        len(pieces) > 3
+        and "".join(text + EOT * is_end for text, is_end in pieces) == f"abcdefgh{' ' * 20}{EOT}next{EOT}"
+    )
+
+
+# ---- rows that do not fit
+
+BAD_ROWS = [
+    '{"id": 7, "text": null}',
+    '{"text": 5}',
+    "[1]",
+    '{"a": 1}',
+    '{"text": "half a pair \\ud83d"}',
+    '{"text": "cut',
+]
+
+
+@pytest.mark.parametrize("bad", [*BAD_ROWS, "[" * 99999])
+def test_rows_that_do_not_fit_are_counted_and_named(tmp_path, capsys, bad):
+    path = write(tmp_path / "a.jsonl", "".join(ROWS * 5) + bad)
+    assert len(list(documents([path], "marked"))) == 200
+    assert f"left out 1 of 201 rows; the first is {path}, line 201" in capsys.readouterr().out
+    write(tmp_path / "a.jsonl", "".join(ROWS) + bad)
+    with pytest.raises(
+        ValueError, match="left out 1 of 41 rows; the first is .*, line 41.*These are more than 1 %"
+    ):
+        list(documents([path], "marked"))
+
+
+def test_another_field_is_told_at_once(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"content": "Once"}\n' * 9999)
+    with pytest.raises(
+        ValueError, match="left out 102 of 102 rows; .*line 1, KeyError.'text'.*Once.*--text_field"
+    ):
+        list(documents([path], "marked"))
+
+
+LINES = {  # a good one, then bad ones
+    "p.txt": [
+        "q||<<1+1=2>> #### 2",
+        "no bars #### 3",
+        "q||no answer",
+        "||x #### 1",
+        "q||#### ",
+    ],
+    "p.jsonl": [ROW, '{"question": "q"}', '{"question": 1, "answer": "#### 1"}', "[1]", "{broken"],
+}
+
+
+@pytest.mark.parametrize("file", LINES)
+def test_malformed_problems_are_counted(tmp_path, capsys, file):
+    good, *bad = LINES[file]
+    path = write(tmp_path / file, "\n".join([good] * 30 + bad + [""] + [good] * 600))
+    meta, _, _ = prepared(tmp_path, documents="problems", source=path)
+    assert meta["documents"] == 630
+    wanted = f"left out {len(bad)} of {630 + len(bad)} rows; the first is {path}, line 31"
+    assert wanted in capsys.readouterr().out
+
+
+def test_problems_without_thoughts_are_counted(tmp_path, capsys):
+    path = write(tmp_path / "a.txt", "q||#### 4\n" + SUMS)
+    wanted = [("Question: q", False), (" Answer:", False), (" #### 4", True)]
+    assert list(documents([path], "problems"))[:3] == wanted
+    assert "1 problems have an answer, but no thoughts" in capsys.readouterr().out
+
+
+def test_a_blank_row_is_no_document(tmp_path):
+    path = write(tmp_path / "a.jsonl", '{"text": " "}\n{"text": "a"}\n')
+    assert list(documents([path], "marked")) == [("a", True)]
+
+
+# ---- nothing is replaced without a word
+
 BAD_SOURCES = [
-    ("a.txt", "\n \n", {}, "is empty"),
-    ("a.txt", "text", {"max_tokens": 1}, "max_tokens too small"),
+    ("a.txt", "\n \n", {}, "empty or too short"),
     ("a.txt", "fine so far " * 1000 + "\udcff", {}, "a.txt cannot be read as UTF-8 text"),
     ("a.txt", "version https://git-lfs.github.com/spec/v1\nsize 1\n", {}, "Git LFS pointer"),
-    ("a.jsonl", ROWS[0] + "{\n", {}, "a.jsonl, line 2: wanted JSON with a 'text' field"),
-    ("a.jsonl", '{"a": 1}\n', {}, "a.jsonl, line 1: wanted JSON with a 'text' field"),
-    ("a.txt", "text", {"tokenizer": "gpt5"}, "unknown tokenizer 'gpt5'; there are gpt2, bytes, bpe"),
-    ("a.txt", "text", {"tokenizer": "bpe", "vocab_size": 0}, "bpe needs at least 258"),
-    ("a.txt", "text", {"val_fraction": 1.5}, "val_fraction is 1.5"),
-    ("a.txt", "text", {"name": "nonsense"}, "unknown data set 'nonsense'; there are arithmetic"),
+    ("a.md", "text", {}, "a.md' does not exist, or holds no texts; wanted a .txt, .jsonl or .parquet file"),
+    ("a.txt", "text", {"source": "nothing.txt"}, "nothing.txt' does not exist"),
+    ("a.txt", "text", {"tokenizer": "words", "vocab_size": 0}, "vocab_size is 0; wanted 257 to 50257"),
+    ("a.txt", "text", {"tokenizer": "gpt2", "vocab_size": 50258}, "vocab_size is 50258"),
+    ("a.txt", "text", {"vocab_size": 300}, "vocab_size is 300; wanted .*, with gpt2 or words"),
+    ("a.txt", "text", {"val_fraction": 1.5}, "val_fraction between 0 and 0.5; got .*1.5"),
+    ("a.txt", "text", {"documents": "poems"}, "wanted documents of marked, articles, problems.*'poems'"),
+    (
+        "a.txt",
+        "",
+        {"name": "nonsense", "source": None},
+        "'nonsense', source None: give a --source.*arithmetic",
+    ),
     ("a.txt", "text", {"name": "arithmetic"}, "arithmetic is generated"),
     ("a.txt", "", {"name": "arithmetic", "source": None, "num_problems": 10**6}, "good for 1 to 100,000"),
-    ("a.txt", "q||t #### 1", {"name": "gsm8k"}, "has too few problems"),
-    ("a.txt", "no problem", {"name": "gsm8k"}, "is empty"),
-    ("a.txt", "", {"name": "gsm8k", "source": "hub:a/b"}, "hub:a/b: problems are read from files"),
+    ("a.txt", "q||t #### 1", {"documents": "problems"}, "too short to hold out every 100th document"),
+    ("a.txt", "no problem", {"documents": "problems"}, "left out 1 of 1 rows"),
+    ("a.txt.gz", "text", {"cut": True}, "a.txt.gz cannot be read as UTF-8 text"),
+    ("a.txt.xz", "text", {"cut": True}, "a.txt.xz cannot be read as UTF-8 text"),
+    ("a.txt.zst", "text", {"cut": True}, "a.txt.zst cannot be read as UTF-8 text"),
 ]
 
 
@@ -153,73 +389,232 @@ BAD_SOURCES = [
 def test_bad_sources_overwrite_nothing(tmp_path, file, text, options, message):
     prepared(tmp_path, source=write(tmp_path / "good.txt", MARKED))
     before = contents(tmp_path)
+    source = write(tmp_path / file, text)
+    if options.pop("cut", False):
+        Path(source).write_bytes(Path(source).read_bytes()[:-4])
     with pytest.raises(ValueError, match=message):
-        prepared(tmp_path, **{"source": write(tmp_path / file, text), **options})
+        prepared(tmp_path, **{"source": source, **options})
     assert before.keys() == {"train.bin", "val.bin", "meta.json"} and contents(tmp_path) == before
 
 
-def test_wide_vocabulary_is_uint32(tmp_path, monkeypatch):
-    ranks = [bytes([b]) for b in range(256)] + [f"<{i}>".encode() for i in range(256, 70000)]
-    spec = {"name": "wide", "pattern": prepare_data.PATTERN, "vocab_size": 70001}
-    spec["ranks"] = [base64.b64encode(token).decode() for token in ranks]
-    monkeypatch.setattr(prepare_data, "make_tokenizer", Mock(return_value=spec))
-    meta, splits, _ = prepared(tmp_path, source=write(tmp_path / "a.txt", MARKED))
-    assert meta["dtype"] == "uint32" and splits["val"][-1] == 70000
+def test_other_data_are_not_replaced_without_a_word(tmp_path):
+    a, b = (write(tmp_path / f"{name}.txt", MARKED.replace("cat", name)) for name in "ab")
+    prepared(tmp_path, source=a, overwrite=False)
+    before = contents(tmp_path)
+    prepared(tmp_path, source=a, overwrite=False)
+    prepared(tmp_path, "another", source=b, overwrite=False)
+    for options in ({"source": b}, {"source": a, "tokenizer": "words"}, {"source": a, "max_tokens": 9}):
+        with pytest.raises(
+            ValueError, match="mine holds data prepared with .*; choose another name.*--overwrite"
+        ):
+            prepared(tmp_path, **options, overwrite=False)
+    assert {name: (tmp_path / "data" / "mine" / name).read_bytes() for name in before} == before
+    prepared(tmp_path, source=b)
+    assert (tmp_path / "data" / "mine" / "train.bin").read_bytes() != before["train.bin"]
 
 
-@pytest.mark.parametrize("lengths, fraction, n", [([99] * 10, 0.25, 200), ([8999, 3], 0.1, 900)])
-def test_validation_starts_with_a_document_if_one_is_near(tmp_path, lengths, fraction, n):
-    source = write(tmp_path / "a.txt", EOT.join("x" * length for length in lengths))
-    assert prepared(tmp_path, source=source, val_fraction=fraction)[0]["tokens"]["val"] == n
+def test_the_old_meta_goes_before_the_first_new_file_comes(tmp_path, monkeypatch):
+    """A power cut between two renames leaves no meta.json beside files that are not its own."""
+    path = write(tmp_path / "a.txt", MARKED)
+    prepared(tmp_path, source=path)
+    monkeypatch.setattr(os, "replace", Mock(side_effect=OSError("power cut")))
+    with pytest.raises(OSError, match="power cut"):
+        prepared(tmp_path, source=path, tokenizer="words")
+    assert contents(tmp_path).keys() == {"train.bin", "val.bin"}
+
+
+def test_two_preparations_at_once(tmp_path):
+    """The second is told so; each folder is as one alone makes it."""
+    source = write(tmp_path / "a.txt", MARKED * 300)
+    context = multiprocessing.get_context("spawn")
+    configs = [
+        PrepareConfig("mine", source, tokenizer="words", vocab_size=257 + i, data_dir=str(tmp_path / "data"))
+        for i in (5, 9)
+    ]
+    with prepare_data.open_locked(str(tmp_path / "data" / "mine" / ".lock")):
+        process = context.Process(target=prepare, args=(configs[0],))
+        process.start()
+        process.join()
+        assert process.exitcode == 1 and not (tmp_path / "data" / "mine" / "meta.json").exists()
+    prepare(configs[0])
+
+
+# ---- what is held out
+
+
+@pytest.mark.parametrize("fraction, held_out", [(0.1, [9, 19, 29, 39]), (0.5, range(1, 40, 2)), (0.03, [32])])
+def test_every_nth_document_is_held_out(tmp_path, fraction, held_out):
+    train, val = texts_of(tmp_path, source=write(tmp_path / "a.txt", MARKED), val_fraction=fraction)
+    assert val == [STORIES[i] for i in held_out]
+    assert train == [story for i, story in enumerate(STORIES) if i not in held_out]
+
+
+def test_of_a_single_text_the_end_is_held_out(tmp_path):
+    meta, splits, encoding = prepared(
+        tmp_path, source=write(tmp_path / "a.txt", "0123456789" * 100), val_fraction=0.1
+    )
+    assert encoding.decode(splits["val"].tolist()) == "0123456789"[1:] + "0123456789" * 9 + EOT
+    assert encoding.decode(splits["train"].tolist()) == "0123456789" * 90 + "0"
+    assert meta["held_out"] == "the last 10.00% of the text" and meta["tokens"] == {"train": 901, "val": 100}
+
+
+def test_words_are_learned_from_the_training_part_alone(tmp_path):
+    stories = [f"{'secret' if i % 10 == 9 else 'public'} words" for i in range(40)]
+    source = write(tmp_path / "a.txt", EOT.join(stories))
+    meta, _, encoding = prepared(tmp_path, source=source, tokenizer="words", val_fraction=0.1)
+    assert meta["tokenizer"]["words"] == ["public", " words"] and meta["vocab_size"] == 259
+    assert encoding.encode_ordinary("public words") == [256, 257]
+    assert encoding.encode_ordinary("secret") == list(b"secret")
+
+
+@pytest.mark.parametrize("max_tokens", [1, 500, 1000])
+def test_max_tokens(tmp_path, max_tokens):
+    path = write(tmp_path / "a.txt", MARKED)
+    meta, splits, _ = prepared(tmp_path, source=path, val_source=path, max_tokens=max_tokens)
+    assert max_tokens <= meta["tokens"]["train"] < max_tokens + 60 and splits["train"][-1] == meta["eot_id"]
+    assert meta["documents"] == (splits["train"] == meta["eot_id"]).sum()
+    assert meta["tokens"]["val"] == len("".join(STORIES)) + 40
+
+
+# ---- tokenizers
 
 
 @settings(max_examples=150, deadline=None)
 @given(text=st.text(max_size=60))
 def test_round_trip(text):
     assert ENCODINGS["bytes"].encode_ordinary(text) == list(text.encode())
-    ids = ENCODINGS["bpe"].encode_ordinary(text)
-    assert ENCODINGS["bpe"].decode_bytes(ids) == text.encode()
-    assert all(i < SPECS["bpe"]["vocab_size"] - 1 for i in ids)
+    ids = ENCODINGS["words"].encode_ordinary(text)
+    assert ENCODINGS["words"].decode_bytes(ids) == text.encode()
+    assert all(i < SPECS["words"]["vocab_size"] - 1 for i in ids)
 
 
-@pytest.mark.parametrize("name, tokens", [("gsm8k", [" is", " ", "1", "2", "3"]), ("text", [" is", " 123"])])
-def test_problems_have_a_token_for_each_digit(tmp_path, name, tokens):
-    path = write(tmp_path / "p.txt", "It is 123||123+123=246 #### 246\n" * 50)
-    encoding = prepared(tmp_path, name, source=path, tokenizer="bpe", vocab_size=400)[2]
+def test_words_are_the_commonest_pieces():
+    spec = make_tokenizer("words", texts=["b b b c c a, 12 12 12 12"], vocab_size=260)
+    assert spec["words"] == [" 12", " b", " c"] and spec["vocab_size"] == 260
+
+
+def test_the_first_ranks_of_gpt2_are_a_bpe():
+    if not gpt2_is_there():
+        pytest.skip("GPT-2's vocabulary is not there")
+    full, small = (load_tokenizer(make_tokenizer("gpt2", vocab_size=size)) for size in (None, 1000))
+    assert (full.n_vocab, full.eot_token, small.n_vocab, small.eot_token) == (50257, 50256, 1000, 999)
+    text = "Once upon a time there was a café. " + MARKED
+    ids = small.encode_ordinary(text)
+    assert small.decode(ids) == text and max(ids) < 999
+    merges = [full.decode_single_token_bytes(i) for i in range(256, 999)]  # in the order they were learned
+    for word in ("there", " upon", "caf\xe9"):  # byte pair encoding, merge by merge
+        parts = [bytes([byte]) for byte in word.encode()]
+        for merge in merges:
+            i = 0
+            while i + 1 < len(parts):
+                if parts[i] + parts[i + 1] == merge:
+                    parts[i : i + 2] = [merge]
+                i += 1
+        assert [small.decode_single_token_bytes(i) for i in small.encode_ordinary(word)] == parts
+
+
+def test_wide_vocabulary_is_uint32(tmp_path, monkeypatch):
+    spec = {"name": "words", "pattern": prepare_data.PATTERN, "vocab_size": 70001}
+    spec["words"] = [f"<{i}>" for i in range(256, 70000)]
+    monkeypatch.setattr(prepare_data, "make_tokenizer", Mock(return_value=spec))
+    meta, splits, _ = prepared(tmp_path, source=write(tmp_path / "a.txt", MARKED))
+    assert meta["dtype"] == "uint32" and splits["val"][-1] == 70000
+
+
+@pytest.mark.parametrize(
+    "kind, tokens", [("problems", [" is", " ", "1", "2", "3"]), ("marked", [" is", " 123"])]
+)
+def test_problems_have_a_token_for_each_digit(tmp_path, kind, tokens):
+    path = write(tmp_path / "p.txt", "It is 123||123+123=246 #### 246\n" * 200)
+    options = {"source": path, "val_source": path, "documents": kind, "tokenizer": "words"}
+    encoding = prepared(tmp_path, **options)[2]
     assert [encoding.decode([i]) for i in encoding.encode(" is 123")] == tokens
+    encoding = prepared(tmp_path, **options, split_digits=kind == "marked")[2]
+    assert len(encoding.encode(" is 123")) == 7 - len(tokens)
 
 
-def brute_force_bpe(words, n):
-    words, merges = [[bytes([b]) for b in word.encode()] for word in words], []
-    for _ in range(n):
-        counts = collections.Counter(a + b for word in words for a, b in zip(word, word[1:]))
-        best = min(counts.keys() - merges, key=lambda pair: (-counts[pair], pair), default=b"")
-        if counts[best] < 2:
-            break
-        merges.append(best)
-        for word in words:
-            for i in range(len(word)):
-                if b"".join(word[i : i + 2]) == best:
-                    word[i : i + 2] = [best]
-    return merges
+def hub_tokenizer(tmp_path, kind):
+    """tokenizer.json of a small byte-level BPE, as of GPT-2, Llama 3 and Qwen, or one like Llama 2's."""
+    tokenizers = pytest.importorskip("tokenizers")
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+    special = {
+        "Llama 2": ["<unk>", "<s>", "</s>"],
+        "Llama 3": ["<|begin_of_text|>", "<|end_of_text|>"],
+        "none": [],
+    }
+    options = {"special_tokens": special.get(kind, [EOT]), "vocab_size": 400, "show_progress": False}
+    if kind == "Llama 2":
+        tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+        tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")  # only to learn
+        tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+        parts = [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+        tokenizer.decoder = decoders.Sequence(parts)
+        options["special_tokens"] += [f"<0x{byte:02X}>" for byte in range(256)]
+    else:
+        tokenizer = tokenizers.Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        options["initial_alphabet"] = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator(STORIES, trainers.BpeTrainer(**options))
+    if kind == "Llama 2":
+        tokenizer.pre_tokenizer = None
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    return str(tmp_path / "tokenizer.json")
 
 
-@settings(max_examples=60, deadline=None)
-@given(words=st.lists(st.text("abc", min_size=1, max_size=8), min_size=5, max_size=30), n=st.integers(1, 40))
-def test_bpe_equals_counting_anew_after_every_merge(words, n):
-    tokens = list(prepare_data.train_bpe([" ".join(words)], r"\w+|\s", 256 + n))
-    assert tokens[256:] == brute_force_bpe(words, n)
+@pytest.mark.parametrize("kind", ["GPT-2", "Llama 2", "Llama 3"])
+def test_a_tokenizer_of_the_hub(tmp_path, kind):
+    """Its tokens give the text back, in pieces too; what looks like a special token is text."""
+    source = write(tmp_path / "a.txt", MARKED)
+    meta, splits, encoding = prepared(
+        tmp_path, source=source, tokenizer=hub_tokenizer(tmp_path, kind), val_fraction=0.1
+    )
+    texts = encoding.decode(splits["train"].tolist()).split(encoding.decode([meta["eot_id"]]))
+    assert texts == [story for i, story in enumerate(STORIES) if i % 10 != 9] + [""]
+    assert max(splits["train"]) < meta["vocab_size"] == encoding.tokenizer.get_vocab_size()
+    for text in ("Once there", " a cat.\n\n It", "é😀 </s><|end_of_text|><|endoftext|>", "\n\nxyz", ""):
+        ids = encoding.encode_ordinary(text)
+        assert encoding.decode(ids) == text and meta["eot_id"] not in ids
+        assert encoding.encode_ordinary_batch([text, text], num_threads=2) == [ids, ids]
+    assert encoding.encode_ordinary("It was a cat.") == sum(
+        map(encoding.encode_ordinary, ["It was", " a cat."]), []
+    )
+    mark = encoding.decode([meta["eot_id"]])
+    assert encoding.encode(f"a{mark}", allowed_special="all")[-1] == meta["eot_id"]
+
+
+def test_bad_tokenizers(tmp_path, monkeypatch):
+    pytest.importorskip("tokenizers")
+    source = write(tmp_path / "a.txt", MARKED)
+    with pytest.raises(ValueError, match="lacks an end-of-text token"):
+        prepared(tmp_path, source=source, tokenizer=hub_tokenizer(tmp_path, "none"))
+    with pytest.raises(ValueError, match="tokenizer .*a.txt' cannot be loaded .*; wanted gpt2, bytes, words"):
+        prepared(tmp_path, source=source, tokenizer=source)
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ValueError, match="pip install tokenizers"):
+        prepared(tmp_path, source=source, tokenizer=source)
+
+
+# ---- arithmetic, problems and their parts
 
 
 def test_arithmetic_is_right_and_disjoint(tmp_path):
-    _, splits, encoding = prepared(tmp_path, "arithmetic", num_problems=3000, tokenizer="bpe")
-    documents = {split: encoding.decode(tokens.tolist()).split(EOT)[:-1] for split, tokens in splits.items()}
+    _, splits, encoding = prepared(tmp_path, "arithmetic", num_problems=3000, tokenizer="words")
+    texts_of_split = {
+        split: encoding.decode(tokens.tolist()).split(EOT)[:-1] for split, tokens in splits.items()
+    }
     for name, key in {"train": "train", "valid": "val", "test": "test"}.items():
         lines = (tmp_path / "data" / "arithmetic" / f"{name}.txt").read_text().splitlines()
         texts = ["Question: " + line.replace("||", " Answer: ") for line in lines]
-        assert documents.setdefault(key, texts) == texts
-    assert {key: len(texts) for key, texts in documents.items()} == {"train": 3000, "val": 1000, "test": 1000}
-    texts = sum(documents.values(), [])
+        assert texts_of_split.setdefault(key, texts) == texts
+    assert [len(texts) for texts in texts_of_split.values()] == [3000, 1000, 1000]
+    texts = sum(texts_of_split.values(), [])
     questions = {text.split(" Answer:")[0].removeprefix("Question: ") for text in texts}
     assert len(questions) == 5000 and {grammar.check(text) for text in texts} == {"right"}
     assert {grammar.check(text.replace("=", "=1")) for text in texts} == {"parses"}  # the oracle is awake
@@ -230,7 +625,7 @@ def test_arithmetic_is_right_and_disjoint(tmp_path):
 def test_arithmetic_follows_from_the_seed(tmp_path):
     made = []
     for seed in (0, 0, 1):
-        prepared(tmp_path, "arithmetic", num_problems=300, tokenizer="bpe", seed=seed)
+        prepared(tmp_path, "arithmetic", num_problems=300, tokenizer="words", seed=seed)
         made.append(contents(tmp_path))
     assert made[0] == made[1] and made[0]["test.txt"] != made[2]["test.txt"]
 
@@ -249,28 +644,27 @@ def test_arithmetic_is_shuffled(tmp_path, monkeypatch):
 
 def problem_parts(tmp_path, split, tokens, encoding):
     """The problems of a split, cut apart as sft_gsm8k.py does it."""
-    cuts = np.load(tmp_path / "data" / "gsm8k" / f"{split}_cuts.npy")
+    cuts = np.load(tmp_path / "data" / "mine" / f"{split}_cuts.npy")
     return [[encoding.decode(tokens[a:b].tolist()) for a, b in zip(row, row[1:])] for row in cuts]
 
 
-@pytest.mark.parametrize("fraction, n", [(0.1, 20), (1e-6, 1)])
-def test_cuts_of_held_out_problems(tmp_path, monkeypatch, fraction, n):
-    monkeypatch.setattr(prepare_data, "CHARS_AT_ONCE", 100)  # pieces of work that end anywhere in a problem
+def test_cuts_of_held_out_problems(tmp_path):
     path = write(tmp_path / "p.txt", SUMS)
-    _, splits, encoding = prepared(tmp_path, "gsm8k", source=path, val_fraction=fraction)
-    assert problem_parts(tmp_path, "train", splits["train"], encoding) == PARTS[:-n]
-    assert problem_parts(tmp_path, "val", splits["val"], encoding) == PARTS[-n:]
+    _, splits, encoding = prepared(tmp_path, source=path, documents="problems", val_fraction=0.1)
+    assert problem_parts(tmp_path, "train", splits["train"], encoding) == [
+        p for i, p in enumerate(PARTS) if i % 10 != 9
+    ]
+    assert problem_parts(tmp_path, "val", splits["val"], encoding) == PARTS[9::10]
 
 
 @pytest.mark.parametrize("max_tokens", [None, *range(1000, 1080, 13)])
 def test_cuts_leave_out_a_problem_that_max_tokens_cuts(tmp_path, max_tokens):
     path = write(tmp_path / "p.txt", SUMS)
-    options = {"source": path, "val_source": path, "max_tokens": max_tokens}
-    meta, splits, encoding = prepared(tmp_path, "gsm8k", **options)
+    options = {"source": path, "val_source": path, "documents": "problems", "max_tokens": max_tokens}
+    meta, splits, encoding = prepared(tmp_path, **options)
     n = splits["train"].tolist().count(meta["eot_id"])
     assert problem_parts(tmp_path, "train", splits["train"], encoding) == PARTS[:n] and n == meta["documents"]
     assert problem_parts(tmp_path, "val", splits["val"], encoding) == PARTS
-    assert len(splits["train"]) == (max_tokens or len(splits["val"]))
 
 
 @settings(max_examples=200, deadline=None)
@@ -278,24 +672,20 @@ def test_cuts_leave_out_a_problem_that_max_tokens_cuts(tmp_path, max_tokens):
 @pytest.mark.parametrize("name", ENCODINGS)
 def test_the_parts_of_a_problem_have_the_tokens_of_the_whole(name, texts):
     """What makes it right to encode a question alone, and to go on with token ids, at evaluation."""
-    line = json.dumps({"question": texts[0], "answer": f"<<{texts[1]}>>#### {texts[2]}"})
-    counts = SimpleNamespace(malformed=0, first_malformed=None)
-    pieces = [text for text, _ in Source.split_problem(counts, line, True, "")]
-    tokens = [token for piece in pieces for token in ENCODINGS[name].encode_ordinary(piece)]
-    assert tokens == ENCODINGS[name].encode_ordinary("".join(pieces))
+    row = {"question": texts[0], "answer": f"<<{texts[1]}>>#### {texts[2]}"}
+    with contextlib.suppress(ValueError):
+        pieces = [text for text, _ in prepare_data.parse(row, "problems", None)]
+        tokens = [token for piece in pieces for token in ENCODINGS[name].encode_ordinary(piece)]
+        assert tokens == ENCODINGS[name].encode_ordinary("".join(pieces))
 
 
-LINES = {  # a good one, then bad ones
-    "p.txt": ["q||<<1+1=2>> #### 2", "no bars #### 3", "q||no answer", "||x #### 1", "q||#### "],
-    "p.jsonl": [ROW, '{"question": "q"}', '{"question": 1, "answer": "#### 1"}', "[1]", "{broken"],
-}
+# ---- real files, where they are
 
 
-@pytest.mark.parametrize("file", LINES)
-def test_malformed_lines_are_counted(tmp_path, capsys, file):
-    good, *bad = LINES[file]
-    path = write(tmp_path / file, "\n".join([good] * 30 + bad + [""] + [good] * 30))
-    meta, _, _ = prepared(tmp_path, "gsm8k", source=path, tokenizer="bpe", vocab_size=300)  # is read twice
-    printed = capsys.readouterr().out
-    assert meta["documents"] == 60 and f"left out {len(bad)} lines that are not question||" in printed
-    assert f"{file}, line 31" in printed
+DATA = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.mark.skipif(not DATA.exists(), reason="the real files are not there")
+def test_openai_test_set_is_whole():
+    problems = read_problems(str(DATA / "gsm8k" / "test.jsonl"))
+    assert len(problems) == 1319 and problems == read_problems(str(DATA / "gsm8k" / "test.txt"))

@@ -153,7 +153,7 @@ def out_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("bytes")
     model, spec = (
         make_model(vocab_size=257, block_size=32),
-        prepare_data.make_tokenizer("bytes", False, 0, None),
+        prepare_data.make_tokenizer("bytes"),
     )
     checkpoint = {"model": model.state_dict(), "model_config": dataclasses.asdict(model.config)}
     torch.save(

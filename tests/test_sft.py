@@ -3,7 +3,6 @@
 python -m pytest tests/test_sft.py
 """
 
-import base64
 import json
 import os
 import sys
@@ -214,8 +213,7 @@ def test_an_answer_does_not_depend_on_the_batch():
 
 def test_the_answer_follows_the_ids_that_the_model_wrote(monkeypatch):
     """The second prompt is the first and the response, id for id, though other ids spell the same text."""
-    ranks = [base64.b64encode(token).decode() for token in [*(bytes([i]) for i in range(256)), b"AB"]]
-    tokenizer = load_tokenizer({"name": "bpe", "pattern": r"\s|\S+", "vocab_size": 258, "ranks": ranks})
+    tokenizer = load_tokenizer({"name": "words", "pattern": r"\s|\S+", "vocab_size": 258, "words": ["AB"]})
     model, calls = make_model(vocab_size=258, block_size=99), []
     q, r, thoughts, eot, mask = list(b"Question: q"), list(b"Question: rrr"), [32, 65, 66], 257, 258
     assert tokenizer.encode_ordinary(" AB") == [32, 256]

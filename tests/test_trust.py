@@ -194,7 +194,7 @@ def test_the_number_of_processes_does_not_matter(start, tmp_path):
 
 def test_data_are_the_same_on_any_number_of_threads(tmp_path, monkeypatch):
     """Byte for byte, also of the tokenizer and of files that are longer than one piece of work."""
-    monkeypatch.setattr(prepare_data, "CHARS_AT_ONCE", 1000)
+    monkeypatch.setattr(prepare_data, "PIECE", 1000)
     made = []
     for cpus in (1, 7):
         monkeypatch.setattr(os, "cpu_count", lambda cpus=cpus: cpus)
@@ -367,7 +367,7 @@ def test_a_checkpoint_that_would_run_code_is_refused(tmp_path, monkeypatch, how)
     assert os.listdir(tmp_path) == ["evil.pt"]
 
 
-@pytest.mark.parametrize("change", [{"pattern": "("}, {"ranks": ["!"]}, {"ranks": ["YQ=="]}])
+@pytest.mark.parametrize("change", [{"pattern": "("}, {"words": [1]}, {"words": ["a", "b"]}])
 def test_damaged_tokenizers(data_dir, change):
     spec = load_meta(data_dir / "arithmetic")["tokenizer"]
     with pytest.raises(ValueError, match="the tokenizer's description is damaged .*; prepare the data set"):
