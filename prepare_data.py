@@ -454,7 +454,7 @@ def prepare(cfg: PrepareConfig) -> dict:
 
 def load_meta(folder: str) -> dict:
     """meta.json of prepared data. Raises ValueError if it is missing, or a token file has another size."""
-    path, again = f"{folder}/meta.json", "prepare it with prepare_data.py, or set --data_dir"
+    path, again = f"{folder}/meta.json", "prepare it with prepare_data.py, or say where it is: --data_dir (eval.py: --data)"
     if not os.path.exists(path):
         raise ValueError(f"no prepared data in {str(folder)!r}; {again}")
     with open(path) as file:

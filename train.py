@@ -75,6 +75,8 @@ class TrainConfig:
 
     def __post_init__(self):
         self.out_dir = self.out_dir or f"out/{self.dataset}"
+        if os.path.isfile(self.out_dir):
+            raise ValueError(f"out_dir {self.out_dir!r} is a file; wanted the folder of a run")
         for name, value in asdict(self).items():
             least = 2 if name == "eval_seqs" else int(name.endswith(("_size", "_interval")))
             most = 1 if name in ("warmup", "random_length", "beta1", "beta2") else 1e30

@@ -1,4 +1,5 @@
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -39,10 +40,16 @@ def variant(request):
     return VARIANTS[request.param]
 
 
-@pytest.fixture
-def data_dir(tmp_path):
-    """A small prepared data set: tmp_path/data/arithmetic."""
+@pytest.fixture(scope="session")
+def small_arithmetic(tmp_path_factory):
     from prepare_data import PrepareConfig, prepare
 
-    prepare(PrepareConfig(data_dir=str(tmp_path / "data"), num_problems=300))
-    return tmp_path / "data"
+    folder = tmp_path_factory.mktemp("prepared") / "data"
+    prepare(PrepareConfig(data_dir=str(folder), num_problems=300))
+    return folder
+
+
+@pytest.fixture
+def data_dir(tmp_path, small_arithmetic):
+    """A small prepared data set: tmp_path/data/arithmetic."""
+    return shutil.copytree(small_arithmetic, tmp_path / "data")

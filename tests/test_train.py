@@ -296,7 +296,7 @@ def test_validation_sequences_are_spread_over_the_held_out_part(data_dir, one_pe
 
 def test_bad_data(data_dir):
     with pytest.raises(
-        ValueError, match="no prepared data in .*nothing'; prepare it with .*, or set --data_dir"
+        ValueError, match="no prepared data in .*nothing'; prepare it .* --data_dir .eval.py: --data"
     ):
         load_meta(data_dir / "nothing")
     with pytest.raises(ValueError, match="train.bin is too short for block_size 100000; lower block_size"):
