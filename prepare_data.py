@@ -210,7 +210,7 @@ def open_text(path):
 
 def read_rows(address):
     """(row, position): the lines of a text file that are not blank; or the dicts of a .parquet file or of
-    hub:ID[@CONFIG][:SPLIT], of which a stream that breaks off is taken up again, five times."""
+    hub:ID[@CONFIG][:SPLIT], where the datasets library tries 20 times if a connection breaks."""
     options = {"path": "parquet", "data_files": address, "split": "train"}
     if address.startswith("hub:"):
         name, config, split = regex.fullmatch(r"hub:([^@:]*)@?([^:]*):?(.*)", address).groups()
@@ -219,20 +219,14 @@ def read_rows(address):
         with open_text(address) as file:
             yield from ((line, f"{address}, line {n}") for n, line in enumerate(file, 1) if line.strip())
         return
-    load_dataset, n, failures = configurator.need("datasets").load_dataset, 0, 0
-    while True:
-        try:
-            for row in load_dataset(**options, streaming=True).skip(n):
-                n, failures = n + 1, 0
-                yield row, f"{address}, row {n}"
-            return
-        except Exception as error:  # of the library, or of one of those that it calls
-            failures += 1
-            if n == 0 or failures > 5:
-                problem = f"{address} cannot be read beyond row {n:,} ({type(error).__name__}: {error})"
-                hint = "nothing is kept: try again, or download it and give the folder as --source"
-                raise ValueError(f"{problem}; {hint}") from error
-            time.sleep(2**failures)
+    load_dataset, n = configurator.need("datasets").load_dataset, 0
+    try:
+        for n, row in enumerate(load_dataset(**options, streaming=True), start=1):
+            yield row, f"{address}, row {n}"
+    except Exception as error:  # of the library, or of one of those that it calls
+        problem = f"{address} cannot be read beyond row {n:,} ({type(error).__name__}: {error})"
+        hint = "nothing is kept: try again, or download it and give the folder as --source"
+        raise ValueError(f"{problem}; {hint}") from error
 
 
 def cut(text):
@@ -454,7 +448,8 @@ def prepare(cfg: PrepareConfig) -> dict:
 
 def load_meta(folder: str) -> dict:
     """meta.json of prepared data. Raises ValueError if it is missing, or a token file has another size."""
-    path, again = f"{folder}/meta.json", "prepare it with prepare_data.py, or say where it is: --data_dir (eval.py: --data)"
+    path, hint = f"{folder}/meta.json", "or say where it is: --data_dir (eval.py: --data)"
+    again = f"prepare it with prepare_data.py, {hint}"
     if not os.path.exists(path):
         raise ValueError(f"no prepared data in {str(folder)!r}; {again}")
     with open(path) as file:

@@ -10,7 +10,6 @@ import os
 import random
 import re
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -21,7 +20,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import eval
 import prepare_data
+import sample
+import train
 from eval import read_problems
 from prepare_data import EOT, PrepareConfig, documents, find_files, load_tokenizer, make_tokenizer, prepare
 
@@ -155,10 +157,7 @@ def test_a_folder_tells_what_it_reads_and_what_not(tmp_path, capsys, cache):
 
 
 def test_hub_data_sets_stream(tmp_path, monkeypatch):
-    class Rows(list):
-        skip = lambda self, n: Rows(self[n:])  # noqa: E731
-
-    load = Mock(return_value=Rows({"text": story} for story in STORIES))
+    load = Mock(return_value=[{"text": story} for story in STORIES])
     monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load))
     assert prepared(tmp_path, "fineweb_edu", val_fraction=0.1)[0]["documents"] == 40
     wanted = {"path": "HuggingFaceFW/fineweb-edu", "name": "sample-10BT", "split": "train", "streaming": True}
@@ -168,35 +167,21 @@ def test_hub_data_sets_stream(tmp_path, monkeypatch):
         prepared(tmp_path, "openwebtext")
 
 
-class Stream:
-    """40 rows; each opening breaks off behind the next of the given numbers of rows."""
+def test_a_stream_that_breaks_off_tells_what_is_lost(monkeypatch):
+    def load_dataset(**options):
+        yield from ({"text": story} for story in STORIES[:15])
+        raise ConnectionError("reset by peer")
 
-    def __init__(self, breaks):
-        self.breaks, self.opened = iter(breaks), 0
-
-    def __call__(self, **options):
-        self.opened += 1
-        return self
-
-    def skip(self, n):
-        end = n + next(self.breaks, 99)
-        for story in STORIES[n:end]:
-            yield {"text": story}
-        if end < len(STORIES):
-            raise ConnectionError("reset by peer")
-
-
-def test_a_broken_stream_is_taken_up_again(monkeypatch):
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    stream = Stream([15, 0, 0, 5])
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=stream))
-    assert [text for text, _ in documents(["hub:a/b"], "marked")] == STORIES and stream.opened == 5
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=Stream([15] + [0] * 9)))
+    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
     message = (
         "hub:a/b cannot be read beyond row 15 .ConnectionError: reset by peer.; nothing is kept: try again"
     )
     with pytest.raises(ValueError, match=message):
         list(documents(["hub:a/b"], "marked"))
+
+
+def test_the_library_tries_again():
+    assert pytest.importorskip("datasets").config.STREAMING_READ_MAX_RETRIES == 20
 
 
 @pytest.mark.parametrize("address", ["hub:{}:none", "hub:{}@none", "hub:{}/nothing"])
@@ -206,8 +191,7 @@ def test_errors_of_the_datasets_library_are_one_line(tmp_path, cache, address):
         list(documents([address.format(tmp_path)], "marked"))
 
 
-def test_a_broken_shard_is_named(tmp_path, cache, monkeypatch):
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+def test_a_broken_shard_is_named(tmp_path, cache):
     path = parquet(tmp_path / "e.parquet", [{"text": "a" * i} for i in range(1, 999)])
     data = Path(path).read_bytes()
     Path(path).write_bytes(data[: len(data) // 2])
@@ -566,6 +550,28 @@ def hub_tokenizer(tmp_path, kind):
         tokenizer.pre_tokenizer = None
     tokenizer.save(str(tmp_path / "tokenizer.json"))
     return str(tmp_path / "tokenizer.json")
+
+
+@pytest.mark.parametrize("kind", ["GPT-2", "Llama 2"])
+def test_a_model_with_a_tokenizer_of_the_hub(tmp_path, monkeypatch, capsys, kind):
+    """It trains, fills gaps, continues a prompt, is evaluated; the checkpoint brings the tokenizer."""
+    source, out_dir = write(tmp_path / "a.txt", MARKED), f"--out_dir={tmp_path / 'out'}"
+    prepared(tmp_path, source=source, tokenizer=hub_tokenizer(tmp_path, kind))
+    (tmp_path / "tokenizer.json").unlink()
+    item = {"context": "Once there was", "choices": ["a cat.", "a 12."], "gold": 0}
+    task = write(tmp_path / "t.jsonl.gz", json.dumps(item))
+    sizes = ["--n_layer=1", "--n_head=2", "--n_embd=16", "--block_size=32", "--max_steps=2", "--eval_seqs=4"]
+    calls = {
+        train: ["--dataset=mine", f"--data_dir={tmp_path / 'data'}", *sizes],
+        sample: ["--prompt=Once[MASK:3] cat", "--num_samples=1"],
+        eval: [f"--task={task}", "--mc_num=2"],
+    }
+    for script, flags in calls.items():
+        monkeypatch.setattr(sys, "argv", ["script.py", out_dir, "--device=cpu", *flags])
+        script.main()
+        printed = capsys.readouterr().out
+        assert script is not sample or re.fullmatch(r"(?s)Once.* cat\n", printed)
+    assert "t.jsonl-" in printed and "acc" in printed
 
 
 @pytest.mark.parametrize("kind", ["GPT-2", "Llama 2", "Llama 3"])

@@ -7,6 +7,7 @@ python -m pytest tests/test_train.py -m slow    # torch.compile
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -392,6 +393,9 @@ def test_bad_settings(data_dir, tmp_path):
         with pytest.raises(ValueError, match=message):
             run(data_dir, tmp_path / "a", f"--{flag}")
     assert not (tmp_path / "a").exists()
+    (tmp_path / "ckpt.pt").touch()
+    with pytest.raises(ValueError, match="out_dir .*ckpt.pt' is a file; wanted the folder of a run"):
+        run(data_dir, tmp_path / "ckpt.pt")
 
 
 def test_the_configs_of_the_paper_differ_in_the_variant_only():
@@ -440,6 +444,33 @@ def test_the_log_says_what_made_it_and_a_resumed_run_appends(data_dir, tmp_path)
         assert row["data_sha256"] == load_meta(data_dir / "arithmetic")["sha256"]
         assert (row["commit"] or "").removesuffix("-dirty") == git.stdout.strip()
         assert (row["torch"], row["device"], row["processes"]) == (torch.__version__, "cpu", 1)
+
+
+def test_the_commit_is_that_of_the_project(tmp_path):
+    """Not that of a repository around a copy of it; its own, also where a link leads to it."""
+    project = tmp_path / "outer" / "project"
+    project.mkdir(parents=True)
+    for name in ("train.py", "model.py", "prepare_data.py", "configurator.py"):
+        shutil.copy(ROOT / name, project)
+    (tmp_path / "linked").symlink_to(project)
+    code = "import train; print(train.made_by()['commit'])"
+
+    def git(folder):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "x"]):
+            subprocess.run(["git", *command], cwd=folder, check=True)
+        rev = ["git", "rev-parse", "--short", "HEAD"]
+        return subprocess.run(rev, cwd=folder, capture_output=True, text=True).stdout.strip()
+
+    def commit(folder):
+        run = subprocess.run([sys.executable, "-B", "-c", code], cwd=folder, capture_output=True, text=True)
+        return run.stdout.strip()
+
+    git(tmp_path / "outer")
+    assert commit(project) == "None"
+    shutil.rmtree(tmp_path / "outer" / ".git")
+    own = git(project)
+    assert commit(tmp_path / "linked") == own
 
 
 def test_tokens_per_second(data_dir, tmp_path, monkeypatch):
