@@ -3,7 +3,7 @@
 #   torchrun --standalone --nproc_per_node=8 train.py config/pretrain_472m_sink.py
 # Cost: 300e18 FLOPs = 202,089 steps of 256 x 2048 tokens (106B). Result: not run here; the paper's is in
 # the README.
-# The paper uses a vocabulary of 32,000; with --tokenizer=gpt2, the default, it is 50,257.
+# The paper uses the 32,000 tokens of Llama 2 (--tokenizer=TinyLlama/TinyLlama_v1.1), GPT-2 has 50,257.
 dataset = "slimpajama"
 out_dir = "out/472m-sink"
 
