@@ -2,16 +2,23 @@
 
 A row is a kind of run in FOLDER/*/log.jsonl, named by the settings in which runs differ, seeds aside. Its
 numbers are means over seeds ± standard errors (nan for one seed): the last validation loss (nats per token),
-and how much more it is than in the first row's runs of the same seeds, which saw the same texts and masks."""
+and how much more it is than in the first row's runs of the same seeds, which saw the same texts and masks.
+
+    python -m extras.ablations anchor config/ablation.py --n_sink=0 --out_dir=out/ablation/anchor
+
+trains like train.py, but the first token of a text is never hidden. On the built-in problems this is the
+end-of-text in front of each: an anchor that is always there, at a fixed place, and is no sink."""
 
 import json
+import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 import configurator
-from train import MAY_CHANGE, write_file
+from train import MAY_CHANGE, TrainConfig, start_run, token_batches, train, write_file
 
 
 @dataclass
@@ -52,7 +59,27 @@ def mean_and_error(values):  # (seeds, ...): over the seeds
     return np.mean(values, axis=0), np.std(values, axis=0) / np.sqrt(len(values) - 1 or np.nan)
 
 
+@dataclass
+class AnchorConfig(TrainConfig):
+    anchor: bool = True  # the first token of a text is never hidden
+
+
+def train_anchored(argv):
+    cfg, set_by = configurator.parse(AnchorConfig, argv)
+    cfg, meta, model, resume = start_run(cfg, set_by)
+    get_batch = token_batches(os.path.join(cfg.data_dir, cfg.dataset), meta, cfg)
+
+    def anchored(split, index):
+        x0, maskable = get_batch(split, index)
+        maskable[:, 0] = not cfg.anchor
+        return x0, maskable
+
+    train(cfg, model, anchored, meta, resume)
+
+
 def main():
+    if sys.argv[1:2] == ["anchor"]:
+        return train_anchored(sys.argv[2:])
     cfg, _ = configurator.parse(AblationsConfig, positional="folder")
     runs = [read_run(path) for path in sorted(Path(cfg.folder).glob("*/log.jsonl"))]
     if not runs:

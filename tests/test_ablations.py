@@ -7,6 +7,8 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 
+import model
+import train as train_module
 from extras import ablations
 from train import TrainConfig
 
@@ -94,3 +96,36 @@ def test_errors(tmp_path, call):
         (tmp_path / "b" / "log.jsonl").write_text(text + "\n")
         with pytest.raises(ValueError, match="b/log.jsonl is no log of train.py with a validation"):
             call()
+
+
+def test_an_anchor_is_never_hidden(data_dir, tmp_path, monkeypatch):
+    """Neither in training nor in validation. Without it, the run is that of train.py. Zero steps measure a
+    model that there is."""
+    batches, flags = [], ["--n_layer=1", "--n_embd=16", "--n_head=2", "--max_steps=2", "--eval_seqs=16"]
+    flags += [f"--data_dir={data_dir}", "--device=cpu"]
+
+    def run(name, *more):
+        batches.clear()
+        argv = ["ablations.py", "anchor", *flags, *more, f"--out_dir={tmp_path / name}"]
+        monkeypatch.setattr(sys, "argv", argv)
+        ablations.main()
+        rows = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        return [row["val_loss"] for row in rows if "val_loss" in row]
+
+    def mask_tokens(x0, p_mask, maskable, *rest):
+        batches.append(maskable)
+        return original(x0, p_mask, maskable, *rest)
+
+    for module in (model, train_module):
+        original = module.mask_tokens
+        monkeypatch.setattr(module, "mask_tokens", mask_tokens)
+    anchored = run("anchored")
+    assert len(batches) == 2 + 2 and not any(maskable[:, 0].any() for maskable in batches)
+    assert all(maskable[:, 1:].all() for maskable in batches)
+    plain = run("plain", "--anchor=False")
+    assert all(maskable.all() for maskable in batches)
+    monkeypatch.setattr(sys, "argv", ["train.py", *flags, f"--out_dir={tmp_path / 'train'}"])
+    train_module.main()
+    rows = [json.loads(line) for line in (tmp_path / "train" / "log.jsonl").read_text().splitlines()]
+    assert plain == [row["val_loss"] for row in rows if "val_loss" in row] != anchored
+    assert run("measured", f"--init_from={tmp_path / 'anchored'}", "--max_steps=0") == anchored[-1:]
