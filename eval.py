@@ -143,7 +143,7 @@ def read_items(path):
             if not (alike and texts and all(texts) and gold in range(len(texts))):
                 raise ValueError("wanted items of one kind, with texts that are not empty")
         except (ValueError, TypeError, LookupError, AttributeError) as error:
-            raise ValueError(f"{position}: wanted {wanted}; got {line[:80]!r}") from error
+            raise ValueError(f"{position}: wanted {wanted}; got {str(line)[:80]!r}") from error
     if not items:
         raise ValueError(f"{path} is empty; wanted {wanted}")
     return items
@@ -172,13 +172,13 @@ def final_number(text):
 
 
 def read_problems(address, download_dir=None):
-    """[(question, gold)] of problems; those of a prepared folder are its test problems. An answer that is no
-    number, or has more of one behind it (1/2, 3:30), is left out. Raises ValueError if there are none."""
-    if os.path.exists(f"{address}/meta.json"):
-        folder, test = address, load_meta(address)["settings"]["test_source"]
+    """[(question, gold)] of a file or URL of problems; of a prepared folder, its test problems. Answers
+    that are no number, or have more behind it (1/2, 3:30), are left out. Raises ValueError if all are."""
+    if not os.path.isfile(address) and ":" not in address:
+        folder, test = address, load_meta(address).get("settings", {}).get("test_source")
         if test is None:
             raise ValueError(f"{folder} has no test problems; give some with --data=FILE")
-        address, download_dir = test if "://" in test else f"{folder}/{test}", f"{folder}/download"
+        address, download_dir = test if ":" in test else os.path.join(folder, test), f"{folder}/download"
     texts = [text for text, _ in documents(find_files(address, download_dir), "problems")]
     problems = []
     for question, text in zip(texts[::3], texts[2::3]):  # between them stand the thoughts

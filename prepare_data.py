@@ -6,13 +6,14 @@
     python prepare_data.py fineweb_edu --max_tokens=1e9   # streams from the hub (pip install datasets)
 
 Public data sets: gsm8k, shakespeare, wikitext2, tinystories, openwebtext, fineweb_edu, slimpajama. Sources of
-your own are .txt, .jsonl or .parquet files, also packed as .gz, .xz or .zst, or a folder with such files.
+your own are .txt, .jsonl or .parquet files, also compressed (.gz, .xz, .zst), or folders of such files.
 A .bin file is the tokens of all documents, one after another as uint16 (uint32 for a vocabulary over 65,536),
 each closed by the end-of-text token. A word problem reads "Question: ... Answer: <<3+4=7>> #### 7"; _cuts.npy
 files tell sft_gsm8k.py where the parts of each begin."""
 
 import collections
 import contextlib
+import glob
 import gzip
 import hashlib
 import http.client
@@ -25,7 +26,6 @@ import os
 import random
 import shutil
 import sys
-import tempfile
 import time
 import urllib.request
 from dataclasses import asdict, dataclass, replace
@@ -38,7 +38,7 @@ from tqdm import tqdm
 import configurator
 
 EOT = "<|endoftext|>"
-PIECE = 1 << 16  # characters; a document of more than two pieces is encoded in pieces
+PIECE = 1 << 14  # characters: a document of more than two pieces is encoded piece by piece
 
 
 @dataclass
@@ -47,13 +47,15 @@ class PrepareConfig:
     source: str | None = None  # file, folder, URL or hub:ID[@CONFIG][:SPLIT]; None: the public source
     val_source: str | None = None  # likewise; None: the public one, or documents held out from source
     test_source: str | None = None  # likewise, problems for eval.py
-    val_fraction: float | None = None  # 1/n holds out every n-th document; None: 0.01, or as in CORPORA
+    val_fraction: float | None = (
+        None  # 1/n: every n-th document is for validation; None: 0.01, or as in CORPORA
+    )
     documents: str | None = None  # problems, articles (WikiText), or marked: text between <|endoftext|> marks
     text_field: str = "text"  # of .jsonl, .parquet and hub rows
     tokenizer: str | None = None  # gpt2, bytes, words, or a tokenizer.json: a path, or a model on the hub
     vocab_size: int | None = None  # of words (None: 4096), or only the first tokens of gpt2
     split_digits: bool | None = None  # every digit its own token; None: for problems
-    max_tokens: int | None = None  # stop after about so many tokens of source
+    max_tokens: int | None = None  # stop after about this many tokens of source
     overwrite: bool = False  # replace what was prepared with other settings
     data_dir: str = "data"  # where the data sets are
     num_problems: int = 50000  # arithmetic: training problems (1,000 more each for validation and test)
@@ -88,7 +90,7 @@ DIGIT_PATTERN = PATTERN.replace(r" ?\p{N}+", r"\p{N}")
 
 def make_tokenizer(name: str, split_digits: bool = False, vocab_size: int | None = None, texts=()) -> dict:
     """gpt2, or its first vocab_size - 1 tokens and end-of-text; bytes; words, the bytes and the commonest
-    pieces of texts, up to a million texts; or a tokenizer.json. Raises ValueError if it cannot be had."""
+    pieces of texts, up to a million texts; or a tokenizer.json. Raises ValueError if it is not available."""
     spec = {"name": name, "pattern": DIGIT_PATTERN if split_digits else PATTERN}
     if vocab_size is not None and not (257 <= vocab_size <= 50257 and name in ("gpt2", "words")):
         raise ValueError(f"vocab_size is {vocab_size}; wanted 257 to 50257, with gpt2 or words")
@@ -98,16 +100,17 @@ def make_tokenizer(name: str, split_digits: bool = False, vocab_size: int | None
         counts = collections.Counter()
         for text in itertools.islice(texts, 1_000_000):
             counts.update(regex.findall(spec["pattern"], text))
-        words = [word for word, _ in counts.most_common() if len(word.encode()) > 1]
+        words = [word for word, _ in counts.most_common() if 1 < len(word.encode()) <= 64]
         words = words[: (vocab_size or 4096) - 257]
         return spec | {"vocab_size": 257 + len(words), "words": words}
     hub = configurator.need("tokenizers").Tokenizer
     try:
         tokenizer = hub.from_file(name) if os.path.exists(name) else hub.from_pretrained(name)
-    except Exception as error:  # tokenizers has no class of its own for errors
+    except Exception as error:  # tokenizers defines no exception class
         wanted = "gpt2, bytes, words, the path of a tokenizer.json, or a model on the hub"
         raise ValueError(f"tokenizer {name!r} cannot be loaded ({error}); wanted {wanted}") from error
     data, ids = json.loads(tokenizer.to_str()), tokenizer.get_vocab()
+    data |= {"truncation": None, "padding": None}
     for key, kind in (("normalizer", "Prepend"), ("decoder", "Strip")):  # Llama 2's adds a space to each text
         if steps := (data[key] or {}).get(f"{key}s"):  # and removes it again: pieces of a text would not join
             steps[:] = [step for step in steps if step["type"] != kind]
@@ -120,21 +123,21 @@ def make_tokenizer(name: str, split_digits: bool = False, vocab_size: int | None
 
 def load_tokenizer(spec: dict):
     """The tiktoken.Encoding or HubTokenizer that a dict describes. Raises ValueError if it does not."""
+    if "json" in spec:
+        return HubTokenizer(spec)
     size, ranks = spec["vocab_size"], {bytes([byte]): byte for byte in range(256)}
     try:
-        if "json" in spec:
-            return HubTokenizer(spec)
         if spec["name"] == "gpt2":
             ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
         for word in spec.get("words", []):
             ranks[word.encode()] = len(ranks)
-        ranks = {token: rank for token, rank in ranks.items() if rank < size - 1}  # the first are a BPE, too
+        ranks = {token: rank for token, rank in ranks.items() if rank < size - 1}  # the first are a valid BPE
         options = {"special_tokens": {EOT: size - 1}, "explicit_n_vocab": size}
         return tiktoken.Encoding(spec["name"], pat_str=spec["pattern"], mergeable_ranks=ranks, **options)
     except OSError as error:
         hint = "set TIKTOKEN_CACHE_DIR to a folder with its vocabulary, or choose --tokenizer=words"
         raise ValueError(f"gpt2 could not be downloaded ({type(error).__name__}); {hint}") from error
-    except Exception as error:  # tiktoken has no class of its own for errors
+    except Exception as error:  # tiktoken defines no exception class
         fault = f"the tokenizer's description is damaged ({error!r})"
         raise ValueError(f"{fault}; prepare the data set again") from error
 
@@ -146,13 +149,13 @@ class HubTokenizer:
         self.tokenizer = configurator.need("tokenizers").Tokenizer.from_str(spec["json"])
         self.eot_token = self.tokenizer.token_to_id(spec["eot"])
 
-    def encode_ordinary_batch(self, texts, num_threads=None):
+    def encode_ordinary_batch(self, texts, num_threads=None, allowed_special=()):
+        self.tokenizer.encode_special_tokens = not allowed_special  # what looks like one is ordinary text
         encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def encode(self, text, allowed_special=()):
-        self.tokenizer.encode_special_tokens = not allowed_special
-        return self.encode_ordinary_batch([text])[0]
+        return self.encode_ordinary_batch([text], None, allowed_special)[0]
 
     encode_ordinary = encode
 
@@ -164,12 +167,14 @@ class HubTokenizer:
 
 KINDS = regex.compile(r"(?i)(\.parquet|(\.txt|\.jsonl)(\.gz|\.xz|\.zst)?)$")
 MARKS = {"marked": r"\n?<\|endoftext\|>\n?", "articles": r"(?m)^(?= = [^=\s].* = $)", "problems": None}
-LINE_END = regex.compile(r"(?s).*\S\n(?=\S)")  # up to a single one: no tokenizer's pattern reads across
+LINE_END = regex.compile(
+    r"(?s).*\S\n(?=\S)"
+)  # up to a single one: the tokenizers' patterns do not match across it
 
 
 def find_files(address, download_dir):
-    """The files of a path or URL, and of all folders below, that can be read; the address itself of hub:...
-    Prints how many there are, and what is left out. Raises ValueError if there are none."""
+    """The files to read at a path or URL, in all folders below it; for hub:... the address itself. Prints how
+    many there are, and what is left out. Raises ValueError if there are none."""
     if address.startswith("hub:"):
         return [address]
     path, found, seen = download(address, download_dir) if "://" in address else address, [], set()
@@ -179,21 +184,23 @@ def find_files(address, download_dir):
             continue
         seen.add(os.path.realpath(folder))
         found += [os.path.join(folder, name) for name in names]
-    found = found or [path]
-    files = sorted(file for file in found if KINDS.search(file) and f"{os.sep}." not in file[len(path) :])
-    others = sorted(set(found).difference(files))
-    if not (files and os.path.exists(path)):
-        wanted = "wanted a .txt, .jsonl or .parquet file, also packed (.gz, .xz, .zst), or a folder of them"
+    found, start = found or [path], len(path.rstrip(os.sep))
+    files = sorted(file for file in found if KINDS.search(file) and f"{os.sep}." not in file[start:])
+    files = [file for file in files if os.path.isfile(file)]  # not a link that leads nowhere
+    if not files:
+        wanted = (
+            "wanted a .txt, .jsonl or .parquet file, also compressed (.gz, .xz, .zst), or a folder of them"
+        )
         raise ValueError(f"source {path!r} does not exist, or holds no texts; {wanted}")
-    print(f"{path}: {len(files):,} files, {sum(map(os.path.getsize, files)):,} bytes")
-    if others:
-        print(f"{path}: left out {len(others):,} hidden or of another kind: {', '.join(others[:9])}")
+    print(f"{path}: reads {sum(map(os.path.getsize, files)):,} bytes, number of files: {len(files):,}")
+    if others := sorted(set(found).difference(files)):
+        print(f"{path}: leaves out {len(others):,} (hidden, or of another kind): {', '.join(others[:9])}")
     return files
 
 
 @contextlib.contextmanager
 def open_text(path):
-    """A text file, also packed, to read: UTF-8 with or without a byte order mark, and with any line ends."""
+    """A text file, also compressed: UTF-8 with or without a byte order mark, and with any line ends."""
     with open(path, "rb") as file:
         if file.read(40).startswith(b"version https://git-lfs"):
             raise ValueError(f"{path} is a Git LFS pointer, not the file itself; run: git lfs pull")
@@ -204,14 +211,14 @@ def open_text(path):
     try:
         with unpack(path, "rb") as file:
             yield io.TextIOWrapper(file, encoding="utf-8-sig")
-    except Exception as error:  # each way of packing has its own
+    except Exception as error:  # each format raises its own
         raise ValueError(f"{path} cannot be read as UTF-8 text ({error}); convert it") from error
 
 
 def read_rows(address):
     """(row, position): the lines of a text file that are not blank; or the dicts of a .parquet file or of
     hub:ID[@CONFIG][:SPLIT], where the datasets library tries 20 times if a connection breaks."""
-    options = {"path": "parquet", "data_files": address, "split": "train"}
+    options = {"path": "parquet", "data_files": glob.escape(address), "split": "train"}
     if address.startswith("hub:"):
         name, config, split = regex.fullmatch(r"hub:([^@:]*)@?([^:]*):?(.*)", address).groups()
         options = {"path": name, "name": config or None, "split": split or "train"}
@@ -223,7 +230,7 @@ def read_rows(address):
     try:
         for n, row in enumerate(load_dataset(**options, streaming=True), start=1):
             yield row, f"{address}, row {n}"
-    except Exception as error:  # of the library, or of one of those that it calls
+    except Exception as error:  # of the library, or of one that it calls
         problem = f"{address} cannot be read beyond row {n:,} ({type(error).__name__}: {error})"
         hint = "nothing is kept: try again, or download it and give the folder as --source"
         raise ValueError(f"{problem}; {hint}") from error
@@ -270,44 +277,49 @@ def parse(row, kind, text_field):
     thoughts, hashes, answer = solution.rpartition("####")
     if not is_line:
         thoughts = " ".join(regex.findall(r"<<.*?>>", thoughts)) or thoughts
-    if not (hashes and question.strip() and answer.strip()):
+    question, thoughts, answer = question.strip(), thoughts.strip(), answer.strip()
+    if not (hashes and question and answer) or len(question + thoughts) > PIECE:
         raise ValueError("wanted question||thoughts #### answer")
-    texts = (
-        f"Question: {question.strip()}",
-        f" Answer: {thoughts.strip()}".rstrip(),
-        f" #### {answer.strip()}",
-    )
+    texts = f"Question: {question}", f" Answer: {thoughts}".rstrip(), f" #### {answer}"
+    "".join(texts).encode()
     return zip(texts, (False, False, True))
 
 
 def documents(files, kind, text_field="text"):
     """The documents of files in pieces (text, is_end). Rows that do not fit are left out and counted. Raises
     ValueError if these are more than 1 in 100."""
-    n_rows, n_bad, first_bad, n_empty = 0, 0, None, 0
-    for path in files:
-        is_text = regex.search(r"(?i)\.txt(\.\w+)?$", path)
-        if is_text and kind != "problems":
-            with open_text(path) as file:
-                yield from split(file, MARKS[kind])
-            continue
-        for row, position in read_rows(path):
-            n_rows += 1
-            try:
-                row = row if is_text or isinstance(row, dict) else json.loads(row)
-                for text, is_end in parse(row, kind, text_field):
-                    n_empty += text == " Answer:"
-                    yield text, is_end
-            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-                n_bad, first_bad = n_bad + 1, first_bad or f"{position}, {error!r}: {str(row)[:80]!r}"
-                if n_bad > 100 + n_rows / 100:
-                    break
-    if n_empty:
-        print(f"{n_empty:,} problems have an answer, but no thoughts")
-    note = f"left out {n_bad:,} of {n_rows:,} rows; the first is {first_bad}"
-    if n_bad > n_rows / 100:
-        raise ValueError(f"{note}. These are more than 1 %: mend them, or set --text_field or --documents")
-    if n_bad:
-        print(note)
+    n_rows, n_bad, first_bad, notes = 0, 0, None, collections.Counter()
+
+    def check_bad_rows(at_least):
+        if n_bad >= at_least and n_bad > n_rows / 100:
+            hint = "More than 1 in 100 is too many: fix them, or set --text_field or --documents"
+            raise ValueError(f"{n_bad:,} of {n_rows:,} rows do not fit; the first is {first_bad}. {hint}")
+
+    try:
+        for path in files:
+            is_text = regex.search(r"(?i)\.txt(\.gz|\.xz|\.zst)?$", path)
+            if is_text and kind != "problems":
+                with open_text(path) as file:
+                    yield from split(file, MARKS[kind])
+                continue
+            for row, position in read_rows(path):
+                n_rows += 1
+                try:
+                    row = row if is_text or isinstance(row, dict) else json.loads(row)
+                    pieces = list(parse(row, kind, text_field))
+                except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+                    n_bad, first_bad = n_bad + 1, first_bad or f"{position}, {error!r}: {str(row)[:80]!r}"
+                    check_bad_rows(at_least=100)
+                    continue
+                notes["empty rows left out"] += not pieces
+                notes["problems without thoughts, only an answer"] += (" Answer:", False) in pieces
+                yield from pieces
+        check_bad_rows(at_least=1)
+    finally:  # also where max_tokens ends it
+        notes[f"of {n_rows:,} rows do not fit and are left out; the first is {first_bad}"] = n_bad
+        for note, n in notes.items():
+            if n:
+                print(f"{n:,} {note}")
 
 
 def download(url, folder):
@@ -329,14 +341,14 @@ def download(url, folder):
 
 
 def open_locked(path):
-    """path, opened to append, locked until it is closed. Raises ValueError if another process has it."""
+    """path, opened to append, locked until it is closed. Raises ValueError if another run holds the lock."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     file = open(path, "a")
     try:
         if hasattr(os, "lockf"):  # not on Windows
             os.lockf(file.fileno(), os.F_TLOCK, 0)
     except OSError as error:
-        raise ValueError(f"{path} is in use ({error}); wait for that run, or set another folder") from error
+        raise ValueError(f"{path} is locked by another run ({error}); wait, or set another folder") from error
     return file
 
 
@@ -360,14 +372,6 @@ def write_tokens(pieces, files, tokenizer, dtype, max_tokens, sizes):
     return n_documents
 
 
-def assign(pieces, n):
-    """(split, text, is_end): every n-th document goes to validation; with n = 0 none."""
-    number = 0
-    for text, is_end in pieces:
-        yield "val" if n and number % n == n - 1 else "train", text, is_end
-        number += is_end
-
-
 def file_sha256(path):
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -381,28 +385,42 @@ def prepare(cfg: PrepareConfig) -> dict:
     if cfg.source:
         defaults.pop("val_source", None)
     cfg = replace(cfg, **{key: value for key, value in defaults.items() if getattr(cfg, key) is None})
-    if (cfg.name == "arithmetic") == bool(cfg.source or cfg.val_source):
-        hint = f"give a --source with a name of your own, or choose from {', '.join(CORPORA)}"
-        raise ValueError(f"data set {cfg.name!r}, source {cfg.source!r}: {hint} (arithmetic is generated)")
-    if cfg.documents not in MARKS or not 0 < cfg.val_fraction <= 0.5:
-        wanted = f"wanted documents of {', '.join(MARKS)}, and val_fraction between 0 and 0.5"
-        raise ValueError(f"{wanted}; got {cfg.documents!r} and {cfg.val_fraction}")
-    folder, has_parts = os.path.join(cfg.data_dir, cfg.name), cfg.documents == "problems"
+    is_generated, has_parts = cfg.name == "arithmetic", cfg.documents == "problems"
+    if not regex.fullmatch(r"\w[\w.-]*", cfg.name) or bool(cfg.source) == is_generated:
+        wanted = f"wanted a new name with a --source, or {', '.join(CORPORA)} (arithmetic is generated)"
+        raise ValueError(f"name {cfg.name!r}, source {cfg.source!r}: {wanted}")
+    max_tokens = math.inf if cfg.max_tokens is None else cfg.max_tokens
+    if cfg.documents not in MARKS or not 0 < cfg.val_fraction <= 0.5 or max_tokens < 1:
+        wanted = f"documents of {', '.join(MARKS)}, val_fraction from 0 to 0.5, max_tokens of 1 or more"
+        raise ValueError(f"wanted {wanted}; got {cfg.documents!r}, {cfg.val_fraction}, {max_tokens}")
+    if os.path.exists(cfg.test_source or ""):
+        cfg.test_source = os.path.abspath(cfg.test_source)
     settings = {key: value for key, value in asdict(cfg).items() if key not in ("data_dir", "overwrite")}
-    with open_locked(f"{folder}/.lock"), tempfile.TemporaryDirectory(dir=folder) as new:
-        if os.path.exists(f"{folder}/meta.json") and not cfg.overwrite:
-            with open(f"{folder}/meta.json") as file:
-                old = json.load(file).get("settings", {})
-            changed = [f"{key}={old.get(key)!r}" for key, value in settings.items() if old.get(key) != value]
-            if changed:
-                hint = "choose another name or data_dir, or replace them with --overwrite=True"
-                raise ValueError(f"{folder} holds data prepared with {', '.join(changed)}; {hint}")
-        addresses = [cfg.source, cfg.val_source] if cfg.source else write_arithmetic(folder, cfg)
-        sources = [find_files(address, f"{folder}/download") for address in addresses if address]
+    folder = os.path.join(cfg.data_dir, cfg.name)
+    new = f"{folder}/.new"  # the files go there until all are complete
+    with open_locked(f"{folder}/.lock"), contextlib.ExitStack() as stack:
+        old = settings
+        with contextlib.suppress(FileNotFoundError, ValueError), open(f"{folder}/meta.json") as file:
+            old = json.load(file).get("settings", {"version": "earlier"})
+        changed = [f"{key}={old[key]!r}" for key in old if old[key] != settings.get(key)]
+        if changed and not cfg.overwrite:
+            hint = "choose another name or data_dir, or replace them with --overwrite=True"
+            raise ValueError(f"{folder} holds data prepared with {', '.join(changed)}; {hint}")
+        shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
+        os.mkdir(new)
+        stack.callback(shutil.rmtree, new)
+        if is_generated:
+            sources = [[path] for path in write_arithmetic(new, cfg)]
+        else:
+            addresses = [address for address in (cfg.source, cfg.val_source) if address]
+            sources = [find_files(address, f"{folder}/download") for address in addresses]
         n = 0 if len(sources) == 2 else round(1 / cfg.val_fraction)
 
         def pieces():
-            return assign(documents(sources[0], cfg.documents, cfg.text_field), n)
+            number = 0
+            for text, is_end in documents(sources[0], cfg.documents, cfg.text_field):
+                yield "val" if n and number % n == n - 1 else "train", text, is_end
+                number += is_end
 
         texts = (text for split, text, _ in pieces() if split == "train")
         split_digits = has_parts if cfg.split_digits is None else cfg.split_digits
@@ -412,22 +430,22 @@ def prepare(cfg: PrepareConfig) -> dict:
         sizes = {"train": [], "val": []} if has_parts else {}
         with open(f"{new}/train.bin", "w+b") as train, open(f"{new}/val.bin", "wb") as val:
             work = {"train": train, "val": val}, tokenizer, dtype
-            n_documents = write_tokens(pieces(), *work, cfg.max_tokens or math.inf, sizes)
-            held_out = f"every {n}th document"
+            n_documents = write_tokens(pieces(), *work, max_tokens, sizes)
+            held_out = f"1 of every {n} documents"
             if len(sources) == 2:
                 held_out = cfg.val_source or "1,000 other problems"
                 val_pieces = documents(sources[1], cfg.documents, cfg.text_field)
-                write_tokens(assign(val_pieces, 1), *work, math.inf, sizes)
-            elif val.tell() == 0 and not has_parts:  # fewer than n documents
+                write_tokens((("val", *piece) for piece in val_pieces), *work, math.inf, sizes)
+            elif val.tell() == 0 and not (has_parts or cfg.tokenizer == "words"):
                 held_out = f"the last {cfg.val_fraction:.2%} of the text"
                 start = round(train.tell() // dtype.itemsize * (1 - cfg.val_fraction)) * dtype.itemsize
                 train.seek(start)
                 shutil.copyfileobj(train, val)
                 train.truncate(start)
-                train.seek(start)
-            n_tokens = {"train": train.tell() // dtype.itemsize, "val": val.tell() // dtype.itemsize}
-        if min(n_tokens.values()) < 1:
-            raise ValueError(f"{addresses} are empty or too short to hold out {held_out}: {n_tokens}")
+        n_tokens = {name: os.path.getsize(f"{new}/{name}.bin") // dtype.itemsize for name in ("train", "val")}
+        if not all(n_tokens.values()):
+            hint = "raise --val_fraction, or give a --val_source"
+            raise ValueError(f"{cfg.source} is empty, or too short to hold out {held_out}: {hint}")
         for split, array in sizes.items():  # where question, thoughts and answer begin, and where they end
             ends = np.cumsum(array[: len(array) // 3 * 3], dtype=np.int64).reshape(-1, 3)
             begins = np.append(0, ends[:-1, 2])[: len(ends)]
@@ -436,11 +454,13 @@ def prepare(cfg: PrepareConfig) -> dict:
         meta |= {"one_per_line": has_parts, "vocab_size": spec["vocab_size"], "eot_id": tokenizer.eot_token}
         meta |= {"dtype": dtype.name, "tokens": n_tokens, "tokenizer": spec}
         names = sorted(os.listdir(new))
-        meta["sha256"] = {name.split(".")[0]: file_sha256(f"{new}/{name}") for name in names}
+        paths = {name.split(".")[0]: f"{new}/{name}" for name in names if not name.endswith(".txt")}
+        meta["sha256"] = {name: file_sha256(path) for name, path in paths.items()}
         with open(f"{new}/meta.json", "w") as file:
             json.dump(meta, file, indent=1)
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(f"{folder}/meta.json")  # until it is back, the folder counts as not prepared
+        for name in ("meta.json", "train_cuts.npy", "val_cuts.npy"):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(f"{folder}/{name}")  # without meta.json the folder counts as not prepared
         for name in [*names, "meta.json"]:
             os.replace(f"{new}/{name}", f"{folder}/{name}")
     return meta
@@ -452,12 +472,15 @@ def load_meta(folder: str) -> dict:
     again = f"prepare it with prepare_data.py, {hint}"
     if not os.path.exists(path):
         raise ValueError(f"no prepared data in {str(folder)!r}; {again}")
-    with open(path) as file:
-        meta = json.load(file)
+    try:
+        with open(path) as file:
+            meta = json.load(file)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); {again}") from error
     for split, n in meta["tokens"].items():
         path, size = f"{folder}/{split}.bin", n * np.dtype(meta["dtype"]).itemsize
         if not os.path.exists(path) or os.path.getsize(path) != size:
-            raise ValueError(f"{path} does not have the {size:,} bytes that meta.json says; {again}")
+            raise ValueError(f"{path} should have {size:,} bytes, as meta.json says; {again}")
     return meta
 
 
@@ -506,7 +529,7 @@ def make_problem(rng: random.Random) -> str:
 def write_arithmetic(folder, cfg):
     """Writes train.txt, and 1,000 lines of valid.txt and test.txt; no question twice. Returns two paths."""
     if not 1 <= cfg.num_problems <= 100_000:
-        raise ValueError(f"num_problems is {cfg.num_problems}; the grammar is good for 1 to 100,000")
+        raise ValueError(f"num_problems is {cfg.num_problems}; it must lie between 1 and 100,000")
     rng, problems = random.Random(cfg.seed), {}
     while len(problems) < cfg.num_problems + 2000:
         problems[make_problem(rng)] = None  # a dict keeps the order, and a question only once

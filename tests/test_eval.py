@@ -180,7 +180,7 @@ def test_problems_are_read(tmp_path, capsys):
     numbers = [("q0", "1000"), ("q2", "-2.50"), ("q6", "7")]
     assert read_problems(str(path)) == numbers + [("q0", "1000")] * 100
     out = capsys.readouterr().out
-    assert "left out 1 of 110 rows" in out and "a.txt, line 10" in out
+    assert "1 of 110 rows do not fit and are left out" in out and "a.txt, line 10" in out
     assert "left out 6 problems whose answer is no number" in out
     path.write_text("q||t #### many\n")
     with pytest.raises(ValueError, match="a.txt holds no problems whose answer is a number"):
@@ -254,7 +254,9 @@ def test_second_evaluation_into_a_folder_is_told_so(out_dir, evaluate, monkeypat
 
     monkeypatch.setattr(eval_module, "answer_problems", while_working)
     result, records = evaluate(*GSM8K)
-    assert [process.returncode for process in second] == [2] and "is in use" in second[0].stderr
+    assert [process.returncode for process in second] == [2] and "is locked by another run" in second[
+        0
+    ].stderr
     assert result["n"] == len(records) == 20 and len(results_of(out_dir)) == 1
 
 

@@ -82,6 +82,7 @@ SOURCES = [
     ({}, "bom.jsonl", "\ufeff" + "\r\n\r\n".join(ROWS), STORIES),
     ({}, "crlf.txt", MARKED.replace("\n", "\r\n"), STORIES),
     ({"text_field": "content"}, "c.jsonl", "".join(ROWS).replace('"text"', '"content"'), STORIES),
+    ({}, "a.txt.jsonl", "".join(ROWS), STORIES),
     ({}, "long.jsonl", json.dumps({"text": "long" * 999}) + "\n" + ROWS[0], ["long" * 999, STORIES[0]]),
     ({"documents": "articles"}, "w.txt", " \n" + "".join(ARTICLES), ARTICLES),
     ({"documents": "articles"}, "w.txt", "".join(ARTICLES).replace("\n", "\r\n"), ARTICLES),
@@ -147,13 +148,15 @@ def test_a_folder_tells_what_it_reads_and_what_not(tmp_path, capsys, cache):
     write(tmp_path / "elsewhere" / "c.txt", EOT.join(STORIES[15:20]))
     (folder / "linked").symlink_to(tmp_path / "elsewhere")
     (folder / "b" / "loop").symlink_to(folder)
+    (folder / "b" / "broken.txt").symlink_to("nothing.txt")
     found = find_files(str(folder), "")
     texts = sorted(text for text, _ in documents(found, "marked"))
     assert texts == sorted([*STORIES, "About."])
     printed = capsys.readouterr().out
     size = sum(os.path.getsize(path) for path in found)
-    assert f"{folder}: 5 files, {size:,} bytes\n" in printed
-    assert "left out 3 hidden or of another kind" in printed and all(name in printed for name in others)
+    assert f"{folder}: reads {size:,} bytes, number of files: 5\n" in printed
+    assert "leaves out 4 (hidden, or of another kind)" in printed and all(name in printed for name in others)
+    assert len(find_files(f"{folder}/", "")) == 5
 
 
 def test_hub_data_sets_stream(tmp_path, monkeypatch):
@@ -276,6 +279,12 @@ def test_the_blank_end_of_an_open_document_keeps_its_end_of_text(tmp_path, monke
 
 # ---- rows that do not fit
 
+
+def test_a_file_name_is_no_pattern(tmp_path, cache):
+    path = parquet(tmp_path / "data[1]*.parquet", [{"text": "a"}])
+    assert list(documents([path], "marked")) == [("a", True)]
+
+
 BAD_ROWS = [
     '{"id": 7, "text": null}',
     '{"text": 5}',
@@ -290,20 +299,36 @@ BAD_ROWS = [
 def test_rows_that_do_not_fit_are_counted_and_named(tmp_path, capsys, bad):
     path = write(tmp_path / "a.jsonl", "".join(ROWS * 5) + bad)
     assert len(list(documents([path], "marked"))) == 200
-    assert f"left out 1 of 201 rows; the first is {path}, line 201" in capsys.readouterr().out
+    wanted = f"1 of 201 rows do not fit and are left out; the first is {path}, line 201"
+    assert wanted in capsys.readouterr().out
     write(tmp_path / "a.jsonl", "".join(ROWS) + bad)
     with pytest.raises(
-        ValueError, match="left out 1 of 41 rows; the first is .*, line 41.*These are more than 1 %"
+        ValueError, match="1 of 41 rows do not fit; the first is .*, line 41.*More than 1 in 100"
     ):
         list(documents([path], "marked"))
 
 
 def test_another_field_is_told_at_once(tmp_path):
     path = write(tmp_path / "a.jsonl", '{"content": "Once"}\n' * 9999)
-    with pytest.raises(
-        ValueError, match="left out 102 of 102 rows; .*line 1, KeyError.'text'.*Once.*--text_field"
-    ):
+    message = "100 of 100 rows do not fit; the first is .*line 1, KeyError.'text'.*Once.*--text_field"
+    with pytest.raises(ValueError, match=message):
         list(documents([path], "marked"))
+
+
+def test_too_many_bad_rows_of_one_file_lose_nothing_of_it(tmp_path):
+    """101 bad rows end the reading, although all files together have less than 1 % of them."""
+    paths = [write(tmp_path / "a.jsonl", '{"text": null}\n' * 101 + ROWS[0] * 99)]
+    paths += [write(tmp_path / "b.jsonl", ROWS[0] * 20_000)]
+    with pytest.raises(ValueError, match="100 of 100 rows do not fit"):
+        list(documents(paths, "marked"))
+
+
+def test_notes_are_printed_also_when_no_more_is_wanted(tmp_path, capsys):
+    path = write(tmp_path / "a.jsonl", ROWS[0] + "[1]\n" + '{"text": ""}\n' + ROWS[0] * 200)
+    prepared(tmp_path, source=path, max_tokens=60, val_source=write(tmp_path / "b.txt", MARKED))
+    printed = capsys.readouterr().out
+    assert re.search("1 of [0-9]+ rows do not fit and are left out", printed)
+    assert "1 empty rows left out" in printed
 
 
 LINES = {  # a good one, then bad ones
@@ -314,7 +339,15 @@ LINES = {  # a good one, then bad ones
         "||x #### 1",
         "q||#### ",
     ],
-    "p.jsonl": [ROW, '{"question": "q"}', '{"question": 1, "answer": "#### 1"}', "[1]", "{broken"],
+    "p.jsonl": [
+        ROW,
+        r'{"question": "\ud83d", "answer": "a #### 1"}',
+        f'{{"question": "{" " * 99999}q", "answer": "{"a" * 99999} #### 1"}}',
+        '{"question": "q"}',
+        '{"question": 1, "answer": "#### 1"}',
+        "[1]",
+        "{broken",
+    ],
 }
 
 
@@ -324,7 +357,7 @@ def test_malformed_problems_are_counted(tmp_path, capsys, file):
     path = write(tmp_path / file, "\n".join([good] * 30 + bad + [""] + [good] * 600))
     meta, _, _ = prepared(tmp_path, documents="problems", source=path)
     assert meta["documents"] == 630
-    wanted = f"left out {len(bad)} of {630 + len(bad)} rows; the first is {path}, line 31"
+    wanted = f"{len(bad)} of {630 + len(bad)} rows do not fit and are left out; the first is {path}, line 31"
     assert wanted in capsys.readouterr().out
 
 
@@ -332,7 +365,7 @@ def test_problems_without_thoughts_are_counted(tmp_path, capsys):
     path = write(tmp_path / "a.txt", "q||#### 4\n" + SUMS)
     wanted = [("Question: q", False), (" Answer:", False), (" #### 4", True)]
     assert list(documents([path], "problems"))[:3] == wanted
-    assert "1 problems have an answer, but no thoughts" in capsys.readouterr().out
+    assert "1 problems without thoughts, only an answer" in capsys.readouterr().out
 
 
 def test_a_blank_row_is_no_document(tmp_path):
@@ -343,7 +376,7 @@ def test_a_blank_row_is_no_document(tmp_path):
 # ---- nothing is replaced without a word
 
 BAD_SOURCES = [
-    ("a.txt", "\n \n", {}, "empty or too short"),
+    ("a.txt", "\n \n", {}, "a.txt is empty, or too short to hold out"),
     ("a.txt", "fine so far " * 1000 + "\udcff", {}, "a.txt cannot be read as UTF-8 text"),
     ("a.txt", "version https://git-lfs.github.com/spec/v1\nsize 1\n", {}, "Git LFS pointer"),
     ("a.md", "text", {}, "a.md' does not exist, or holds no texts; wanted a .txt, .jsonl or .parquet file"),
@@ -351,18 +384,32 @@ BAD_SOURCES = [
     ("a.txt", "text", {"tokenizer": "words", "vocab_size": 0}, "vocab_size is 0; wanted 257 to 50257"),
     ("a.txt", "text", {"tokenizer": "gpt2", "vocab_size": 50258}, "vocab_size is 50258"),
     ("a.txt", "text", {"vocab_size": 300}, "vocab_size is 300; wanted .*, with gpt2 or words"),
-    ("a.txt", "text", {"val_fraction": 1.5}, "val_fraction between 0 and 0.5; got .*1.5"),
+    ("a.txt", "text", {"val_fraction": 1.5}, "val_fraction from 0 to 0.5.*; got .*1.5"),
     ("a.txt", "text", {"documents": "poems"}, "wanted documents of marked, articles, problems.*'poems'"),
     (
         "a.txt",
         "",
         {"name": "nonsense", "source": None},
-        "'nonsense', source None: give a --source.*arithmetic",
+        "name 'nonsense', source None: wanted a new name with a --source, or arithmetic",
     ),
     ("a.txt", "text", {"name": "arithmetic"}, "arithmetic is generated"),
-    ("a.txt", "", {"name": "arithmetic", "source": None, "num_problems": 10**6}, "good for 1 to 100,000"),
-    ("a.txt", "q||t #### 1", {"documents": "problems"}, "too short to hold out every 100th document"),
-    ("a.txt", "no problem", {"documents": "problems"}, "left out 1 of 1 rows"),
+    (
+        "a.txt",
+        "",
+        {"name": "arithmetic", "source": None, "num_problems": 10**6},
+        "num_problems is 1000000; it must lie between 1 and 100,000",
+    ),
+    (
+        "a.txt",
+        "q||t #### 1",
+        {"documents": "problems"},
+        "too short to hold out 1 of every 100 documents: raise --val_fraction",
+    ),
+    ("a.txt", "no problem", {"documents": "problems"}, "1 of 1 rows do not fit"),
+    ("a.txt", "text", {"max_tokens": 0}, "max_tokens of 1 or more; got .*0"),
+    ("a.txt", "text", {"name": "../esc"}, "name '../esc'.*: wanted a new name"),
+    ("a.txt", "text", {"source": None, "val_source": "a.txt"}, "name 'mine', source None: wanted a new name"),
+    ("a.txt", "a few documents", {"tokenizer": "words"}, "too short to hold out 1 of every 100 documents"),
     ("a.txt.gz", "text", {"cut": True}, "a.txt.gz cannot be read as UTF-8 text"),
     ("a.txt.xz", "text", {"cut": True}, "a.txt.xz cannot be read as UTF-8 text"),
     ("a.txt.zst", "text", {"cut": True}, "a.txt.zst cannot be read as UTF-8 text"),
@@ -403,8 +450,38 @@ def test_the_old_meta_goes_before_the_first_new_file_comes(tmp_path, monkeypatch
     prepared(tmp_path, source=path)
     monkeypatch.setattr(os, "replace", Mock(side_effect=OSError("power cut")))
     with pytest.raises(OSError, match="power cut"):
-        prepared(tmp_path, source=path, tokenizer="words")
+        prepared(tmp_path, source=path, tokenizer="words", val_fraction=0.1)
     assert contents(tmp_path).keys() == {"train.bin", "val.bin"}
+    monkeypatch.undo()
+    (tmp_path / "data" / "mine" / "meta.json").write_text("{")  # damaged: counts as not prepared, too
+    (tmp_path / "data" / "mine" / ".new").mkdir()  # of a run that was killed
+    with pytest.raises(ValueError, match="meta.json is damaged"):
+        prepare_data.load_meta(tmp_path / "data" / "mine")
+    assert prepared(tmp_path, source=path, overwrite=False)[0]["tokens"]
+
+
+def test_what_other_data_left_is_removed(tmp_path):
+    prepared(tmp_path, documents="problems", source=write(tmp_path / "p.txt", SUMS))
+    assert len(contents(tmp_path)) == 5
+    prepared(tmp_path, source=write(tmp_path / "a.txt", MARKED))
+    assert contents(tmp_path).keys() == {"train.bin", "val.bin", "meta.json"}
+
+
+def test_a_failed_preparation_changes_no_test_problems(tmp_path, monkeypatch):
+    prepared(tmp_path, "arithmetic", num_problems=100)
+    before = contents(tmp_path)
+    monkeypatch.setattr(prepare_data, "write_tokens", Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        prepared(tmp_path, "arithmetic", num_problems=100, seed=1)
+    assert contents(tmp_path) == before and len(os.listdir(tmp_path / "data" / "arithmetic")) == 9
+
+
+def test_test_problems_of_ones_own(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source, test = write(tmp_path / "p.txt", SUMS), write(tmp_path / "test.txt", "q||t #### 5\n")
+    prepared(tmp_path, documents="problems", source=source, test_source="test.txt")
+    monkeypatch.chdir("/")
+    assert read_problems(str(tmp_path / "data" / "mine")) == [("q", "5")] == read_problems(test)
 
 
 def test_two_preparations_at_once(tmp_path):
@@ -556,7 +633,7 @@ def hub_tokenizer(tmp_path, kind):
 def test_a_model_with_a_tokenizer_of_the_hub(tmp_path, monkeypatch, capsys, kind):
     """It trains, fills gaps, continues a prompt, is evaluated; the checkpoint brings the tokenizer."""
     source, out_dir = write(tmp_path / "a.txt", MARKED), f"--out_dir={tmp_path / 'out'}"
-    prepared(tmp_path, source=source, tokenizer=hub_tokenizer(tmp_path, kind))
+    prepared(tmp_path, source=source, tokenizer=hub_tokenizer(tmp_path, kind), val_fraction=0.4)
     (tmp_path / "tokenizer.json").unlink()
     item = {"context": "Once there was", "choices": ["a cat.", "a 12."], "gold": 0}
     task = write(tmp_path / "t.jsonl.gz", json.dumps(item))
@@ -577,10 +654,19 @@ def test_a_model_with_a_tokenizer_of_the_hub(tmp_path, monkeypatch, capsys, kind
 @pytest.mark.parametrize("kind", ["GPT-2", "Llama 2", "Llama 3"])
 def test_a_tokenizer_of_the_hub(tmp_path, kind):
     """Its tokens give the text back, in pieces too; what looks like a special token is text."""
-    source = write(tmp_path / "a.txt", MARKED)
-    meta, splits, encoding = prepared(
-        tmp_path, source=source, tokenizer=hub_tokenizer(tmp_path, kind), val_fraction=0.1
+    path = Path(hub_tokenizer(tmp_path, kind))
+    data = json.loads(path.read_text())
+    data["truncation"] = {"direction": "Right", "max_length": 9, "strategy": "LongestFirst", "stride": 0}
+    path.write_text(json.dumps(data))
+    rows = [json.dumps({"text": f"{story} </s><|end_of_text|>{EOT}"}) for story in STORIES]
+    source = write(tmp_path / "a.jsonl", "\n".join(rows))
+    meta, splits, encoding = prepared(tmp_path, source=source, tokenizer=str(path), val_fraction=0.1)
+    n_marks = (splits["train"] == meta["eot_id"]).sum()
+    assert n_marks == 36 and encoding.decode(splits["train"][:-1].tolist()).endswith(
+        f"</s><|end_of_text|>{EOT}"
     )
+    source = write(tmp_path / "a.txt", MARKED)
+    meta, splits, encoding = prepared(tmp_path, source=source, tokenizer=str(path), val_fraction=0.1)
     texts = encoding.decode(splits["train"].tolist()).split(encoding.decode([meta["eot_id"]]))
     assert texts == [story for i, story in enumerate(STORIES) if i % 10 != 9] + [""]
     assert max(splits["train"]) < meta["vocab_size"] == encoding.tokenizer.get_vocab_size()
@@ -602,7 +688,10 @@ def test_bad_tokenizers(tmp_path, monkeypatch):
         prepared(tmp_path, source=source, tokenizer=hub_tokenizer(tmp_path, "none"))
     with pytest.raises(ValueError, match="tokenizer .*a.txt' cannot be loaded .*; wanted gpt2, bytes, words"):
         prepared(tmp_path, source=source, tokenizer=source)
+    spec = make_tokenizer(hub_tokenizer(tmp_path, "GPT-2"))
     monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(ValueError, match="^(?!.*damaged).*; run: pip install tokenizers"):
+        load_tokenizer(spec)
     with pytest.raises(ValueError, match="pip install tokenizers"):
         prepared(tmp_path, source=source, tokenizer=source)
 
