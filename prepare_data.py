@@ -21,7 +21,6 @@ import io
 import itertools
 import json
 import lzma
-import math
 import os
 import random
 import shutil
@@ -55,7 +54,7 @@ class PrepareConfig:
     tokenizer: str | None = None  # gpt2, bytes, words, or a tokenizer.json: a path, or a model on the hub
     vocab_size: int | None = None  # of words (None: 4096), or only the first tokens of gpt2
     split_digits: bool | None = None  # every digit its own token; None: for problems
-    max_tokens: int | None = None  # stop after about this many tokens of source
+    max_tokens: float = 1e30  # stop after about this many tokens of source
     overwrite: bool = False  # replace what was prepared with other settings
     data_dir: str = "data"  # where the data sets are
     num_problems: int = 50000  # arithmetic: training problems (1,000 more each for validation and test)
@@ -377,26 +376,32 @@ def file_sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def prepare(cfg: PrepareConfig) -> dict:
-    """Writes data_dir/name/{train.bin,val.bin,meta.json}, returns the meta. The files appear only when all is
-    complete, meta.json last. Raises ValueError for a source that cannot be read or is too short, and for data
-    that would replace others."""
+def resolve(cfg: PrepareConfig) -> PrepareConfig:
+    """cfg with what None stands for. Raises ValueError for settings that contradict each other."""
     defaults = {"val_fraction": 0.01, "documents": "marked", "tokenizer": "gpt2"} | CORPORA.get(cfg.name, {})
     if cfg.source:
         defaults.pop("val_source", None)
     cfg = replace(cfg, **{key: value for key, value in defaults.items() if getattr(cfg, key) is None})
-    is_generated, has_parts = cfg.name == "arithmetic", cfg.documents == "problems"
-    if not regex.fullmatch(r"\w[\w.-]*", cfg.name) or bool(cfg.source) == is_generated:
+    if not regex.fullmatch(r"\w[\w.-]*", cfg.name) or bool(cfg.source) == (cfg.name == "arithmetic"):
         wanted = f"wanted a new name with a --source, or {', '.join(CORPORA)} (arithmetic is generated)"
         raise ValueError(f"name {cfg.name!r}, source {cfg.source!r}: {wanted}")
-    max_tokens = math.inf if cfg.max_tokens is None else cfg.max_tokens
-    if cfg.documents not in MARKS or not 0 < cfg.val_fraction <= 0.5 or max_tokens < 1:
+    if cfg.documents not in MARKS or not 0 < cfg.val_fraction <= 0.5 or cfg.max_tokens < 1:
         wanted = f"documents of {', '.join(MARKS)}, val_fraction from 0 to 0.5, max_tokens of 1 or more"
-        raise ValueError(f"wanted {wanted}; got {cfg.documents!r}, {cfg.val_fraction}, {max_tokens}")
+        raise ValueError(f"wanted {wanted}; got {cfg.documents!r}, {cfg.val_fraction}, {cfg.max_tokens}")
     if os.path.exists(cfg.test_source or ""):
         cfg.test_source = os.path.abspath(cfg.test_source)
+    if cfg.split_digits is None:
+        cfg.split_digits = cfg.documents == "problems"
+    return cfg
+
+
+def prepare(cfg: PrepareConfig) -> dict:
+    """Writes data_dir/name/{train.bin,val.bin,meta.json}, returns the meta. The files appear only when all is
+    complete, meta.json last. Raises ValueError for a source that cannot be read or is too short, and for data
+    that would replace others."""
+    cfg = resolve(cfg)
     settings = {key: value for key, value in asdict(cfg).items() if key not in ("data_dir", "overwrite")}
-    folder = os.path.join(cfg.data_dir, cfg.name)
+    folder, has_parts = os.path.join(cfg.data_dir, cfg.name), cfg.documents == "problems"
     new = f"{folder}/.new"  # the files go there until all are complete
     with open_locked(f"{folder}/.lock"), contextlib.ExitStack() as stack:
         old = settings
@@ -409,7 +414,7 @@ def prepare(cfg: PrepareConfig) -> dict:
         shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
         os.mkdir(new)
         stack.callback(shutil.rmtree, new)
-        if is_generated:
+        if cfg.name == "arithmetic":
             sources = [[path] for path in write_arithmetic(new, cfg)]
         else:
             addresses = [address for address in (cfg.source, cfg.val_source) if address]
@@ -423,19 +428,18 @@ def prepare(cfg: PrepareConfig) -> dict:
                 number += is_end
 
         texts = (text for split, text, _ in pieces() if split == "train")
-        split_digits = has_parts if cfg.split_digits is None else cfg.split_digits
-        spec = make_tokenizer(cfg.tokenizer, split_digits, cfg.vocab_size, texts)
+        spec = make_tokenizer(cfg.tokenizer, cfg.split_digits, cfg.vocab_size, texts)
         tokenizer = load_tokenizer(spec)
         dtype = np.dtype("uint16" if spec["vocab_size"] <= 1 << 16 else "uint32")
         sizes = {"train": [], "val": []} if has_parts else {}
         with open(f"{new}/train.bin", "w+b") as train, open(f"{new}/val.bin", "wb") as val:
             work = {"train": train, "val": val}, tokenizer, dtype
-            n_documents = write_tokens(pieces(), *work, max_tokens, sizes)
+            n_documents = write_tokens(pieces(), *work, cfg.max_tokens, sizes)
             held_out = f"1 of every {n} documents"
             if len(sources) == 2:
                 held_out = cfg.val_source or "1,000 other problems"
                 val_pieces = documents(sources[1], cfg.documents, cfg.text_field)
-                write_tokens((("val", *piece) for piece in val_pieces), *work, math.inf, sizes)
+                write_tokens((("val", *piece) for piece in val_pieces), *work, 1e30, sizes)
             elif val.tell() == 0 and not (has_parts or cfg.tokenizer == "words"):
                 held_out = f"the last {cfg.val_fraction:.2%} of the text"
                 start = round(train.tell() // dtype.itemsize * (1 - cfg.val_fraction)) * dtype.itemsize

@@ -2,8 +2,8 @@
 #   python prepare_data.py && python train.py
 #   python sft_gsm8k.py config/sft_arithmetic.py
 #   python eval.py --task=gsm8k --out_dir=out/sft-arithmetic
-# Cost: about four minutes on two cores. Result: 99.6 % of the 1,000 test problems; the README says what
-# that means.
+# Cost: about four minutes on two cores. Result: 99.9 % of the 1,000 test problems (seed 0); the README
+# says what that means.
 dataset = "arithmetic"
 init_from = "out/arithmetic"
 out_dir = "out/sft-arithmetic"
