@@ -46,9 +46,7 @@ class PrepareConfig:
     source: str | None = None  # file, folder, URL or hub:ID[@CONFIG][:SPLIT]; None: the public source
     val_source: str | None = None  # likewise; None: the public one, or documents held out from source
     test_source: str | None = None  # likewise, problems for eval.py
-    val_fraction: float | None = (
-        None  # 1/n: every n-th document is for validation; None: 0.01, or as in CORPORA
-    )
+    val_fraction: float | None = None  # 1/n: hold out every n-th document; None: 0.01, or as in CORPORA
     documents: str | None = None  # problems, articles (WikiText), or marked: text between <|endoftext|> marks
     text_field: str = "text"  # of .jsonl, .parquet and hub rows
     tokenizer: str | None = None  # gpt2, bytes, words, or a tokenizer.json: a path, or a model on the hub
@@ -117,7 +115,11 @@ def make_tokenizer(name: str, split_digits: bool = False, vocab_size: int | None
     if not eot:
         raise ValueError(f"tokenizer {name!r} lacks an end-of-text token: {EOT}, <|end_of_text|> or </s>")
     spec = {"name": "tokenizer.json", "pattern": None, "vocab_size": max(ids.values()) + 1}
-    return spec | {"eot": eot[0], "json": json.dumps(data)}
+    spec |= {"eot": eot[0], "json": json.dumps(data)}
+    parts = [HubTokenizer(spec).encode(text) for text in ("a", " b", "c")]
+    if HubTokenizer(spec).decode(sum(parts, [])) != "a bc":
+        raise ValueError(f"tokenizer {name!r} changes the ends of a text: its parts would not join")
+    return spec
 
 
 def load_tokenizer(spec: dict):
@@ -165,7 +167,7 @@ class HubTokenizer:
 # ---------- Documents: pieces (text, is_end_of_document)
 
 KINDS = regex.compile(r"(?i)(\.parquet|(\.txt|\.jsonl)(\.gz|\.xz|\.zst)?)$")
-MARKS = {"marked": r"\n?<\|endoftext\|>\n?", "articles": r"(?m)^(?= = [^=\s].* = $)", "problems": None}
+MARKS = {"marked": r"\n?<\|endoftext\|>\n?", "articles": r"(?m)^(?= = [^=\s].* = \n)", "problems": None}
 LINE_END = regex.compile(
     r"(?s).*\S\n(?=\S)"
 )  # up to a single one: the tokenizers' patterns do not match across it
@@ -354,19 +356,24 @@ def open_locked(path):
 def write_tokens(pieces, files, tokenizer, dtype, max_tokens, sizes):
     """Encodes pieces (split, text, is_end) to files[split], and an end-of-text behind each document. Appends
     how many tokens a piece has to sizes[split], if that exists. Returns how many documents were written."""
-    n_documents, wait = 0, 0.1 if sys.stderr.isatty() else 30  # seconds between two lines of progress
+    n_tokens, n_documents, wait = (
+        0,
+        0,
+        0.1 if sys.stderr.isatty() else 30,
+    )  # seconds between two lines of progress
     with tqdm(unit=" tokens", unit_scale=True, mininterval=wait, delay=wait) as bar:
         while batch := list(itertools.islice(pieces, 256)):  # as many at a time: this bounds the memory
             texts = [text for _, text, _ in batch]
             encoded = tokenizer.encode_ordinary_batch(texts, num_threads=os.cpu_count())
             for (split, _, is_end), ids in zip(batch, encoded):
-                if bar.n >= max_tokens:
+                if n_tokens >= max_tokens:
                     return n_documents
                 ids += [tokenizer.eot_token] * is_end
                 files[split].write(np.array(ids, dtype).tobytes())
                 if split in sizes:
                     sizes[split].append(len(ids))
                 n_documents += is_end
+                n_tokens += len(ids)
                 bar.update(len(ids))
     return n_documents
 

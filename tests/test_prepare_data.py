@@ -3,6 +3,7 @@
 import contextlib
 import gzip
 import hashlib
+import http.client
 import json
 import lzma
 import multiprocessing
@@ -139,12 +140,17 @@ def test_parquet(tmp_path, cache):
 
 
 def test_a_folder_tells_what_it_reads_and_what_not(tmp_path, capsys, cache):
-    folder = tmp_path / "mine"
+    folder = tmp_path / ".cache" / "mine"
     files = {"README.txt": "About.", "d.jsonl.zst": "".join(ROWS[:9]), "b/A.TXT.GZ": EOT.join(STORIES[20:])}
-    others = {"notes.pdf": "%PDF", ".ipynb_checkpoints/README.txt": "Old.", "b/.hidden.txt": "No."}
+    others = {
+        "a.txt.bak": "Old",
+        "notes.pdf": "%PDF",
+        ".ipynb_checkpoints/README.txt": "Old.",
+        "b/.hidden.txt": "No.",
+    }
     for name, text in (files | others).items():
         write(folder / name, text)
-    parquet(folder / "e.parquet", [{"text": story} for story in STORIES[9:15]])
+    parquet(folder / "E.PARQUET", [{"text": story} for story in STORIES[9:15]])
     write(tmp_path / "elsewhere" / "c.txt", EOT.join(STORIES[15:20]))
     (folder / "linked").symlink_to(tmp_path / "elsewhere")
     (folder / "b" / "loop").symlink_to(folder)
@@ -155,7 +161,7 @@ def test_a_folder_tells_what_it_reads_and_what_not(tmp_path, capsys, cache):
     printed = capsys.readouterr().out
     size = sum(os.path.getsize(path) for path in found)
     assert f"{folder}: reads {size:,} bytes, number of files: 5\n" in printed
-    assert "leaves out 4 (hidden, or of another kind)" in printed and all(name in printed for name in others)
+    assert "leaves out 5 (hidden, or of another kind)" in printed and all(name in printed for name in others)
     assert len(find_files(f"{folder}/", "")) == 5
 
 
@@ -213,6 +219,22 @@ def test_urls_are_fetched_once_and_kept_apart(tmp_path):
         prepared(tmp_path, source=urls["source"] + "x")
 
 
+def test_half_a_download_is_none(tmp_path, monkeypatch):
+    """And the file has the name of the address's path."""
+
+    def broken(url, path):
+        write(Path(path), "half")
+        raise http.client.IncompleteRead(b"half")
+
+    monkeypatch.setattr(prepare_data.urllib.request, "urlretrieve", broken)
+    with pytest.raises(ValueError, match="cannot download https://a.b/t.txt.*IncompleteRead"):
+        prepared(tmp_path, source="https://a.b/t.txt?download=true")
+    whole = Mock(side_effect=lambda url, path: write(Path(path), MARKED))
+    monkeypatch.setattr(prepare_data.urllib.request, "urlretrieve", whole)
+    assert prepared(tmp_path, source="https://a.b/t.txt?download=true")[0]["documents"] == 40
+    assert whole.call_count == 1 and len(list((tmp_path / "data/mine/download").glob("*-t.txt"))) == 1
+
+
 def test_help_lists_the_data_sets(capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["prepare_data.py", "--help"])
     with pytest.raises(SystemExit):
@@ -229,28 +251,47 @@ def test_a_long_document_is_cut_between_tokens(tmp_path, monkeypatch):
     rng = random.Random(0)
     words = ["word ", "12", "\n", "\n\n", "  ", "a. ", "\t", "The end.\n", " x\n"]
     text = "".join(rng.choice(words) for _ in range(20000))
+    encoding = load_tokenizer(make_tokenizer("words", texts=[text]))  # blanks of all lengths are tokens
     monkeypatch.setattr(prepare_data, "PIECE", 300)
     for path in (write(tmp_path / "a.txt", text), write(tmp_path / "a.jsonl", json.dumps({"text": text}))):
         pieces = list(documents([path], "marked"))
         assert len(pieces) > 100 and max(len(piece) for piece, _ in pieces) <= 600
-        tokens = [token for piece, _ in pieces for token in ENCODINGS["words"].encode_ordinary(piece)]
-        assert tokens == ENCODINGS["words"].encode_ordinary(text)
+        tokens = [token for piece, _ in pieces for token in encoding.encode_ordinary(piece)]
+        assert tokens == encoding.encode_ordinary(text)
 
 
-@pytest.mark.parametrize("piece", range(13, 40))
+def joined(path, kind="marked"):
+    """The documents, each closed by a stop."""
+    return "".join(text + "\0" * is_end for text, is_end in documents([path], kind))
+
+
+@pytest.mark.parametrize("piece", range(14, 40))
 def test_a_mark_is_found_wherever_a_border_falls(tmp_path, monkeypatch, piece):
     monkeypatch.setattr(prepare_data, "PIECE", piece)
-    path = write(tmp_path / "a.txt", f"w w w{EOT}two\n{EOT}\n{EOT}\nthree\n\n")
-    joined = "".join(text + EOT * is_end for text, is_end in documents([path], "marked"))
-    assert joined == f"w w w{EOT}two{EOT}three\n\n{EOT}"
+    text = f"w w w{EOT}two\n{EOT}\n{EOT}\n\nthree\n\n\n{EOT}{'long ' * 30}{EOT} \n{EOT}\nend\n\n"
+    wanted = f"w w w\0two\0\nthree\n\n\0{'long ' * 30}\0end\n\n\0"
+    assert joined(write(tmp_path / "a.txt", text)) == wanted
+
+
+@pytest.mark.parametrize("piece", range(14, 40))
+def test_an_article_is_found_wherever_a_border_falls(tmp_path, monkeypatch, piece):
+    monkeypatch.setattr(prepare_data, "PIECE", piece)
+    path = write(tmp_path / "a.txt", " = A = \n x = y \n = B = c \n = C = D = \n z")
+    assert joined(path, "articles") == " = A = \n x = y \n = B = c \n\0 = C = D = \n z\0"
 
 
 def test_a_mark_at_the_border_of_two_reads(tmp_path):
-    text = "w " * ((2**20 - 5) // 2) + f"w{EOT}two"
-    joined = "".join(
-        text + EOT * is_end for text, is_end in documents([write(tmp_path / "a.txt", text)], "marked")
-    )
-    assert joined == text + EOT
+    text = "w " * ((2**20 - 5) // 2)
+    assert joined(write(tmp_path / "a.txt", f"{text}w{EOT}two")) == f"{text}w\0two\0"
+
+
+def test_the_blank_end_of_an_open_document_keeps_its_end_of_text(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare_data, "PIECE", 14)
+    text = f"{'abcdefgh' * 9}{' ' * 80}"
+    for end in (f"{EOT}next", ""):
+        path = write(tmp_path / "a.txt", text + end)
+        assert len(list(documents([path], "marked"))) > 5
+        assert joined(path) == f"{text}\0" + "next\0" * bool(end)
 
 
 @pytest.mark.parametrize("monster", [" " * 1_000_067, "\n" * 1_000_067, "A" * 1_000_067, "!" * 1_000_067])
@@ -265,16 +306,6 @@ def test_monsters(tmp_path, monster, kind):
 def gpt2_is_there():
     with contextlib.suppress(Exception):
         return load_tokenizer(make_tokenizer("gpt2"))
-
-
-def test_the_blank_end_of_an_open_document_keeps_its_end_of_text(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_data, "PIECE", 4)
-    path = write(tmp_path / "a.txt", f"abcdefgh{' ' * 20}{EOT}next")
-    pieces = list(documents([path], "marked"))
-    assert (
-        len(pieces) > 3
-        and "".join(text + EOT * is_end for text, is_end in pieces) == f"abcdefgh{' ' * 20}{EOT}next{EOT}"
-    )
 
 
 # ---- rows that do not fit
@@ -384,6 +415,9 @@ BAD_SOURCES = [
     ("a.txt", "text", {"tokenizer": "words", "vocab_size": 0}, "vocab_size is 0; wanted 257 to 50257"),
     ("a.txt", "text", {"tokenizer": "gpt2", "vocab_size": 50258}, "vocab_size is 50258"),
     ("a.txt", "text", {"vocab_size": 300}, "vocab_size is 300; wanted .*, with gpt2 or words"),
+    ("a.txt", "text", {"val_fraction": 0}, "val_fraction from 0 to 0.5.*; got .*0"),
+    ("a.txt", "text", {"tokenizer": "words", "vocab_size": 256}, "vocab_size is 256; wanted 257"),
+    ("a.txt.gz", "no gzip", {"raw": True}, "a.txt.gz cannot be read as UTF-8 text"),
     ("a.txt", "text", {"val_fraction": 1.5}, "val_fraction from 0 to 0.5.*; got .*1.5"),
     ("a.txt", "text", {"documents": "poems"}, "wanted documents of marked, articles, problems.*'poems'"),
     (
@@ -421,6 +455,8 @@ def test_bad_sources_overwrite_nothing(tmp_path, file, text, options, message):
     prepared(tmp_path, source=write(tmp_path / "good.txt", MARKED))
     before = contents(tmp_path)
     source = write(tmp_path / file, text)
+    if options.pop("raw", False):
+        Path(source).write_bytes(text.encode())
     if options.pop("cut", False):
         Path(source).write_bytes(Path(source).read_bytes()[:-4])
     with pytest.raises(ValueError, match=message):
@@ -440,6 +476,16 @@ def test_other_data_are_not_replaced_without_a_word(tmp_path):
         ):
             prepared(tmp_path, **options, overwrite=False)
     assert {name: (tmp_path / "data" / "mine" / name).read_bytes() for name in before} == before
+    (tmp_path / "data").rename(tmp_path / "moved")
+    prepare(PrepareConfig("mine", a, tokenizer="bytes", data_dir=str(tmp_path / "moved"), overwrite=True))
+    prepare(PrepareConfig("mine", a, tokenizer="bytes", data_dir=str(tmp_path / "moved")))
+    (tmp_path / "moved").rename(tmp_path / "data")
+    meta = tmp_path / "data" / "mine" / "meta.json"
+    kept = meta.read_text()
+    meta.write_text("{}")
+    with pytest.raises(ValueError, match="mine holds data prepared with version='earlier'"):
+        prepared(tmp_path, source=a, overwrite=False)
+    meta.write_text(kept)
     prepared(tmp_path, source=b)
     assert (tmp_path / "data" / "mine" / "train.bin").read_bytes() != before["train.bin"]
 
@@ -448,11 +494,13 @@ def test_the_old_meta_goes_before_the_first_new_file_comes(tmp_path, monkeypatch
     """A power cut between two renames leaves no meta.json beside files that are not its own."""
     path = write(tmp_path / "a.txt", MARKED)
     prepared(tmp_path, source=path)
-    monkeypatch.setattr(os, "replace", Mock(side_effect=OSError("power cut")))
-    with pytest.raises(OSError, match="power cut"):
-        prepared(tmp_path, source=path, tokenizer="words", val_fraction=0.1)
-    assert contents(tmp_path).keys() == {"train.bin", "val.bin"}
-    monkeypatch.undo()
+    for done in (0, 1):
+        replaced = [os.replace] * done + [Mock(side_effect=OSError("power cut"))]
+        monkeypatch.setattr(prepare_data.os, "replace", lambda *paths, left=replaced: left.pop(0)(*paths))
+        with pytest.raises(OSError, match="power cut"):
+            prepared(tmp_path, source=path, tokenizer="words", val_fraction=0.1)
+        assert contents(tmp_path).keys() == {"train.bin", "val.bin"}
+        monkeypatch.undo()
     (tmp_path / "data" / "mine" / "meta.json").write_text("{")  # damaged: counts as not prepared, too
     (tmp_path / "data" / "mine" / ".new").mkdir()  # of a run that was killed
     with pytest.raises(ValueError, match="meta.json is damaged"):
@@ -503,7 +551,10 @@ def test_two_preparations_at_once(tmp_path):
 # ---- what is held out
 
 
-@pytest.mark.parametrize("fraction, held_out", [(0.1, [9, 19, 29, 39]), (0.5, range(1, 40, 2)), (0.03, [32])])
+EVERY_NTH = [(0.1, [9, 19, 29, 39]), (0.5, range(1, 40, 2)), (0.03, [32]), (0.15, range(6, 40, 7))]
+
+
+@pytest.mark.parametrize("fraction, held_out", EVERY_NTH)
 def test_every_nth_document_is_held_out(tmp_path, fraction, held_out):
     train, val = texts_of(tmp_path, source=write(tmp_path / "a.txt", MARKED), val_fraction=fraction)
     assert val == [STORIES[i] for i in held_out]
@@ -529,7 +580,8 @@ def test_words_are_learned_from_the_training_part_alone(tmp_path):
 
 
 @pytest.mark.parametrize("max_tokens", [1, 500, 1000])
-def test_max_tokens(tmp_path, max_tokens):
+def test_max_tokens(tmp_path, max_tokens, monkeypatch):
+    monkeypatch.setenv("TQDM_DISABLE", "1")
     path = write(tmp_path / "a.txt", MARKED)
     meta, splits, _ = prepared(tmp_path, source=path, val_source=path, max_tokens=max_tokens)
     assert max_tokens <= meta["tokens"]["train"] < max_tokens + 60 and splits["train"][-1] == meta["eot_id"]
@@ -547,6 +599,37 @@ def test_round_trip(text):
     ids = ENCODINGS["words"].encode_ordinary(text)
     assert ENCODINGS["words"].decode_bytes(ids) == text.encode()
     assert all(i < SPECS["words"]["vocab_size"] - 1 for i in ids)
+
+
+def test_max_tokens_at_the_end_of_a_document(tmp_path):
+    path = write(tmp_path / "a.txt", MARKED)
+    n = len(STORIES[0]) + 1
+    assert prepared(tmp_path, source=path, val_source=path, max_tokens=n)[0]["tokens"]["train"] == n
+
+
+def test_a_source_of_ones_own_has_no_public_validation_set(tmp_path):
+    source = write(tmp_path / "p.txt", SUMS)
+    meta, _, _ = prepared(tmp_path, "gsm8k", source=source)
+    assert meta["held_out"] == "1 of every 100 documents" and meta["one_per_line"]
+    meta, _, _ = prepared(tmp_path, "gsm8k", source=source, val_source=source)
+    assert meta["held_out"] == source
+    assert not prepared(tmp_path, source=write(tmp_path / "a.txt", MARKED))[0]["one_per_line"]
+
+
+def test_public_data_sets():
+    """What None stands for, by the name."""
+    of = {name: prepare_data.resolve(PrepareConfig(name)) for name in prepare_data.CORPORA}
+    assert {name: cfg.documents for name, cfg in of.items() if cfg.documents != "marked"} == {
+        "arithmetic": "problems",
+        "gsm8k": "problems",
+        "wikitext2": "articles",
+    }
+    assert [name for name, cfg in of.items() if cfg.split_digits] == ["arithmetic", "gsm8k"]
+    assert {name for name, cfg in of.items() if cfg.tokenizer != "gpt2"} == {"arithmetic", "shakespeare"}
+    assert of["shakespeare"].val_fraction == 0.1 and of["tinystories"].val_fraction == 0.01
+    for name in ("gsm8k", "wikitext2", "tinystories", "slimpajama"):
+        source, val_source = of[name].source, of[name].val_source
+        assert "train" in source and "valid" in val_source and "train" not in val_source, name
 
 
 def test_words_are_the_commonest_pieces():
@@ -656,6 +739,12 @@ def test_a_tokenizer_of_the_hub(tmp_path, kind):
     """Its tokens give the text back, in pieces too; what looks like a special token is text."""
     path = Path(hub_tokenizer(tmp_path, kind))
     data = json.loads(path.read_text())
+    marks = [token["content"] for token in data["added_tokens"]]
+    if len(marks) > 1 and kind != "Llama 2":  # puts a token in front of each text
+        ids = {marks[0]: {"id": marks[0], "ids": [0], "tokens": [marks[0]]}}
+        single = [{"SpecialToken": {"id": marks[0], "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}]
+        options = {"single": single, "pair": [*single, {"Sequence": {"id": "B", "type_id": 1}}]}
+        data["post_processor"] = {"type": "TemplateProcessing", **options, "special_tokens": ids}
     data["truncation"] = {"direction": "Right", "max_length": 9, "strategy": "LongestFirst", "stride": 0}
     path.write_text(json.dumps(data))
     rows = [json.dumps({"text": f"{story} </s><|end_of_text|>{EOT}"}) for story in STORIES]
@@ -681,11 +770,37 @@ def test_a_tokenizer_of_the_hub(tmp_path, kind):
     assert encoding.encode(f"a{mark}", allowed_special="all")[-1] == meta["eot_id"]
 
 
+def test_gpt2_without_a_network(monkeypatch):
+    monkeypatch.setattr(
+        prepare_data.tiktoken, "get_encoding", Mock(side_effect=ConnectionError("no network"))
+    )
+    with pytest.raises(
+        ValueError, match="gpt2 could not be downloaded .ConnectionError.; set TIKTOKEN_CACHE_DIR"
+    ):
+        load_tokenizer(make_tokenizer("gpt2"))
+
+
+def test_a_model_of_the_hub_names_its_tokenizer(tmp_path, monkeypatch):
+    tokenizers = pytest.importorskip("tokenizers")
+    there = tokenizers.Tokenizer.from_file(hub_tokenizer(tmp_path, "GPT-2"))
+    there.add_special_tokens(["</s>"])  # an end-of-text comes first
+    hub = SimpleNamespace(from_pretrained=Mock(return_value=there), from_str=tokenizers.Tokenizer.from_str)
+    monkeypatch.setattr(tokenizers, "Tokenizer", hub)
+    spec = make_tokenizer("someone/model")
+    hub.from_pretrained.assert_called_once_with("someone/model")
+    assert spec["eot"] == EOT and spec["vocab_size"] == there.get_vocab_size()
+
+
 def test_bad_tokenizers(tmp_path, monkeypatch):
     pytest.importorskip("tokenizers")
     source = write(tmp_path / "a.txt", MARKED)
     with pytest.raises(ValueError, match="lacks an end-of-text token"):
         prepared(tmp_path, source=source, tokenizer=hub_tokenizer(tmp_path, "none"))
+    path = Path(hub_tokenizer(tmp_path, "GPT-2"))
+    path.write_text(path.read_text().replace('"add_prefix_space":false', '"add_prefix_space":true'))
+    path.write_text(path.read_text().replace('"add_prefix_space": false', '"add_prefix_space": true'))
+    with pytest.raises(ValueError, match="tokenizer .* changes the ends of a text"):
+        prepared(tmp_path, source=source, tokenizer=str(path))
     with pytest.raises(ValueError, match="tokenizer .*a.txt' cannot be loaded .*; wanted gpt2, bytes, words"):
         prepared(tmp_path, source=source, tokenizer=source)
     spec = make_tokenizer(hub_tokenizer(tmp_path, "GPT-2"))
