@@ -200,9 +200,8 @@ def answer_problems(model, tokenizer, indices, problems, cfg):
         answers = answer(model, tokenizer, [q for q, _ in problems], seeds, cfg.length, **options)
     for (question, gold), (thoughts, text, passes) in zip(problems, answers):
         record = {"question": question, "gold": gold, "thoughts": thoughts, "answer": text}
-        records.append(
-            record | {"acc": final_number(text) == final_number(f"#### {gold}"), "forward_passes": passes}
-        )
+        record |= {"acc": final_number(text) == final_number(f"#### {gold}"), "forward_passes": passes}
+        records.append(record)
     return records
 
 

@@ -168,9 +168,7 @@ class HubTokenizer:
 
 KINDS = regex.compile(r"(?i)(\.parquet|(\.txt|\.jsonl)(\.gz|\.xz|\.zst)?)$")
 MARKS = {"marked": r"\n?<\|endoftext\|>\n?", "articles": r"(?m)^(?= = [^=\s].* = \n)", "problems": None}
-LINE_END = regex.compile(
-    r"(?s).*\S\n(?=\S)"
-)  # up to a single one: the tokenizers' patterns do not match across it
+LINE_END = regex.compile(r"(?s).*\S\n(?=\S)")  # up to a single one, across which tokenizers do not match
 
 
 def find_files(address, download_dir):
@@ -190,7 +188,7 @@ def find_files(address, download_dir):
     files = [file for file in files if os.path.isfile(file)]  # not a link that leads nowhere
     if not files:
         wanted = (
-            "wanted a .txt, .jsonl or .parquet file, also compressed (.gz, .xz, .zst), or a folder of them"
+            "wanted .txt, .jsonl or .parquet files, also compressed (.gz, .xz, .zst), or a folder of them"
         )
         raise ValueError(f"source {path!r} does not exist, or holds no texts; {wanted}")
     print(f"{path}: reads {sum(map(os.path.getsize, files)):,} bytes, number of files: {len(files):,}")
@@ -356,11 +354,8 @@ def open_locked(path):
 def write_tokens(pieces, files, tokenizer, dtype, max_tokens, sizes):
     """Encodes pieces (split, text, is_end) to files[split], and an end-of-text behind each document. Appends
     how many tokens a piece has to sizes[split], if that exists. Returns how many documents were written."""
-    n_tokens, n_documents, wait = (
-        0,
-        0,
-        0.1 if sys.stderr.isatty() else 30,
-    )  # seconds between two lines of progress
+    n_tokens, n_documents = 0, 0
+    wait = 0.1 if sys.stderr.isatty() else 30  # seconds between two lines of progress
     with tqdm(unit=" tokens", unit_scale=True, mininterval=wait, delay=wait) as bar:
         while batch := list(itertools.islice(pieces, 256)):  # as many at a time: this bounds the memory
             texts = [text for _, text, _ in batch]

@@ -410,7 +410,7 @@ BAD_SOURCES = [
     ("a.txt", "\n \n", {}, "a.txt is empty, or too short to hold out"),
     ("a.txt", "fine so far " * 1000 + "\udcff", {}, "a.txt cannot be read as UTF-8 text"),
     ("a.txt", "version https://git-lfs.github.com/spec/v1\nsize 1\n", {}, "Git LFS pointer"),
-    ("a.md", "text", {}, "a.md' does not exist, or holds no texts; wanted a .txt, .jsonl or .parquet file"),
+    ("a.md", "text", {}, "a.md' does not exist, or holds no texts; wanted .txt, .jsonl or .parquet files"),
     ("a.txt", "text", {"source": "nothing.txt"}, "nothing.txt' does not exist"),
     ("a.txt", "text", {"tokenizer": "words", "vocab_size": 0}, "vocab_size is 0; wanted 257 to 50257"),
     ("a.txt", "text", {"tokenizer": "gpt2", "vocab_size": 50258}, "vocab_size is 50258"),
