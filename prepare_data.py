@@ -168,7 +168,7 @@ class HubTokenizer:
 
 KINDS = regex.compile(r"(?i)(\.parquet|(\.txt|\.jsonl)(\.gz|\.xz|\.zst)?)$")
 MARKS = {"marked": r"\n?<\|endoftext\|>\n?", "articles": r"(?m)^(?= = [^=\s].* = \n)", "problems": None}
-LINE_END = regex.compile(r"(?s).*\S\n(?=\S)")  # up to a single one, across which tokenizers do not match
+WORDS = regex.compile(r"(?s).*\S(?:\n(?=\S)|(?= \S))")  # up to a single blank: there tokens begin anew
 
 
 def find_files(address, download_dir):
@@ -236,11 +236,11 @@ def read_rows(address):
 
 
 def cut(text):
-    """A text in pieces (text, is_end) of up to 2 * PIECE characters, cut at a line's end if there is one."""
+    """A text in pieces (text, is_end) of up to 2 * PIECE characters, cut between words if there are any."""
     start = 0
     while len(text) - start > 2 * PIECE:
-        line_end = LINE_END.match(text, start, start + PIECE)
-        end = line_end.end() if line_end else start + PIECE
+        words = WORDS.match(text, start, start + PIECE)
+        end = words.end() if words else start + PIECE
         yield text[start:end], False
         start = end
     yield text[start:], True
