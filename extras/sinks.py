@@ -3,6 +3,7 @@
     python -m extras.sinks out/wikitext2                                     # a table with a row per layer
     python -m extras.sinks out/wikitext2 out/wikitext2-vanilla --plot=True   # side by side, with pictures
     python -m extras.sinks out/wikitext2 --changes=True                      # also the bound with other sinks
+    python -m extras.sinks out/a out/b --animate=moving_sink.svg --layer=2   # the first text, step by step
 
 Each model writes the rest of the same validation texts. At every step and in every layer attention is
 recomputed from q and k, because scaled_dot_product_attention keeps no weights, and the position that gets
@@ -10,6 +11,7 @@ most of it is followed. All prompts' steps go to sinks.json in the first run's f
 """
 
 import copy
+import html
 import itertools
 import json
 import math
@@ -36,7 +38,8 @@ class SinksConfig:
     temperature: float = 0.1  # 0: the likeliest token; 1: the model's distribution
     remasking: str = "confidence"  # confidence, or random: the exact reverse process
     plot: bool = False  # draw sinks_maps.png, sinks_paths.png and sinks_norms.png (pip install matplotlib)
-    layer: int | None = None  # of sinks_maps.png; None: where a content token gets most attention
+    layer: int | None = None  # of sinks_maps.png and the animation; None: where a content token gets most
+    animate: str | None = None  # write an animated .svg of the first text
     changes: bool = False  # the bound on -log p with changed sinks, on the validation sequences of training
     mc_num: int = 8  # with changes: draws of the noise for each sequence
     data: str | None = None  # a prepared folder; None: the data of training
@@ -286,6 +289,74 @@ def draw_norms(Figure, runs):
     return figure
 
 
+# ---------- The first prompt as an animated SVG
+
+
+def show(tokenizer, token):
+    """A token as text that a person and XML can read."""
+    text = "∎" if token == tokenizer.eot_token else tokenizer.decode([token]).strip() or "␣"
+    return "".join(c if c.isprintable() else "�" for c in text)
+
+
+def discrete(attribute, values, n_steps, seconds=24):
+    """values [(step, value)] of an SVG attribute over a loop, the last seventh of which shows the end."""
+    times = ";".join(f"{step / n_steps * 6 / 7:.4f}" for step, _ in values)
+    values = ";".join(value for _, value in values)
+    when = f'keyTimes="{times}" calcMode="discrete" dur="{seconds}s" repeatCount="indefinite"'
+    return f'attributeName="{attribute}" values="{values}" {when}/>'
+
+
+STYLE = """text{font:12px monospace;fill:#e6edf3}.title{font-weight:bold;font-size:15px}.note{fill:#9198a1}
+.token{fill:#30363d}.given{fill:#1f3a5f}.sink{fill:#238636}.marker{fill:#ff7b72}"""
+
+
+def draw_animation(runs, layer, width=940):
+    """An SVG that replays the first text of each run: a box for each token, dim while it is hidden and bright
+    when it is written, and a marker over the position that gets most attention. It has no script, plays in an
+    <img>, and shows the last step where animation is off."""
+    parts, top = [], 0
+    for run in runs:
+        states, prompt, config = run.first[0], run.prompts[0], run.model.config
+        n_steps, positions = len(states), prompt["layers"][layer]["position"]
+        titles = {0: "without a sink token", 1: "with a sink token"}
+        title = titles.get(config.n_sink, f"with {config.n_sink} sink tokens")
+        moves = sum(prompt["layers"][layer]["moved"])
+        note = f"layer {layer}: the token with most attention changes at {moves:.0f} of {n_steps - 1} steps"
+        parts.append(f'<text class="title" x="12" y="{top + 26}">{title}</text>')
+        parts.append(f'<text class="note" x="{width - 12}" y="{top + 26}" text-anchor="end">{note}</text>')
+        texts = [show(run.tokenizer, token) for token in prompt["tokens"]]
+        sink = -1 if config.sink_position == "front" else len(texts)  # its position, as in follow
+        boxes = [(sink, "sink", 0)] * bool(config.n_sink)  # position, text, the step that writes it
+        boxes += zip(range(len(texts)), texts, prompt["steps"])
+        x, y, centers = 12, top + 54, {}
+        for position, text, step in boxes:
+            size = max(16, round(7.3 * len(text)) + 8)
+            if x + size > width - 12:
+                x, y = 12, y + 44
+            centers[position] = f"{x + size // 2},{y - 3}"
+            kind = "sink" if position == sink else "token" if step else "given"
+            color = shown = ""
+            if step:
+                fills = [(0, "#191e25"), (step, "#9e6a03"), (step + 1, "#30363d")]
+                color = "<animate " + discrete("fill", fills[: 2 if step == n_steps else 3], n_steps)
+                shown = "<animate " + discrete("opacity", [(0, "0"), (step, "1")], n_steps)
+            rect = f'x="{x}" y="{y}" width="{size}" height="22" rx="4"'
+            parts.append(f'<rect class="{kind}" {rect}>{color}</rect>')
+            middle = f'x="{x + size // 2}" y="{y + 15}" text-anchor="middle"'
+            parts.append(f"<text {middle}>{html.escape(text)}{shown}</text>")
+            x += size + 4
+        path = [(step, centers[int(position)]) for step, position in enumerate(positions)]
+        path = [place for place, before in zip(path, [(0, "")] + path) if place[1] != before[1]]
+        move = '<animateTransform type="translate" ' + discrete("transform", path, n_steps)
+        parts.append(
+            f'<path class="marker" d="M-7-12H7L0 0Z" transform="translate({path[-1][1]})">{move}</path>'
+        )
+        top = y + 46
+    size = f'width="{width}" height="{top}"'
+    svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {top}" {size}><style>{STYLE}</style>'
+    return "\n".join([svg, f'<rect {size} fill="#0d1117"/>', *parts, "</svg>\n"])
+
+
 def main():
     names = [arg for arg in sys.argv[1:] if not arg.startswith("-") and not arg.endswith(".py")]
     cfg, _ = configurator.parse(SinksConfig, [arg for arg in sys.argv[1:] if arg not in names])
@@ -315,10 +386,14 @@ def main():
     folder = names[0] if os.path.isdir(names[0]) else os.path.dirname(names[0])
     result = json.dumps({"settings": asdict(cfg), **made_by(), "runs": results}).encode()
     write_file(os.path.join(folder, "sinks.json"), lambda file: file.write(result))
-    if cfg.plot:
+    if cfg.plot or cfg.animate:
         fewest = min(runs, key=lambda run: run.model.config.n_sink)  # its sinks, if any, are content tokens
         best = int(np.argmax([averages["content"] for averages in fewest.layers[:n_layer]]))
         layer = best if cfg.layer is None else cfg.layer
+    if cfg.animate:
+        svg = draw_animation(runs, layer).encode()
+        write_file(cfg.animate, lambda file: file.write(svg))
+    if cfg.plot:
         write_file(os.path.join(folder, "sinks_maps.png"), draw_maps(Figure, runs, layer).savefig)
         write_file(os.path.join(folder, "sinks_paths.png"), draw_paths(Figure, runs).savefig)
         write_file(os.path.join(folder, "sinks_norms.png"), draw_norms(Figure, runs).savefig)

@@ -7,6 +7,7 @@ import json
 import math
 import sys
 from dataclasses import asdict
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -292,6 +293,50 @@ def test_pictures(folder, monkeypatch):
         image = (folder / f"sinks_{name}.png").read_bytes()
         width, height = (int.from_bytes(image[start : start + 4], "big") for start in (16, 20))
         assert image[:4] == b"\x89PNG" and 300 <= height <= 1000 and 800 <= width <= 1200
+
+
+@pytest.mark.parametrize("sink_position", ["front", "end"])
+def test_what_the_animation_shows(folder, data_dir, monkeypatch, sink_position):
+    """A token is shown from the step on that writes it. The marker is over the position that gets most."""
+    path = save(data_dir.parent / sink_position, data_dir, n_sink=1, sink_position=sink_position)
+    checkpoint = torch.load(path / "ckpt.pt", weights_only=True)
+    for layer in (0, 1):
+        checkpoint["model"][f"blocks.{layer}.attn.qkv.weight"] *= 4  # so that the marker moves
+    torch.save(checkpoint, path / "ckpt.pt")
+    svg = folder.parent / "moving.svg"
+    call(monkeypatch, path, folder.parent / "vanilla", "--limit=2", f"--animate={svg}", "--layer=1")
+    assert svg.stat().st_size < 300_000
+    root = ElementTree.parse(svg).getroot()
+    by_tag = {tag: root.findall("{http://www.w3.org/2000/svg}" + tag) for tag in ("rect", "text", "path")}
+    boxes = [box for box in by_tag["rect"] if box.get("class")]
+    shown = [text for text in by_tag["text"] if not text.get("class")]
+
+    def steps_of(animation, n_steps):
+        times = [float(time) * 7 / 6 * n_steps for time in animation.get("keyTimes").split(";")]
+        return dict(zip(np.round(times).astype(int), animation.get("values").split(";"), strict=True))
+
+    runs = json.loads((path / "sinks.json").read_text())["runs"]
+    moved = False
+    for run, marker in zip(runs, by_tag["path"], strict=True):
+        prompt, n = run["prompts"][0], run["n_sink"]
+        T, positions = len(prompt["tokens"]), prompt["layers"][1]["position"]
+        boxes_of_run, boxes = boxes[: n + T], boxes[n + T :]
+        texts_of_run, shown = shown[: n + T], shown[n + T :]
+        assert [box.get("class") for box in boxes_of_run[:n]] == ["sink"] * n
+        for step, box, text in zip(prompt["steps"], boxes_of_run[n:], texts_of_run[n:], strict=True):
+            assert box.get("class") == ("token" if step else "given")
+            if step:
+                assert steps_of(text[0], len(positions)) == {0: "0", step: "1"}
+                assert list(steps_of(box[0], len(positions)))[:2] == [0, step]
+        places, place = steps_of(marker[0], len(positions)), None
+        sink = -1 if sink_position == "front" else T
+        for step, position in enumerate(positions):
+            place = places.get(step, place)
+            box = boxes_of_run[0 if n and position == sink else n + int(position)]
+            assert place == f"{int(box.get('x')) + int(box.get('width')) // 2},{int(box.get('y')) - 3}"
+        assert marker.get("transform") == f"translate({place})"  # where animation is off
+        moved = moved or len(places) > 1
+    assert not boxes and not shown and moved
 
 
 def test_what_the_pictures_show(folder):
