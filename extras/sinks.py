@@ -398,6 +398,8 @@ def main():
         write_file(os.path.join(folder, "sinks_paths.png"), draw_paths(Figure, runs).savefig)
         write_file(os.path.join(folder, "sinks_norms.png"), draw_norms(Figure, runs).savefig)
     print(f"wrote sinks.json{' and sinks_*.png' * cfg.plot} to {folder}")
+    if cfg.animate:
+        print(f"wrote {cfg.animate}, to be opened in a browser")
 
 
 if __name__ == "__main__":
