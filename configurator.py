@@ -18,11 +18,16 @@ def parse(config_class, argv=None, positional=None):
     if "--help" in argv or "-h" in argv:
         print(help_text(config_class))
         sys.exit(0)
-    values, set_by = {}, {}
-    for arg in argv:
+    hints, values, set_by, args = typing.get_type_hints(config_class), {}, {}, iter(argv)
+    for arg in args:
         settings, source = {positional or arg: arg}, "command line"
-        if arg.startswith("--") and "=" in arg:
-            settings = dict([arg[2:].split("=", 1)])  # a value may contain '='
+        if arg.startswith("--"):
+            key, equals, value = arg[2:].partition("=")
+            if not equals:  # --show is --show=True, and --steps 5 is --steps=5
+                value = "True" if hints.get(key) is bool else next(args, "--")
+                if value.startswith("--") and key in hints:
+                    raise ValueError(f"{arg} has no value; wanted --{key}=VALUE")
+            settings = {key: value}
         elif arg.endswith(".py"):
             try:
                 names, source = runpy.run_path(arg), arg
@@ -39,7 +44,8 @@ def convert(config_class, key, value, source):
     """value, text from a flag or an object from a file, as the type of the field: 1 -> 1.0, 1e5 -> 100000."""
     hints, text = typing.get_type_hints(config_class), str(value)
     if key not in hints:
-        near = difflib.get_close_matches(key, hints, n=1, cutoff=0)[0]
+        near = {"lr": "learning_rate", "iters": "max_steps", "max_iters": "max_steps"}.get(key)
+        near = near if near in hints else difflib.get_close_matches(key, hints, n=1, cutoff=0)[0]
         raise ValueError(f"unknown key {key!r} ({source}); did you mean --{near}=...? --help lists the keys")
     kinds = typing.get_args(hints[key]) or (hints[key],)
     literals = {"None": None, "True": True, "False": False, "true": True, "false": False}

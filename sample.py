@@ -1,6 +1,6 @@
 """Writes text with a trained model.
 
-    python sample.py --show=True                                                 # watch the denoising
+    python sample.py --show                                                      # watch the denoising
     python sample.py --prompt="Question: Tom has 3 apples and" --num_samples=5   # continues the prompt
     python sample.py --prompt="Question: Tom has [MASK:2] apples and [MASK:4]."  # fills gaps: 2 and 4 tokens
     python sample.py --out_dir=out/sft-arithmetic --question="Tom has 3 apples and buys 4 more. How many now?"

@@ -50,7 +50,7 @@ ERRORS = {  # of flags, and of lines in a file, which have spaces
     "--steps=1.5": r"steps='1.5' \(command line\): wanted int$", "--steps=ten": "wanted int",
     "--steps=inf": "wanted int", "--steps=1e30": "wanted int", "--steps=None": "wanted int",
     "--size=many": r"wanted int \| None", "--learning_rate=fast": "wanted float", "--flag=1": "wanted bool",
-    "--name=\0": "wanted str", "--flag": "did you mean --flag=", "steps=3": "did you mean --steps=",
+    "--name=\0": "wanted str", "--stps": "did you mean --steps=", "steps=3": "did you mean --steps=",
     "--_steps=3": "unknown key '_steps'", "no_such.py": "config file no_such.py: FileNotFoundError",
     "learning_rte = 1e-3": r"unknown key 'learning_rte' \(.*x.py\); did you mean --learning_rate=",
     "name = 3": r"name=3 \(.*x.py\): wanted str", "steps = '1.5'": "wanted int", "steps = True": "wanted int",
@@ -65,6 +65,30 @@ def test_a_flag_becomes_the_type_of_its_field(arg):
     cfg, set_by = parse("--flag=True", "--size=5", "--word=w", "--name=n", arg)
     assert getattr(cfg, key) == value and type(getattr(cfg, key)) is type(value)
     assert set(set_by.values()) == {"command line"}
+
+
+def test_a_flag_without_an_equals_sign():
+    """--flag alone is True; other keys take the next word."""
+    cfg, set_by = parse(
+        "--flag", "--steps", "-5", "--name", "a=b", "--learning_rate=2", "word", positional="word"
+    )
+    assert cfg == Config(learning_rate=2.0, name="a=b", flag=True, steps=-5, word="word")
+    assert set(set_by) == {"flag", "steps", "name", "learning_rate", "word"}
+    with pytest.raises(ValueError, match="--steps has no value; wanted --steps=VALUE"):
+        parse("--steps", "--flag")
+    with pytest.raises(ValueError, match="--steps has no value"):
+        parse("--steps")
+    assert parse("--name=--flag")[0].name == "--flag"
+    with pytest.raises(ValueError, match="steps='word' .command line.: wanted int"):
+        parse("--steps", "word")
+
+
+@pytest.mark.parametrize(
+    "key, near", [("lr", "learning_rate"), ("iters", "max_steps"), ("max_iters", "max_steps")]
+)
+def test_names_of_other_projects(key, near):
+    with pytest.raises(ValueError, match=f"unknown key '{key}' .command line.; did you mean --{near}="):
+        configurator.parse(TrainConfig, [f"--{key}=1"])
 
 
 @pytest.mark.parametrize("text", ERRORS)
