@@ -116,8 +116,8 @@ def make_tokenizer(name: str, split_digits: bool = False, vocab_size: int | None
         raise ValueError(f"tokenizer {name!r} lacks an end-of-text token: {EOT}, <|end_of_text|> or </s>")
     spec = {"name": "tokenizer.json", "pattern": None, "vocab_size": max(ids.values()) + 1}
     spec |= {"eot": eot[0], "json": json.dumps(data)}
-    parts = [HubTokenizer(spec).encode(text) for text in ("a", " b", "c")]
-    if HubTokenizer(spec).decode(sum(parts, [])) != "a bc":
+    encoding = HubTokenizer(spec)
+    if encoding.decode(sum(map(encoding.encode, ("a", " b", "c")), [])) != "a bc":
         raise ValueError(f"tokenizer {name!r} changes the ends of a text: its parts would not join")
     return spec
 
@@ -187,9 +187,7 @@ def find_files(address, download_dir):
     files = sorted(file for file in found if KINDS.search(file) and f"{os.sep}." not in file[start:])
     files = [file for file in files if os.path.isfile(file)]  # not a link that leads nowhere
     if not files:
-        wanted = (
-            "wanted .txt, .jsonl or .parquet files, also compressed (.gz, .xz, .zst), or a folder of them"
-        )
+        wanted = "wanted .txt, .jsonl or .parquet files, also as .gz, .xz or .zst, or a folder of them"
         raise ValueError(f"source {path!r} does not exist, or holds no texts; {wanted}")
     print(f"{path}: reads {sum(map(os.path.getsize, files)):,} bytes, number of files: {len(files):,}")
     if others := sorted(set(found).difference(files)):

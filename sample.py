@@ -53,13 +53,18 @@ class SampleConfig:
         return {"seeds": seeds, "on_step": on_step, **{key: getattr(self, key) for key in keys}}
 
 
+def readable(tokenizer, token):
+    """A token as text that a terminal can show."""
+    text = "∎" if token == tokenizer.eot_token else tokenizer.decode([token])
+    return "".join(c if c.isprintable() or c == "\n" else "�" for c in text)
+
+
 def draw(tokenizer, mask_id, rows, x):
     """Draws the first row of x, in place in a terminal, else as a line. It joins rows, the earlier ones."""
     step, text, in_place = len(rows), "", sys.stdout.isatty()
     rows.append(x[0].tolist())
     for token, before in zip(rows[step], rows[step - 1]):
-        part = {mask_id: "_", tokenizer.eot_token: "∎"}.get(token) or tokenizer.decode([token])
-        part = "".join(c if c.isprintable() or c == "\n" else "�" for c in part)
+        part = "_" if token == mask_id else readable(tokenizer, token)
         style = 2 if token == mask_id else 92 if token != before else 0  # dim, bright green, plain
         text += f"\033[{style}m{part}\033[0m" if in_place else part
     print(f"\033[H\033[Jstep {step}\n{text}" if in_place else f"step {step:>3}  {text!r}", flush=True)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 import configurator
 from eval import validation
 from model import apply_rope, generate, seed_for
-from sample import load_trained
+from sample import load_trained, readable
 from train import made_by, mean_and_error, setup_distributed, validate, write_file
 
 
@@ -292,12 +292,6 @@ def draw_norms(Figure, runs):
 # ---------- The first prompt as an animated SVG
 
 
-def show(tokenizer, token):
-    """A token as text that a person and XML can read."""
-    text = "∎" if token == tokenizer.eot_token else tokenizer.decode([token]).strip() or "␣"
-    return "".join(c if c.isprintable() else "�" for c in text)
-
-
 def discrete(attribute, values, n_steps, seconds=24):
     """values [(step, value)] of an SVG attribute over a loop, the last seventh of which shows the end."""
     times = ";".join(f"{step / n_steps * 6 / 7:.4f}" for step, _ in values)
@@ -324,7 +318,7 @@ def draw_animation(runs, layer, width=940):
         note = f"layer {layer}: the token with most attention changes at {moves:.0f} of {n_steps - 1} steps"
         parts.append(f'<text class="title" x="12" y="{top + 26}">{title}</text>')
         parts.append(f'<text class="note" x="{width - 12}" y="{top + 26}" text-anchor="end">{note}</text>')
-        texts = [show(run.tokenizer, token) for token in prompt["tokens"]]
+        texts = [readable(run.tokenizer, token).strip() or "␣" for token in prompt["tokens"]]
         sink = -1 if config.sink_position == "front" else len(texts)  # its position, as in follow
         boxes = [(sink, "sink", 0)] * bool(config.n_sink)  # position, text, the step that writes it
         boxes += zip(range(len(texts)), texts, prompt["steps"])
@@ -347,9 +341,9 @@ def draw_animation(runs, layer, width=940):
             x += size + 4
         path = [(step, centers[int(position)]) for step, position in enumerate(positions)]
         path = [place for place, before in zip(path, [(0, "")] + path) if place[1] != before[1]]
-        move = '<animateTransform type="translate" ' + discrete("transform", path, n_steps)
+        marker = f'<path class="marker" d="M-7-12H7L0 0Z" transform="translate({path[-1][1]})">'
         parts.append(
-            f'<path class="marker" d="M-7-12H7L0 0Z" transform="translate({path[-1][1]})">{move}</path>'
+            f'{marker}<animateTransform type="translate" {discrete("transform", path, n_steps)}</path>'
         )
         top = y + 46
     size = f'width="{width}" height="{top}"'
