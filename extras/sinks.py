@@ -1,14 +1,13 @@
 """Where attention goes while a text is denoised, with and without a sink token (the paper, 4.4 and A.3).
 
-    python -m extras.sinks out/wikitext2                                     # a table with a row per layer
-    python -m extras.sinks out/wikitext2 out/wikitext2-vanilla --plot=True   # side by side, with pictures
-    python -m extras.sinks out/wikitext2 --changes=True                      # also the bound with other sinks
-    python -m extras.sinks out/a out/b --animate=moving_sink.svg --layer=2   # the first text, step by step
+    python -m extras.sinks out/arithmetic out/arithmetic-vanilla             # a table, runs side by side
+    python -m extras.sinks out/arithmetic out/arithmetic-vanilla --plot      # and three pictures
+    python -m extras.sinks out/arithmetic --changes                          # the loss with other sinks
+    python -m extras.sinks out/a out/b --animate=moving_sink.svg --layer=1   # the first text, step by step
 
-Each model writes the rest of the same validation texts. At every step and in every layer attention is
-recomputed from q and k, because scaled_dot_product_attention keeps no weights, and the position that gets
-most of it is followed. All prompts' steps go to sinks.json in the first run's folder, as do the pictures.
-"""
+Each model fills in the hidden tokens of the same validation texts. At every step, attention is recomputed
+in every layer from q and k, because scaled_dot_product_attention does not return its weights. The script
+follows the position that gets the most attention."""
 
 import copy
 import html
@@ -18,6 +17,7 @@ import math
 import os
 import sys
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -29,19 +29,35 @@ from model import apply_rope, generate, seed_for
 from sample import load_trained, readable
 from train import made_by, mean_and_error, setup_distributed, validate, write_file
 
+COLUMNS = {  # of the table: unit, meaning
+    "top": ("x even", "attention to the position that gets the most; an even share is 1"),
+    "moves": ("% steps", "steps at which another position than before gets the most"),
+    "norm": ("x median", "norm of that position's value vector; 1 is the median of the others"),
+    "sink": ("x even", "attention to the sink tokens"),
+    "heads": ("% heads", "heads in which one position gets more than {} of the attention: the sink rate"),
+    "on_sink": ("% steps", "steps at which a sink token gets the most"),
+    "distance": ("tokens", "how far the position with the most attention moves in a step"),
+    "hidden": ("% steps", "steps at which a hidden token gets the most"),
+    "masks": ("x even", "attention to all hidden tokens together; their even share is 1"),
+}
+
 
 @dataclass
 class SinksConfig:
-    limit: int = 16  # prompts: validation sequences, evenly spread
+    limit: int = 16  # texts: validation sequences, evenly spread
     prompt_length: int | None = None  # tokens given of each; None: a quarter, or the question (sft_gsm8k.py)
     steps: int = 256  # denoising steps; a text needs no more than it has hidden tokens
     temperature: float = 0.1  # 0: the likeliest token; 1: the model's distribution
     remasking: str = "confidence"  # confidence, or random: the exact reverse process
-    plot: bool = False  # draw sinks_maps.png, sinks_paths.png and sinks_norms.png (pip install matplotlib)
-    layer: int | None = None  # of sinks_maps.png and the animation; None: where a content token gets most
-    animate: str | None = None  # write an animated .svg of the first text
-    changes: bool = False  # the bound on -log p with changed sinks, on the validation sequences of training
-    mc_num: int = 8  # with changes: draws of the noise for each sequence
+    head_threshold: float = 0.3  # a head has a sink if one position gets more of its attention than this
+    columns: str = "top,moves,norm,sink,heads"  # of the table; all: every one
+    json: bool = False  # write sinks.json: all settings, and the numbers of every text, layer and step
+    plot: bool = False  # draw maps.png, paths.png and norms.png; needs matplotlib
+    to: str | None = None  # folder of these files; None: out/sinks/ and the names of the runs
+    layer: int | None = None  # of maps.png and the animation; None: where the sink token gets most
+    animate: str | None = None  # write an animated .svg of the first text to this path
+    changes: bool = False  # the validation loss with changed sinks, on the sequences used in training
+    mc_num: int = 8  # with changes: random maskings of each sequence
     data: str | None = None  # a prepared folder; None: the data of training
     seed: int = 0  # of the random draws
     device: str = "auto"  # auto: cuda, else mps, else cpu
@@ -49,6 +65,10 @@ class SinksConfig:
     def __post_init__(self):
         if self.limit < 2 or self.mc_num < 1 or self.seed < 0:
             raise ValueError(f"limit, mc_num and seed must be at least 2, 1 and 0; got {self}")
+        self.columns = ",".join(COLUMNS) if self.columns == "all" else self.columns
+        for column in self.columns.split(","):
+            if column not in COLUMNS:
+                raise ValueError(f"there is no column {column!r}; wanted all, or some of {','.join(COLUMNS)}")
 
 
 class Run:
@@ -68,6 +88,8 @@ class Run:
         self.hidden = maskable & (torch.arange(T) >= length)
         if not self.hidden.any(dim=1).all():
             raise ValueError(f"prompt_length {length} leaves {name} nothing to write of {T} tokens; lower it")
+        n = self.model.config.n_sink
+        self.title = {0: "without a sink token", 1: "with a sink token"}.get(n, f"with {n} sink tokens")
 
 
 @torch.no_grad()
@@ -93,30 +115,25 @@ def attention_maps(model, xt):
         yield weights, norms
 
 
-def mass_and_norms(model, states):
-    """For the states (steps, T) of a text the attention that each key gets, mean over heads and content
-    queries, and the norms of the value vectors: two arrays (n_layer, steps, S)."""
+def measure(model, states, threshold):
+    """Three arrays for the states (steps, T) of a text: the attention that each key gets, mean over heads and
+    content queries, and the norms of the value vectors, both (n_layer, steps, S); and the sink rate (n_layer,
+    steps): the share of heads in which some key gets more than the threshold (arXiv 2410.10781)."""
     parts = []
     for xt in states.split(8):  # so that the weights fit into memory
         layers = []
         for weights, norms in attention_maps(model, xt):
-            mass = weights[:, :, model.config.n_sink :].mean(dim=(1, 2))
-            layers.append(torch.stack((mass, norms)).cpu())
-        parts.append(torch.stack(layers, dim=1))  # (2, n_layer, steps, S)
-    return torch.cat(parts, dim=2).double().numpy()
+            by_head = weights[:, :, model.config.n_sink :].mean(dim=2)  # (steps, H, S)
+            rate = (by_head.amax(dim=2) > threshold).float().mean(dim=1)
+            layers.append((by_head.mean(dim=1).cpu(), norms.cpu(), rate.cpu()))
+        parts.append([torch.stack(tensors) for tensors in zip(*layers)])
+    return [torch.cat(tensors, dim=1).double().numpy() for tensors in zip(*parts)]
 
 
-def trajectory(model, x0, hidden, cfg, seed):
-    """Writes the hidden tokens of x0 (T,). Returns the states (steps, T) that the model saw, and the text."""
-    states = [torch.where(hidden, model.config.mask_id, x0)[None]]
-    generate(model, states[0], cfg.steps, cfg.temperature, cfg.remasking, seeds=[seed], on_step=states.append)
-    return torch.cat(states[:-1]), states[-1][0]
+def follow(mass, norms, rate, hidden, config):
+    """The position that gets the most attention in one layer, and COLUMNS: {name: a number for each step}.
 
-
-def follow(mass, norms, hidden, config):
-    """The position that gets most attention, in one layer at each step of a text: {name: a number a step}.
-
-    mass, norms (steps, S) of mass_and_norms; hidden (steps, T) tells which content tokens are [MASK].
+    mass, norms (steps, S) and rate (steps,) of measure; hidden (steps, T) tells which tokens are [MASK].
     Content has the positions 0, 1, ...; all sinks count as one position, -1 in front or T at the end."""
     n_sink, (steps, S) = config.n_sink, mass.shape
     positions = np.arange(S) - n_sink
@@ -124,23 +141,24 @@ def follow(mass, norms, hidden, config):
     every, top = np.arange(steps), mass.argmax(axis=1)
     others = np.where(np.arange(S) == top[:, None], np.nan, norms)
     is_mask = np.pad(hidden, ((0, 0), (n_sink, 0)))  # (steps, S)
+    distance = abs(np.diff(positions[top]))  # since the step before: one value less
     values = {
         "position": positions[top],
-        "share": mass[every, top],
-        "moved": np.diff(positions[top]) != 0,  # since the step before: one value less
-        "hidden": is_mask[every, top],
+        "top": mass[every, top] * S,
+        "moves": distance > 0,
         "norm": norms[every, top] / np.nanmedian(others, axis=1),
-        "masks": (mass * is_mask).sum(axis=1) / is_mask.mean(axis=1),  # 1: [MASK]s get their even share
-        "content": mass[:, n_sink:].max(axis=1),
+        "heads": rate,
+        "distance": distance,
+        "hidden": is_mask[every, top],
+        "masks": (mass * is_mask).sum(axis=1) / is_mask.mean(axis=1),
     }
     if n_sink:
-        values["sinks"] = mass[:, :n_sink].sum(axis=1)
-        values["sinks_norm"] = norms[:, :n_sink].mean(axis=1) / np.median(norms[:, n_sink:], axis=1)
+        values |= {"sink": mass[:, :n_sink].sum(axis=1) * S, "on_sink": top < n_sink}
     return {key: np.round(array.astype(float), 6).tolist() for key, array in values.items()}
 
 
 def summarize(prompts):
-    """For each layer means over steps, then means over prompts with their standard errors."""
+    """For each layer means over steps, then means over texts with their standard errors."""
     layers = []
     for records in zip(*(prompt["layers"] for prompt in prompts)):
         layer = {}
@@ -154,36 +172,59 @@ def summarize(prompts):
 
 def look_at(run, cfg):
     """Writes the texts. run.prompts has what the file gets of each, run.layers the averages of each layer,
-    run.first the first prompt's states, and what mass_and_norms makes of them."""
+    run.first the first text's states (steps, T) before each step, and what measure makes of them."""
     run.prompts, config = [], run.model.config
-    for index in tqdm(range(len(run.x0)), desc=run.name, unit="prompt"):
-        states, text = trajectory(run.model, run.x0[index], run.hidden[index], cfg, seed_for(cfg.seed, index))
-        mass, norms = mass_and_norms(run.model, states)
-        hidden = (states == config.mask_id).numpy()
-        layers = [follow(mass[i], norms[i], hidden, config) for i in range(config.n_layer)]
+    for index in tqdm(range(len(run.x0)), desc=run.name, unit="text"):
+        states, seed = (
+            [torch.where(run.hidden[index], config.mask_id, run.x0[index])[None]],
+            [seed_for(cfg.seed, index)],
+        )
+        generate(
+            run.model, states[0], cfg.steps, cfg.temperature, cfg.remasking, seeds=seed, on_step=states.append
+        )
+        *states, text = torch.cat(states)
+        states = torch.stack(states)
+        measured, hidden = measure(run.model, states, cfg.head_threshold), (states == config.mask_id).numpy()
+        layers = [follow(*arrays, hidden, config) for arrays in zip(*measured)]
         steps = hidden.sum(axis=0).tolist()  # a token is hidden in the first so many states
         run.prompts.append({"tokens": text.tolist(), "steps": steps, "layers": layers})
         if index == 0:
-            run.first = states, mass, norms
+            run.first = states, *measured
     run.layers = summarize(run.prompts)
 
 
-COLUMNS = dict(share="top gets", moved="moves", hidden="is [MASK]", norm="its norm", masks="[MASK]s get",
-               content="content's top", sinks="sinks get", sinks_norm="their norm")  # fmt: skip
-LEGEND = """
-Means over steps, ± standard error over prompts. top: the position that gets most attention (mean over heads
-and content queries); moves: share of the steps at which it is another one; is [MASK]: share of the steps;
-[MASK]s get: all of them together, 1 is their even share; content's top: the content token that gets most.
-Norms of value vectors are over the median of the others (of sinks: of the content)."""
+def print_table(runs, columns):
+    """A row for each layer, a group of columns for each run."""
+    names, head, units, rows = "      ", "      ", "layer ", {}
+    for run in runs:
+        group = [column for column in columns if column in run.layers[0]]
+        names += f"  {run.name:^{10 * len(group)}}"
+        head += "  " + "".join(f"{column:>10}" for column in group)
+        units += "  " + "".join(f"{COLUMNS[column][0]:>10}" for column in group)
+        for number, layer in enumerate(run.layers):
+            rows[number] = rows.get(number, f"{number:>5} ") + "  "
+            for column in group:
+                mean, error = layer[column], layer[f"{column}_se"]
+                percent = COLUMNS[column][0][0] == "%"
+                cell = f"{100 * mean:.0f}±{100 * error:.0f}" if percent else f"{mean:.1f}±{error:.1f}"
+                rows[number] += f"{cell:>10}"
+    print("", names, head, units, *rows.values(), sep="\n")
 
 
-def print_layers(run):
-    keys = [key for key in COLUMNS if key in run.layers[0]]
-    print(f"\n{run.name}: an even share of attention is {1 / run.first[1].shape[-1]:.4f}")
-    print("layer" + "".join(f"{COLUMNS[key]:>16}" for key in keys))
-    for number, layer in enumerate(run.layers):
-        cells = [f"{layer[key]:.3f} ± {layer[f'{key}_se']:.3f}" for key in keys]
-        print(f"{number:>5}" + "".join(f"{cell:>16}" for cell in cells))
+def sentence(run):
+    """What the table says about a run, in words."""
+    parts, on_sink = [], [layer.get("on_sink", 0) > 0.5 for layer in run.layers]
+    for stays, column, words in (
+        (True, "on_sink", "a sink token gets the most attention"),
+        (False, "moves", "the position with the most attention changes"),
+    ):
+        numbers = [number for number, stay in enumerate(on_sink) if stay == stays]
+        if numbers:
+            shares = sorted(round(100 * run.layers[number][column]) for number in numbers)
+            often = f"{shares[0]} to {shares[-1]} %" if shares[0] < shares[-1] else f"{shares[0]} %"
+            layers = f"in layer{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
+            parts.append(f"{layers} {words} at {often} of the steps")
+    return f"{run.name}, {len(run.prompts)} texts: {'; '.join(parts)}."
 
 
 # ---------- Changed sinks: what of a trained model's sinks matters to it?
@@ -214,7 +255,7 @@ def changed_bounds(run, cfg):
     get_batch, n, _ = validation(run.checkpoint, cfg.data, run_config["eval_seqs"])
     B = run_config["micro_batch_size"]
     t = torch.arange(n, dtype=torch.float64) * (math.sqrt(5) - 1) / 2 % 1  # in the order of validate's levels
-    print(f"{'sinks changed':<16}{'nats per token':>20}{'more than unchanged':>22}")
+    print(f"\n{run.name}\n{'sinks changed':<16}{'nats per token':>20}{'more than unchanged':>22}")
     for change in CHANGES:
         model = change_sinks(run.model, change, cfg.seed)
         bound, bound_se, nats, tokens = validate(model, get_batch, B, n, mc_num=cfg.mc_num)
@@ -225,71 +266,95 @@ def changed_bounds(run, cfg):
     return rows
 
 
-# ---------- Pictures of the first prompt
+# ---------- Pictures of the first text
+
+
+def ticks(T, sink=None):
+    """Some of T positions, and that of the sinks, as tick marks with their labels."""
+    marks = list(range(T // 4, T, max(1, T // 4)))
+    return marks + [sink] * (sink is not None), marks + ["sink"] * (sink is not None)
 
 
 def draw_maps(Figure, runs, layer):
-    """Attention in a layer, early and late. The sinks stand left of the content, wider than they are."""
-    figure = Figure(figsize=(4.6 * len(runs), 8), layout="constrained")
+    """Attention in a layer, early and late. The sinks stand apart on the left, wider than they are; a strip
+    on top marks the hidden tokens."""
+    figure = Figure(figsize=(4.8 * len(runs), 9.4), layout="constrained")
     axes = figure.subplots(2, len(runs), squeeze=False)
     for column, run in zip(axes.T, runs):
         states, n_sink = run.first[0], run.model.config.n_sink
-        last, T = len(states) - 1, states.size(1)
-        steps = [last // 8, last - last // 8]
+        n_steps, T = states.shape
+        steps, unit = [n_steps // 8, n_steps - 1 - n_steps // 8], T / 24  # unit: the width of a sink
+        left, top = -0.5 - unit * (n_sink + 0.5), -0.5 - unit * 1.5
         weights, _ = next(itertools.islice(attention_maps(run.model, states[steps]), layer, None))
         weights = weights[:, :, n_sink:].mean(dim=1).cpu().numpy().clip(0.1 / T)  # (2, T, S)
-        wide = np.repeat(weights[:, :, :n_sink], max(1, T // 40), axis=2)
         options = {"norm": "log", "vmin": 0.1 / T, "vmax": 1, "cmap": "magma", "interpolation": "nearest"}
-        options["extent"] = (-wide.shape[2] - 0.5, T - 0.5, T - 0.5, -0.5)
-        for panel, step, image in zip(column, steps, np.concatenate((wide, weights[:, :, n_sink:]), axis=2)):
-            drawn = panel.imshow(image, **options)
-            panel.set(title=f"{run.name}\nlayer {layer}, step {step}", xlabel="key", ylabel="query")
+        for panel, step, image in zip(column, steps, weights):
+            drawn = panel.imshow(image[:, n_sink:], extent=(-0.5, T - 0.5, T - 0.5, -0.5), **options)
+            if n_sink:
+                extent = (left, left + unit * n_sink, T - 0.5, -0.5)
+                panel.imshow(image[:, :n_sink], extent=extent, **options)
+            hidden = (states[step] == run.model.config.mask_id)[None].numpy()
+            panel.imshow(hidden, cmap="Greys", vmax=2, extent=(-0.5, T - 0.5, top + unit, top))
+            panel.set(xlim=(left, T - 0.5), ylim=(T - 0.5, top), xlabel="key", ylabel="query")
+            panel.set_xticks(*ticks(T, left + unit * n_sink / 2 if n_sink else None))
+            panel.set_yticks([top + unit / 2], ["hidden"])
+            panel.set_title(f"{run.title}\nlayer {layer}, step {step + 1} of {n_steps}")
     figure.colorbar(drawn, ax=axes, label="attention, mean over heads", shrink=0.6)
     return figure
 
 
 def draw_paths(Figure, runs):
-    """The position that gets most attention at every step, a panel for each layer that all runs have."""
+    """The position that gets the most attention at each step, a row for each layer, a column for each run. A
+    sink has its own line at the bottom; hidden tokens are grey."""
     n_layer = min(len(run.layers) for run in runs)
-    figure = Figure(figsize=(10, 1 + n_layer), layout="constrained")
-    axes = figure.subplots(n_layer, 1, sharex=True, sharey=True, squeeze=False)[:, 0]
-    for layer, panel in enumerate(axes):
-        panel.set_ylabel(f"layer {layer}")
-        for run in runs:
-            panel.plot(run.prompts[0]["layers"][layer]["position"], label=run.name, linewidth=1)
-    panel.set_xlabel("denoising step")
-    figure.supylabel("position that gets most attention")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    figure = Figure(figsize=(4.8 * len(runs), 1 + 1.6 * n_layer), layout="constrained")
+    axes = figure.subplots(n_layer, len(runs), squeeze=False)
+    for column, run in zip(axes.T, runs):
+        hidden = (run.first[0] == run.model.config.mask_id).numpy()
+        n_steps, T = hidden.shape
+        for layer, panel in enumerate(column):
+            positions = np.array(run.prompts[0]["layers"][layer]["position"])
+            positions[(positions < 0) | (positions == T)] = bottom = -T / 8
+            extent = (-0.5, n_steps - 0.5, -0.5, T - 0.5)
+            panel.imshow(hidden.T, cmap="Greys", vmax=4, aspect="auto", origin="lower", extent=extent)
+            panel.plot(positions, drawstyle="steps-mid", color="tab:red")
+            panel.set(ylim=(1.6 * bottom, T), ylabel=f"layer {layer}")
+            panel.set_yticks(*ticks(T, bottom if run.model.config.n_sink else None))
+        column[0].set_title(run.title)
+        column[-1].set_xlabel("denoising step")
+    figure.supylabel("position with the most attention")
     return figure
 
 
 def draw_norms(Figure, runs):
     """Norms of value vectors at eight steps, by kind of token (the paper's Figure 1)."""
-    figure = Figure(figsize=(5.5 * len(runs), 3.6), layout="constrained")
+    figure = Figure(figsize=(4.8 * len(runs), 4.2), layout="constrained")
     axes, legend = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0], {}
     for panel, run in zip(axes, runs):
-        (states, mass, norms), n_sink, n_layer = run.first, run.model.config.n_sink, len(run.layers)
+        (states, mass, norms, _), n_sink, n_layer = run.first, run.model.config.n_sink, len(run.layers)
         steps = np.linspace(0, len(states) - 1, 8).astype(int)
         hidden = (states[steps] == run.model.config.mask_id).numpy()  # (8, T)
-        sinks, content = norms[:, steps, :n_sink], norms[:, steps, n_sink:]  # (n_layer, 8, n_sink or T)
+        content = norms[:, steps, n_sink:]  # (n_layer, 8, T)
         top = mass[:, steps, n_sink:].argmax(axis=2)[..., None]
         groups = [
-            ("visible tokens", content[:, ~hidden], "0.7", 2),
-            ("[MASK]s", content[:, hidden], "tab:orange", 2),
-            ("content token that gets most", np.take_along_axis(content, top, axis=2), "tab:red", 14),
-            ("sinks", sinks, "tab:blue", 14),
+            ("visible tokens", content[:, ~hidden], "0.6", 2),
+            ("hidden tokens", content[:, hidden], "tab:orange", 2),
+            ("most attention in the text", np.take_along_axis(content, top, axis=2), "tab:red", 14),
         ]
-        for label, values, color, size in groups if n_sink else groups[:3]:
+        if n_sink:  # the same at every step
+            heights = norms[:, 0, :n_sink].mean(axis=1)
+            legend["sink token"] = panel.bar(range(n_layer), heights, color="lightblue")
+        for label, values, color, size in groups:
             values = values.reshape(n_layer, -1)
             x = np.arange(n_layer)[:, None] + np.linspace(-0.3, 0.3, values.shape[1])  # from step to step
             legend[label] = panel.scatter(x, values, s=size, color=color, linewidths=0)
-        panel.set(title=run.name, xlabel="layer", ylabel="norm of the value", xticks=range(n_layer))
+        panel.set(title=run.title, xlabel="layer", ylabel="norm of the value vector", xticks=range(n_layer))
     panel.set_ylim(bottom=0)
     figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=2, markerscale=2)
     return figure
 
 
-# ---------- The first prompt as an animated SVG
+# ---------- The first text as an animated SVG
 
 
 def discrete(attribute, values, n_steps, seconds=24):
@@ -312,11 +377,9 @@ def draw_animation(runs, layer, width=940):
     for run in runs:
         states, prompt, config = run.first[0], run.prompts[0], run.model.config
         n_steps, positions = len(states), prompt["layers"][layer]["position"]
-        titles = {0: "without a sink token", 1: "with a sink token"}
-        title = titles.get(config.n_sink, f"with {config.n_sink} sink tokens")
-        moves = sum(prompt["layers"][layer]["moved"])
+        moves = sum(prompt["layers"][layer]["moves"])
         note = f"layer {layer}: the token with most attention changes at {moves:.0f} of {n_steps - 1} steps"
-        parts.append(f'<text class="title" x="12" y="{top + 26}">{title}</text>')
+        parts.append(f'<text class="title" x="12" y="{top + 26}">{run.title}</text>')
         parts.append(f'<text class="note" x="{width - 12}" y="{top + 26}" text-anchor="end">{note}</text>')
         texts = [readable(run.tokenizer, token).strip() or "␣" for token in prompt["tokens"]]
         sink = -1 if config.sink_position == "front" else len(texts)  # its position, as in follow
@@ -342,9 +405,8 @@ def draw_animation(runs, layer, width=940):
         path = [(step, centers[int(position)]) for step, position in enumerate(positions)]
         path = [place for place, before in zip(path, [(0, "")] + path) if place[1] != before[1]]
         marker = f'<path class="marker" d="M-7-12H7L0 0Z" transform="translate({path[-1][1]})">'
-        parts.append(
-            f'{marker}<animateTransform type="translate" {discrete("transform", path, n_steps)}</path>'
-        )
+        moves = discrete("transform", path, n_steps)
+        parts.append(f'{marker}<animateTransform type="translate" {moves}</path>')
         top = y + 46
     size = f'width="{width}" height="{top}"'
     svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {top}" {size}><style>{STYLE}</style>'
@@ -352,10 +414,10 @@ def draw_animation(runs, layer, width=940):
 
 
 def main():
-    names = [arg for arg in sys.argv[1:] if not arg.startswith("-") and not arg.endswith(".py")]
-    cfg, _ = configurator.parse(SinksConfig, [arg for arg in sys.argv[1:] if arg not in names])
-    if not names:
+    names = list(itertools.takewhile(lambda word: not word.startswith("-"), sys.argv[1:]))
+    if not names and not {"-h", "--help"} & set(sys.argv):
         raise ValueError("no run is named; wanted: python -m extras.sinks out/x [out/y ...] [--key=value]")
+    cfg, _ = configurator.parse(SinksConfig, sys.argv[1 + len(names) :])
     Figure = configurator.need("matplotlib.figure", "matplotlib").Figure if cfg.plot else None
     _, _, device = setup_distributed(cfg.device)
     torch.set_float32_matmul_precision("highest")  # no TF32
@@ -368,32 +430,45 @@ def main():
         raise ValueError(f"layer is {cfg.layer}; the layers are 0 to {n_layer - 1}")
     if cfg.changes and not any(run.model.config.n_sink for run in runs):
         raise ValueError(f"no sinks to change in {', '.join(names)}; train a model with n_sink=1")
+    labels = [Path(name).name if os.path.isdir(name) else "-".join(Path(name).parts[-2:]) for name in names]
+    folder = Path(cfg.to or "out/sinks/" + "+".join(labels))
+    if cfg.json or cfg.plot:
+        folder.mkdir(parents=True, exist_ok=True)
+    if cfg.animate:
+        Path(cfg.animate).parent.mkdir(parents=True, exist_ok=True)
 
-    results = []
     for run in runs:
         look_at(run, cfg)
-        print_layers(run)
+    columns = cfg.columns.split(",")
+    for start in range(0, len(runs), 2):
+        print_table(runs[start : start + 2], columns)
+    print(f"\nMeans over the denoising steps, ± standard error over {len(runs[0].prompts)} texts.")
+    for column in columns:
+        print(f"{column}: {COLUMNS[column][1].format(cfg.head_threshold)}")
+    print("", *map(sentence, runs), sep="\n")
+    results = []
+    for run in runs:
         rows = changed_bounds(run, cfg) if cfg.changes and run.model.config.n_sink else None
         facts = {"run": run.name, "step": run.checkpoint["step"], "n_sink": run.model.config.n_sink}
         results.append({**facts, "layers": run.layers, "changes": rows, "prompts": run.prompts})
-    print(LEGEND)
-    folder = names[0] if os.path.isdir(names[0]) else os.path.dirname(names[0])
-    result = json.dumps({"settings": asdict(cfg), **made_by(), "runs": results}).encode()
-    write_file(os.path.join(folder, "sinks.json"), lambda file: file.write(result))
-    if cfg.plot or cfg.animate:
-        fewest = min(runs, key=lambda run: run.model.config.n_sink)  # its sinks, if any, are content tokens
-        best = int(np.argmax([averages["content"] for averages in fewest.layers[:n_layer]]))
-        layer = best if cfg.layer is None else cfg.layer
+
+    files = {}
+    if cfg.json:
+        result = json.dumps({"settings": asdict(cfg), **made_by(), "runs": results}).encode()
+        files[folder / "sinks.json"] = lambda file: file.write(result)
+    most = max(runs, key=lambda run: run.model.config.n_sink)
+    shares = [averages.get("sink", averages["top"]) for averages in most.layers[:n_layer]]
+    layer = int(np.argmax(shares)) if cfg.layer is None else cfg.layer
     if cfg.animate:
         svg = draw_animation(runs, layer).encode()
-        write_file(cfg.animate, lambda file: file.write(svg))
+        files[cfg.animate] = lambda file: file.write(svg)
     if cfg.plot:
-        write_file(os.path.join(folder, "sinks_maps.png"), draw_maps(Figure, runs, layer).savefig)
-        write_file(os.path.join(folder, "sinks_paths.png"), draw_paths(Figure, runs).savefig)
-        write_file(os.path.join(folder, "sinks_norms.png"), draw_norms(Figure, runs).savefig)
-    print(f"wrote sinks.json{' and sinks_*.png' * cfg.plot} to {folder}")
-    if cfg.animate:
-        print(f"wrote {cfg.animate}, to be opened in a browser")
+        files[folder / "maps.png"] = draw_maps(Figure, runs, layer).savefig
+        files[folder / "paths.png"] = draw_paths(Figure, runs).savefig
+        files[folder / "norms.png"] = draw_norms(Figure, runs).savefig
+    for path, write in files.items():
+        write_file(path, write)
+        print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from conftest import make_model
 
 from extras import sinks
-from extras.sinks import CHANGES, Run, SinksConfig, attention_maps, change_sinks, follow, mass_and_norms
+from extras.sinks import CHANGES, COLUMNS, Run, SinksConfig, attention_maps, change_sinks, follow, measure
 from model import generate, seed_for
+from sample import load_trained
 from sft_gsm8k import SFTConfig
 from train import TrainConfig, load_meta, validate
 
@@ -83,31 +84,32 @@ def test_a_known_sink_is_followed(flags, at, positions, monkeypatch):
     qkv = torch.cat((q.flatten(2), k.flatten(2), v.flatten(2)), dim=2)
     monkeypatch.setattr(model.blocks[0].attn.qkv, "forward", lambda x: qkv)
     hidden = torch.tensor([[0, 1, 1, 1], [0, 1, 1, 0], [0, 0, 1, 0], [0, 0, 0, 1]], dtype=torch.bool)
-    mass, norms = mass_and_norms(model, torch.where(hidden, 5, 1))
-    values = follow(mass[0], norms[0], hidden.numpy(), model.config)
+    mass, norms, rate = measure(model, torch.where(hidden, 5, 1), 0.6)
+    values = follow(mass[0], norms[0], rate[0], hidden.numpy(), model.config)
 
-    assert values["position"] == positions and values["moved"] == [0, 1, 1]
+    assert values["position"] == positions and values["moves"] == [0, 1, 1]
+    assert values["distance"] == abs(np.diff(positions)).tolist()
+    assert values["heads"] == [0.5] * 4  # 9 / (8 + S) is above the threshold, 4 / (3 + S) is not
     for step, row in enumerate(at):
         shares = [np.where(np.arange(S) == row, factor, 1) / (factor + S - 1) for factor in (9, 4)]
         shares = (shares[0] + shares[1]) / 2
         row_norms = np.where(np.arange(S) == row, 3, 10 + np.arange(S))  # means over heads
         masks = shares[n:][hidden[step]]
-        wanted = {"share": shares[row], "content": max(shares[n:]), "masks": sum(masks) / (len(masks) / S)}
+        wanted = {"top": shares[row] * S, "masks": sum(masks) / (len(masks) / S)}
         wanted["hidden"] = float(row >= n and hidden[step, row - n])
         wanted["norm"] = 3 / np.median(np.delete(row_norms, row))
         if n:
-            wanted["sinks"] = sum(shares[:n])
-            wanted["sinks_norm"] = np.mean(row_norms[:n]) / np.median(row_norms[n:])
-        assert {"position", "moved", *wanted} == values.keys()
+            wanted |= {"sink": sum(shares[:n]) * S, "on_sink": float(row < n)}
+        assert {"position", "moves", "distance", "heads", *wanted} == values.keys()
         assert {key: values[key][step] for key in wanted} == pytest.approx(wanted, abs=1e-5)
 
 
 def test_summary():
     """Two prompts of one layer: means over steps, then over prompts. The second is written in one step."""
-    first = {"position": [3, 4, 4], "share": [0.5, 0.7, 0.9], "moved": [0, 1], "hidden": [1, 0, 0]}
-    second = {"position": [2], "share": [0.3], "moved": [], "hidden": [1]}
+    first = {"position": [3, 4, 4], "top": [0.5, 0.7, 0.9], "moves": [0, 1], "hidden": [1, 0, 0]}
+    second = {"position": [2], "top": [0.3], "moves": [], "hidden": [1]}
     (layer,) = sinks.summarize([{"layers": [first]}, {"layers": [second]}])
-    for key, a, b in (("share", 0.7, 0.3), ("moved", 0.5, 0), ("hidden", 1 / 3, 1)):
+    for key, a, b in (("top", 0.7, 0.3), ("moves", 0.5, 0), ("hidden", 1 / 3, 1)):
         wanted = (a + b) / 2, abs(a - b) / 2  # a standard deviation of |a - b| / sqrt(2), over sqrt(2)
         assert (layer[key], layer[f"{key}_se"]) == pytest.approx(wanted)
 
@@ -150,14 +152,14 @@ def test_the_states_are_those_of_the_sampler(folder, options, monkeypatch):
     assert [prompt["tokens"] for prompt in run.prompts] == written.tolist()
     monkeypatch.setattr(model, "trunk", lambda xt: seen.append(xt) or trunk(xt))
     generate(model, x[:1], cfg.steps, cfg.temperature, cfg.remasking, seeds=seeds[:1])
-    states, mass, norms = run.first
+    states, mass, norms, rate = run.first
     hidden = torch.arange(len(seen))[:, None] < torch.tensor(run.prompts[0]["steps"])
     assert torch.equal(states, torch.cat(seen))
     assert torch.equal(states, torch.where(hidden, mask_id, written[0]))
     for layer, (weights, wanted) in enumerate(attention_maps(model, states)):  # all states together
         np.testing.assert_allclose(mass[layer], weights[:, :, 1:].mean(dim=(1, 2)), atol=1e-6)
         np.testing.assert_allclose(norms[layer], wanted, atol=1e-5)
-        values = follow(mass[layer], norms[layer], hidden.numpy(), model.config)
+        values = follow(mass[layer], norms[layer], rate[layer], hidden.numpy(), model.config)
         assert run.prompts[0]["layers"][layer] == values
 
 
@@ -180,25 +182,56 @@ def call(monkeypatch, *argv):
     sinks.main()
 
 
-def test_runs_side_by_side(folder, monkeypatch, capsys):
-    """A table for each run, with the numbers of sinks.json, which is in the first run's folder. No TF32."""
-    vanilla, precisions, real = folder.parent / "vanilla", set(), sinks.mass_and_norms
+def test_the_table(folder, monkeypatch, capsys, tmp_path):
+    """Two runs side by side, a third below: the numbers of sinks.json, in at most 100 columns. No TF32."""
+    vanilla, precisions, real = folder.parent / "vanilla", set(), sinks.measure
     spy = lambda *args: precisions.add(torch.get_float32_matmul_precision()) or real(*args)  # noqa: E731
-    monkeypatch.setattr(sinks, "mass_and_norms", spy)
-    call(monkeypatch, folder / "ckpt.pt", vanilla, vanilla, "--limit=3", "--prompt_length=8", "--steps=4")
-    file, out = json.loads((folder / "sinks.json").read_text()), capsys.readouterr().out
-    assert file["settings"]["steps"] == 4 and [(run["n_sink"], run["step"]) for run in file["runs"]] == [
-        (1, 3),
-        (0, 3),
-        (0, 3),
-    ]
-    assert not (vanilla / "sinks.json").exists() and precisions == {"highest"}
-    for run, table in zip(file["runs"], out.split("\nlayer")[1:], strict=True):
-        assert run["layers"] == sinks.summarize(run["prompts"]) and len(run["prompts"]) == 3
-        columns = [key + end for key in sinks.COLUMNS if key in run["layers"][0] for end in ("", "_se")]
-        for number, line in enumerate(table.splitlines()[1:3]):
-            wanted = [number, *(run["layers"][number][key] for key in columns)]
-            np.testing.assert_allclose([float(x) for x in line.replace("±", "").split()], wanted, atol=6e-4)
+    monkeypatch.setattr(sinks, "measure", spy)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sinks, "load_trained", lambda path, device: load_trained(tmp_path / path, device))
+    options = ["--limit=3", "--prompt_length=8", "--steps=4", "--head_threshold=0.06", "--json"]
+    call(monkeypatch, "sink/ckpt.pt", "vanilla", "vanilla", *options)
+    file = json.loads((tmp_path / "out/sinks/sink-ckpt.pt+vanilla+vanilla/sinks.json").read_text())
+    out = capsys.readouterr().out
+    runs = file["runs"]
+    assert file["settings"]["steps"] == 4 and precisions == {"highest"} and vanilla.is_dir()
+    assert [(run["n_sink"], run["step"]) for run in runs] == [(1, 3), (0, 3), (0, 3)]
+    columns = [["top", "moves", "norm", "sink", "heads"]] + 2 * [["top", "moves", "norm", "heads"]]
+    tables = [line.split() for line in out.splitlines() if line.strip().startswith("top  ")]
+    assert (
+        tables == [columns[0] + columns[1], columns[2]]
+        and max(map(len, out.split("Means")[0].splitlines())) <= 100
+    )
+    rows = [line.split()[1:] for line in out.splitlines() if line.split()[:1] in (["0"], ["1"])]
+    cells = [rows[layer] + rows[2 + layer] for layer in (0, 1)]  # of the three runs
+    for number, row in enumerate(cells):
+        wanted = []
+        for run, names in zip(runs, columns):
+            assert run["layers"] == sinks.summarize(run["prompts"]) and len(run["prompts"]) == 3
+            layer = run["layers"][number]
+            for name in names:
+                mean, error = layer[name], layer[f"{name}_se"]
+                percent = name in ("moves", "heads")
+                wanted.append(f"{100 * mean:.0f}±{100 * error:.0f}" if percent else f"{mean:.1f}±{error:.1f}")
+        assert row == wanted
+    assert runs[0]["layers"][0]["heads"] > 0 and "more than 0.06 of the attention" in out
+    call(monkeypatch, "sink", "--limit=2", "--columns=all", "--steps", "2")
+    assert capsys.readouterr().out.splitlines()[2].split() == list(COLUMNS)
+
+
+def test_the_sentence():
+    run = type("Run", (), {"name": "out/a", "prompts": [0] * 16})
+    layers = [(0.4, 0.214), (0.986, 0.01), (1, 0)]
+    run.layers = [{"on_sink": on_sink, "moves": moves} for on_sink, moves in layers]
+    assert sinks.sentence(run) == (
+        "out/a, 16 texts: in layers 1, 2 a sink token gets the most attention at 99 to 100 % of the steps; "
+        "in layer 0 the position with the most attention changes at 21 % of the steps."
+    )
+    run.layers = [{"moves": moves} for _, moves in layers]
+    assert sinks.sentence(run) == (
+        "out/a, 16 texts: in layers 0, 1, 2 the position with the most attention changes at 0 to 21 % "
+        "of the steps."
+    )
 
 
 REFUSED = [
@@ -208,6 +241,8 @@ REFUSED = [
     (["{sink}", "{vanilla}", "--layer=2"], "layer is 2; the layers are 0 to 1"),
     (["{vanilla}", "--changes=True"], "no sinks to change in .*vanilla"),
     (["{sink}", "--limit=1"], "must be at least 2"),
+    (["--limit=2", "{sink}"], "no run is named"),
+    (["{sink}", "--columns=top,share"], "there is no column 'share'; wanted all, or some of top,moves,"),
     (["{sink}", "{other}"], "other has other validation sequences than .*sink; look at it alone"),
 ]
 
@@ -218,7 +253,6 @@ def test_refusals(folder, data_dir, argv, message, monkeypatch):
     save(names["other"], data_dir, block_size=23)
     with pytest.raises(ValueError, match=message):
         call(monkeypatch, *(arg.format(**names) for arg in argv))
-    assert not (folder / "sinks.json").exists()
 
 
 # ---------- Changed sinks
@@ -257,8 +291,9 @@ def test_bounds_of_changed_sinks(folder, monkeypatch, capsys):
     """Those of train.validate on 9 sequences, with a model changed by hand. The errors of the differences
     come from neighbours in t."""
     vanilla = folder.parent / "vanilla"
-    call(monkeypatch, vanilla, folder, "--limit=2", "--changes=True", "--mc_num=3", "--steps=1")
-    no_rows, rows = (run["changes"] for run in json.loads((vanilla / "sinks.json").read_text())["runs"])
+    options = ["--changes", "--mc_num=3", "--steps=1", "--json", f"--to={folder}"]
+    call(monkeypatch, vanilla, folder, "--limit=2", *options)
+    no_rows, rows = (run["changes"] for run in json.loads((folder / "sinks.json").read_text())["runs"])
     assert no_rows is None and [row["change"] for row in rows] == CHANGES
     run, out, nats = Run(str(folder), SinksConfig(), "cpu"), capsys.readouterr().out.split(), {}
     get_batch, *_ = sinks.validation(run.checkpoint, None, 9)
@@ -278,21 +313,28 @@ def test_bounds_of_changed_sinks(folder, monkeypatch, capsys):
 
 
 def test_pictures(folder, monkeypatch):
-    """They are written, in a size to look at. Without --layer the map is of the vanilla model's sharpest."""
+    """They are written, in a size to look at. Without --layer the map is of the layer in which the sink token
+    gets the most, or of the sharpest. Other runs have files of their own."""
     pytest.importorskip("matplotlib")
     layers, real = [], sinks.draw_maps
     monkeypatch.setattr(sinks, "draw_maps", lambda *args: layers.append(args[2]) or real(*args))
-    for path, sharp in ((folder / "ckpt.pt", 0), (folder.parent / "vanilla" / "ckpt.pt", 1)):
-        checkpoint = torch.load(path, weights_only=True)
-        checkpoint["model"][f"blocks.{sharp}.attn.qkv.weight"] *= 4  # the layer in which attention is sharp
-        torch.save(checkpoint, path)
-    for argv in ([], ["--layer=0"]):
-        call(monkeypatch, folder, folder.parent / "vanilla", "--limit=2", "--plot=True", *argv)
-    assert layers == [1, 0]
-    for name in ("maps", "paths", "norms"):
-        image = (folder / f"sinks_{name}.png").read_bytes()
-        width, height = (int.from_bytes(image[start : start + 4], "big") for start in (16, 20))
-        assert image[:4] == b"\x89PNG" and 300 <= height <= 1000 and 800 <= width <= 1200
+    monkeypatch.chdir(folder.parent)
+    checkpoint = torch.load(folder / "ckpt.pt", weights_only=True)
+    for layer, factor in ((0, 0.1), (1, 10)):
+        checkpoint["model"][f"blocks.{layer}.attn.qkv.weight"][:16] *= factor
+    torch.save(checkpoint, folder / "ckpt.pt")
+    vanilla = folder.parent / "vanilla"
+    for argv in ([folder, vanilla], [folder, vanilla, "--layer=0", "--to=there"], [vanilla]):
+        call(monkeypatch, *argv, "--limit=2", "--plot")
+    run = Run(str(folder), SinksConfig(limit=2), "cpu")
+    sinks.look_at(run, SinksConfig())
+    shares = [layer["sink"] for layer in run.layers]
+    assert layers[:2] == [int(np.argmax(shares)), 0] and abs(np.diff(shares)) > 0.01
+    for path in ("out/sinks/sink+vanilla", "there", "out/sinks/vanilla"):
+        for name in ("maps", "paths", "norms"):
+            image = (folder.parent / path / f"{name}.png").read_bytes()
+            width, height = (int.from_bytes(image[start : start + 4], "big") for start in (16, 20))
+            assert image[:4] == b"\x89PNG" and 300 <= height <= 1000 and 400 <= width <= 1200
 
 
 @pytest.mark.parametrize("sink_position", ["front", "end"])
@@ -304,7 +346,16 @@ def test_what_the_animation_shows(folder, data_dir, monkeypatch, sink_position):
         checkpoint["model"][f"blocks.{layer}.attn.qkv.weight"] *= 4  # so that the marker moves
     torch.save(checkpoint, path / "ckpt.pt")
     svg = folder.parent / "moving.svg"
-    call(monkeypatch, path, folder.parent / "vanilla", "--limit=2", f"--animate={svg}", "--layer=1")
+    call(
+        monkeypatch,
+        path,
+        folder.parent / "vanilla",
+        "--limit=2",
+        f"--animate={svg}",
+        "--layer=1",
+        "--json",
+        f"--to={path}",
+    )
     assert svg.stat().st_size < 300_000
     root = ElementTree.parse(svg).getroot()
     by_tag = {tag: root.findall("{http://www.w3.org/2000/svg}" + tag) for tag in ("rect", "text", "path")}
@@ -347,16 +398,34 @@ def test_what_the_pictures_show(folder):
     maps = sinks.draw_maps(Figure, runs, 1).axes
     paths, clouds = (draw(Figure, runs).axes for draw in (sinks.draw_paths, sinks.draw_norms))
     for column, run in enumerate(runs):
-        (states, mass, norms), n = run.first, run.model.config.n_sink
+        (states, mass, norms, _), n = run.first, run.model.config.n_sink
+        hidden = (states == run.model.config.mask_id).numpy()
+        title = "with a sink token" if n else "without a sink token"
         for row, step in enumerate((2, 15)):  # of the 18 steps 0 to 17
             _, (weights, _) = attention_maps(run.model, states[step : step + 1])
-            wanted = weights[0, :, n:].mean(dim=0).clip(0.1 / 24)
-            np.testing.assert_allclose(maps[2 * row + column].images[0].get_array(), wanted, atol=1e-6)
+            wanted, panel = weights[0, :, n:].mean(dim=0).clip(0.1 / 24), maps[2 * row + column]
+            content, *sink, strip = panel.images
+            np.testing.assert_allclose(content.get_array(), wanted[:, n:], atol=1e-6)
+            assert len(sink) == n and np.array_equal(strip.get_array(), hidden[step : step + 1])
+            for image in sink:
+                np.testing.assert_allclose(image.get_array(), wanted[:, :1], atol=1e-6)
+                left, right, *_ = image.get_extent()
+                assert right < -0.5 and right - left == 1  # beside the text, as wide as a 24th of it
+            assert panel.get_title() == f"{title}\nlayer 1, step {step + 1} of 18"
+            labels = dict(zip(panel.get_xticks(), [label.get_text() for label in panel.get_xticklabels()]))
+            assert labels == {6: "6", 12: "12", 18: "18"} | ({(left + right) / 2: "sink"} if n else {})
         for layer, values in enumerate(run.prompts[0]["layers"]):
-            assert paths[layer].lines[column].get_ydata().tolist() == values["position"]
+            panel = paths[2 * layer + column]
+            wanted = [-3 if position == -1 else position for position in values["position"]]
+            assert panel.lines[0].get_ydata().tolist() == wanted
+            assert np.array_equal(panel.images[0].get_array(), hidden.T)
+            labels = dict(zip(panel.get_yticks(), [label.get_text() for label in panel.get_yticklabels()]))
+            assert labels.get(-3) == ("sink" if n else None)
         steps = np.linspace(0, 17, 8).astype(int)
-        hidden, content = (states[steps] == run.model.config.mask_id).numpy(), norms[:, steps, n:]
+        content = norms[:, steps, n:]
         top = [[norms[i, s, n + mass[i, s, n:].argmax()] for s in steps] for i in (0, 1)]
-        wanted = [content[:, ~hidden], content[:, hidden], np.array(top), norms[:, steps, :n]]
-        for values, cloud in zip(wanted[: 3 + n], clouds[column].collections, strict=True):
+        wanted = [content[:, ~hidden[steps]], content[:, hidden[steps]], np.array(top)]
+        for values, cloud in zip(wanted, clouds[column].collections, strict=True):
             np.testing.assert_allclose(cloud.get_offsets()[:, 1], values.ravel(), atol=1e-6)
+        bars = [bar.get_height() for bar in clouds[column].patches]
+        np.testing.assert_allclose(bars, norms[:, 5, 0] if n else [])
