@@ -1,12 +1,14 @@
-"""What did a setting change? Run: python -m extras.ablations out/ablation --curves=curves.png
+"""What did a setting change? A table of runs, and their validation curves.
 
-A row is a kind of run in FOLDER/*/log.jsonl, named by the settings in which runs differ, seeds aside. Its
-numbers are means over seeds ± standard errors (nan for one seed): the last validation loss (nats per token),
-and how much more it is than in the first row's runs of the same seeds, which saw the same texts and masks.
+    python -m extras.ablations out/ablation --baseline=0-sinks --plot
 
-    python -m extras.ablations anchor config/ablation.py --n_sink=0 --out_dir=out/ablation/anchor
+A row is a kind of run, FOLDER/NAME-SEED, with the settings in which it differs from others. Its numbers are
+means over seeds ± standard errors (nan for one seed): the last validation loss (nats per token), and how much
+more that is than the baseline's with the same seeds, which saw the same texts and masks.
 
-trains like train.py, but the first token of a text is never hidden. On the built-in problems this is the
+    python -m extras.ablations anchor config/ablation.py --n_sink=0 --out_dir=out/ablation/anchor-0
+
+trains like train.py, but the first token of a text is never hidden. In the built-in problems this is the
 end-of-text in front of each: an anchor that is always there, at a fixed place, and is no sink."""
 
 import json
@@ -23,12 +25,13 @@ from train import MAY_CHANGE, TrainConfig, start_run, token_batches, train, writ
 
 @dataclass
 class AblationsConfig:
-    folder: str = "out/ablation"  # the runs are FOLDER/*/log.jsonl
-    curves: str | None = None  # draw the validation losses into this .png file; needs matplotlib
+    folder: str = "out/ablation"  # the runs are FOLDER/NAME-SEED/log.jsonl
+    baseline: str | None = None  # the row that others are compared with; None: the first
+    plot: bool = False  # draw the validation losses into FOLDER/curves.png; needs matplotlib
 
 
 def read_run(path):
-    """Path, seed, settings, validation losses {step: loss} of a run. Raises ValueError for a foreign log."""
+    """Name, seed, settings, validation losses {step: loss} of a run. Raises ValueError for a foreign log."""
     try:
         rows = [json.loads(line) for line in path.read_text().split("\n")[:-1]]  # the last may be cut off
         losses = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}  # a step's last row
@@ -37,22 +40,27 @@ def read_run(path):
         settings = {key: first[key] for key in first if key not in ("seed", "out_dir", *MAY_CHANGE)}
         settings |= {key: last["config"].get(key) for key in ("max_steps", "train_flops", "epochs")}
         data = " ".join(sha256[:8] for sha256 in (last["data_sha256"] or {}).values())
-        settings |= {"last step": max(losses), "commit": last["commit"], "data": data}
-        return path, first["seed"], settings, losses
+        commit = (last["commit"] or "none")[:8] + "-dirty" * str(last["commit"]).endswith("-dirty")
+        settings |= {"last step": max(losses), "commit": commit, "data": data}
+        return path.parent.name.removesuffix(f"-{first['seed']}"), first["seed"], settings, losses
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         raise ValueError(f"{path} is no log of train.py with a validation ({error!r}); move it") from error
 
 
-def group(runs):
-    """{settings in which the runs differ, as text: {seed: losses}}, in the order of the runs."""
-    union, kinds = {key: value for _, _, settings, _ in runs for key, value in settings.items()}, {}
-    keys = [key for key in union if any(settings.get(key) != union[key] for _, _, settings, _ in runs)]
-    for path, seed, settings, losses in runs:
-        kind = kinds.setdefault(", ".join(f"{key}={settings.get(key)}" for key in keys) or "all runs", {})
-        if seed in kind:
-            raise ValueError(f"{path} is a second run of seed {seed} with the same settings; move one away")
-        kind[seed] = losses
-    return kinds
+def group(paths):
+    """{name: (settings, {seed: losses})}. Raises ValueError if runs of one name differ in more than the seed."""
+    rows = {}
+    for path in paths:
+        name, seed, settings, losses = read_run(path)
+        wanted, seeds = rows.setdefault(name, (settings, {}))
+        for key in settings | wanted:
+            if settings.get(key) != wanted.get(key):
+                values = f"{settings.get(key)!r}, not {wanted.get(key)!r}"
+                raise ValueError(f"{path} has {key} {values}, as other runs named {name}; rename its folder")
+        if seed in seeds:
+            raise ValueError(f"{path} is a second run named {name} of seed {seed}; rename its folder")
+        seeds[seed] = losses
+    return rows
 
 
 def mean_and_error(values):  # (seeds, ...): over the seeds
@@ -81,26 +89,35 @@ def main():
     if sys.argv[1:2] == ["anchor"]:
         return train_anchored(sys.argv[2:])
     cfg, _ = configurator.parse(AblationsConfig, positional="folder")
-    runs = [read_run(path) for path in sorted(Path(cfg.folder).glob("*/log.jsonl"))]
-    if not runs:
-        raise ValueError(f"there is no {cfg.folder}/*/log.jsonl; train with --out_dir={cfg.folder}/NAME")
-    axes = configurator.need("matplotlib.figure", "matplotlib").Figure().subplots() if cfg.curves else None
-    print(f"seeds{'validation loss':>18}{'more than first':>19}  settings")
-    first = {}
-    for name, kind in group(runs).items():
-        steps = sorted(set.intersection(*map(set, kind.values())))  # that all seeds have
-        mean, error = mean_and_error([[losses[step] for step in steps] for losses in kind.values()])
-        last = {seed: losses[steps[-1]] for seed, losses in kind.items()}
-        first = first or last
-        more, se = mean_and_error([last[seed] - first[seed] for seed in last if seed in first] or [np.nan])
-        print(f"{len(kind):>5}{mean[-1]:>9.4f} ± {error[-1]:<6.4f}{more:>10.4f} ± {se:<6.4f}  {name}")
+    rows = group(sorted(Path(cfg.folder).glob("*/log.jsonl")))
+    if not rows:
+        raise ValueError(f"there is no {cfg.folder}/*/log.jsonl; train with --out_dir={cfg.folder}/NAME-SEED")
+    baseline = cfg.baseline or next(iter(rows))
+    if baseline not in rows:
+        raise ValueError(f"no run is named {baseline}; wanted one of {', '.join(rows)}")
+    axes = configurator.need("matplotlib.figure", "matplotlib").Figure().subplots() if cfg.plot else None
+    every = dict.fromkeys(key for settings, _ in rows.values() for key in settings)
+    differ = [key for key in every if len({str(settings.get(key)) for settings, _ in rows.values()}) > 1]
+    width = max(map(len, rows))
+    print(f"{'':<{width}}  seeds{'validation loss':>18}{f'more than {baseline}':>21}  settings")
+    wanted, first = rows[baseline]
+    for name, (settings, seeds) in rows.items():
+        steps = sorted(set.intersection(*map(set, seeds.values())))  # that all seeds have
+        mean, error = mean_and_error([[losses[step] for step in steps] for losses in seeds.values()])
+        more = []
+        if all(settings[key] == wanted[key] for key in ("data", "last step", "epochs")):
+            more = [seeds[seed][steps[-1]] - first[seed][steps[-1]] for seed in seeds if seed in first]
+        more = "{:.4f} ± {:.4f}".format(*mean_and_error(more)) if more else "-"
+        shown = " ".join(f"{key}={settings[key]}" for key in differ if settings.get(key) is not None)
+        print(f"{name:<{width}}{len(seeds):>7}{f'{mean[-1]:.4f} ± {error[-1]:.4f}':>18}{more:>21}  {shown}")
         if axes:
             axes.plot(steps[1:], mean[1:], ".-", label=name)  # without the first, the loss of random weights
             axes.fill_between(steps[1:], (mean - error)[1:], (mean + error)[1:], alpha=0.3)
     if axes:
         axes.set(xlabel="step", ylabel="validation loss (nats per token)")
-        axes.legend(fontsize="x-small")
-        write_file(cfg.curves, axes.figure.savefig)
+        axes.legend()
+        write_file(f"{cfg.folder}/curves.png", axes.figure.savefig)
+        print(f"wrote {cfg.folder}/curves.png")
 
 
 if __name__ == "__main__":

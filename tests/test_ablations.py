@@ -13,9 +13,9 @@ from extras import ablations
 from train import TrainConfig
 
 
-def write_log(folder, losses, again=None, commit="c1", data=None, **settings):
+def write_log(folder, losses, again=None, commit="c1", data=None, extra=None, **settings):
     """As train.py writes it, its last line cut off. losses {step: loss}; again: those of a resumed run."""
-    config = asdict(TrainConfig(out_dir=str(folder), **settings))
+    config = asdict(TrainConfig(out_dir=str(folder), **settings)) | (extra or {})
     rows = [{"config": config, "commit": commit, "data_sha256": data and {"train": data}, "step": 0}]
     rows += [{"step": step, "val_loss": loss} for step, loss in losses.items()] + [{"step": 5, "loss": 1.0}]
     if again:
@@ -41,29 +41,45 @@ def test_means_and_paired_differences(tmp_path, call):
     """Of 5.0, 5.3, 5.6 the standard deviation is 0.3, of 4.8, 5.0, 5.2 it is 0.2, of the differences 0.1."""
     for seed, vanilla, sink in ((0, 5.0, 4.8), (1, 5.3, 5.0), (2, 5.6, 5.2)):
         write_log(tmp_path / f"a-{seed}", {0: 9.0, 10: vanilla}, seed=seed, n_sink=0)
-        write_log(tmp_path / f"b-{seed}", {0: 9.0, 10: sink}, seed=seed, device="mps", eval_interval=10)
+        write_log(tmp_path / f"b-1-{seed}", {0: 9.0, 10: sink}, seed=seed, device="mps", eval_interval=10)
     write_log(tmp_path / "c", {0: 9.0, 10: 5.0}, seed=2, n_sink=4)
     write_log(tmp_path / "d", {0: 9.0, 10: 4.0}, seed=7, n_sink=2)  # the first row has no such seed
     assert call() == [
-        "3 5.3000 ± 0.1732 0.0000 ± 0.0000 n_sink=0",
-        "3 5.0000 ± 0.1155 -0.3000 ± 0.0577 n_sink=1",
-        "1 5.0000 ± nan -0.6000 ± nan n_sink=4",
-        "1 4.0000 ± nan nan ± nan n_sink=2",
+        "a 3 5.3000 ± 0.1732 0.0000 ± 0.0000 n_sink=0",
+        "b-1 3 5.0000 ± 0.1155 -0.3000 ± 0.0577 n_sink=1",
+        "c 1 5.0000 ± nan -0.6000 ± nan n_sink=4",
+        "d 1 4.0000 ± nan - n_sink=2",
     ]
+    assert call("--baseline=b-1")[:2] == [
+        "a 3 5.3000 ± 0.1732 0.3000 ± 0.0577 n_sink=0",
+        "b-1 3 5.0000 ± 0.1155 0.0000 ± 0.0000 n_sink=1",
+    ]
+    with pytest.raises(ValueError, match="no run is named b; wanted one of a, b-1, c, d"):
+        call("--baseline=b")
 
 
-def test_kinds_of_runs(tmp_path, call):
-    """A resumed run has the last row of a step, and the settings of its first start, but its last length."""
-    write_log(tmp_path / "a", {0: 9.0, 20: 7.0}, {10: 6.0, 20: 5.0}, seed=0)
-    write_log(tmp_path / "b", {0: 9.0, 20: 5.5}, seed=1, max_steps=9000)
-    assert call() == ["2 5.2500 ± 0.2500 0.0000 ± 0.0000 all runs"]
-    write_log(tmp_path / "d", {0: 9.0, 20: 5.5}, seed=2, max_steps=9000)
-    for settings in ({"max_steps": 20}, {"commit": "c2"}, {"data": "20e" * 20}):
-        write_log(tmp_path / "c", {0: 9.0, 20: 6.0}, **{"max_steps": 9000, **settings})
-        (key, value), *_ = settings.items()
-        assert call()[1] == f"1 6.0000 ± nan 1.0000 ± nan {key}={str(value)[:8]}"
-    write_log(tmp_path / "c", {0: 9.0, 10: 6.0}, max_steps=9000)
-    assert call()[1] == "1 6.0000 ± nan 1.0000 ± nan last step=10"
+def test_a_resumed_run(tmp_path, call):
+    """It has the last row of a step, and the settings of its first start, but its last length."""
+    write_log(tmp_path / "a-0", {0: 9.0, 20: 7.0}, {10: 6.0, 20: 5.0}, seed=0)
+    write_log(tmp_path / "a-1", {0: 9.0, 20: 5.5}, seed=1, max_steps=9000)
+    assert call() == ["a 2 5.2500 ± 0.2500 0.0000 ± 0.0000"]
+
+
+def test_what_is_compared(tmp_path, call):
+    """Other settings, another commit; but not other data, another number of steps, another stage."""
+    write_log(tmp_path / "a", {0: 9.0, 20: 5.0}, data="10e" * 20, commit="c" * 40)
+    base = {"data": "10e" * 20, "commit": "c" * 40}
+    for settings, more, shown in (
+        ({"max_steps": 20}, "1.0000 ± nan", "max_steps=20"),
+        ({"commit": "d" * 40}, "1.0000 ± nan", "commit=dddddddd"),
+        ({"commit": "c" * 40 + "-dirty"}, "1.0000 ± nan", "commit=cccccccc-dirty"),
+        ({"data": "20e" * 20}, "-", "data=20e20e20"),
+        ({"extra": {"epochs": 10}}, "-", "epochs=10"),
+        ({"losses": {0: 9.0, 10: 6.0}}, "-", "last step=10"),
+    ):
+        losses = settings.get("losses", {0: 9.0, 20: 6.0})
+        write_log(tmp_path / "b", losses, **base | {k: v for k, v in settings.items() if k != "losses"})
+        assert call()[1] == f"b 1 6.0000 ± nan {more} {shown}"
 
 
 def test_curves(tmp_path, call, monkeypatch):
@@ -73,10 +89,10 @@ def test_curves(tmp_path, call, monkeypatch):
     write_log(tmp_path / "b-0", {0: 9.0, 30: 3.0}, n_sink=0)
     figures = []
     monkeypatch.setattr(ablations, "write_file", lambda path, write: figures.append((path, write.__self__)))
-    call("--curves=curves.png")
+    assert call("--plot")[-1] == f"wrote {tmp_path}/curves.png"
     ((path, figure),) = figures
     axes = figure.axes[0]
-    assert path == "curves.png" and [line.get_label() for line in axes.lines] == ["n_sink=1", "n_sink=0"]
+    assert path == f"{tmp_path}/curves.png" and [line.get_label() for line in axes.lines] == ["a", "b"]
     np.testing.assert_allclose(axes.lines[0].get_xydata(), [[20, 5.2], [30, 4.1]])
     np.testing.assert_allclose(axes.lines[1].get_xydata(), [[30, 3.0]])
     band = axes.collections[0].get_paths()[0].vertices.round(6)
@@ -87,14 +103,19 @@ def test_errors(tmp_path, call):
     with pytest.raises(ValueError, match=r"there is no .*/\*/log.jsonl; train with --out_dir="):
         call()
     write_log(tmp_path / "a", {0: 9.0}, seed=3)
-    write_log(tmp_path / "b", {0: 9.0}, seed=3, wandb="project")
-    with pytest.raises(ValueError, match="b/log.jsonl is a second run of seed 3 with the same settings"):
+    write_log(tmp_path / "a-3", {0: 9.0}, seed=3, wandb="project")
+    with pytest.raises(
+        ValueError, match="a-3/log.jsonl is a second run named a of seed 3; rename its folder"
+    ):
+        call()
+    write_log(tmp_path / "a-3", {0: 9.0}, seed=3, n_sink=2)
+    with pytest.raises(ValueError, match="a-3/log.jsonl has n_sink 2, not 1, as other runs named a; rename"):
         call()
     for text in ' {}\n[3 | [3] | null | {"step": 0, "val_loss": 1} | {"config": {}} | {"config": []} '.split(
         "|"
     ):
-        (tmp_path / "b" / "log.jsonl").write_text(text + "\n")
-        with pytest.raises(ValueError, match="b/log.jsonl is no log of train.py with a validation"):
+        (tmp_path / "a-3" / "log.jsonl").write_text(text + "\n")
+        with pytest.raises(ValueError, match="a-3/log.jsonl is no log of train.py with a validation"):
             call()
 
 
