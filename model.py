@@ -82,6 +82,7 @@ class MDMConfig:
     @classmethod
     def preset(cls, size: str, **overrides) -> "MDMConfig":
         """A size of the table above, such as '472M'. Raises ValueError for a size that is not in it."""
+        size = size.upper()
         if size not in PRESETS:
             raise ValueError(f"no preset {size!r}; there are {', '.join(PRESETS)}")
         shape = dict(zip(("n_layer", "n_head", "n_embd"), PRESETS[size]))

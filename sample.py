@@ -16,7 +16,7 @@ import torch
 
 import configurator
 from model import MDM, generate, load_checkpoint, seed_for
-from prepare_data import load_tokenizer
+from prepare_data import load_tokenizer, open_text
 from sft_gsm8k import answer
 from train import autocast, setup_distributed
 
@@ -24,7 +24,7 @@ from train import autocast, setup_distributed
 @dataclass
 class SampleConfig:
     out_dir: str = "out/arithmetic"  # the checkpoint: a folder (its ckpt.pt), or a file such as out/x/best.pt
-    prompt: str = ""  # text to continue; [MASK] or [MASK:12] in it is a gap of 1 or 12 tokens to fill
+    prompt: str = ""  # text to continue, or FILE:x.txt; [MASK:12] in it is a gap of 12 tokens, [MASK] of one
     question: str = ""  # for a model of sft_gsm8k.py, which writes its thoughts and then the answer
     num_samples: int | None = None  # texts, all in one batch; None: 3, or 1 for a question
     length: int | None = None  # tokens of a text, prompt included; None: as many as the model takes
@@ -44,6 +44,9 @@ class SampleConfig:
         self.temperature = temperature if self.temperature is None else self.temperature
         if self.num_samples < 1 or self.seed < 0 or (self.prompt and self.question):
             raise ValueError("wanted num_samples >= 1, seed >= 0, and not both a prompt and a question")
+        if self.prompt.startswith("FILE:"):
+            with open_text(self.prompt[5:]) as file:
+                self.prompt = file.read().removesuffix("\n")  # which an editor adds
 
     def decoding(self, tokenizer, mask_id, start):
         """What generate and answer take. start: token ids of the first row before the first step."""

@@ -48,7 +48,7 @@ def read_run(path):
 
 
 def group(paths):
-    """{name: (settings, {seed: losses})}. Raises ValueError if runs of one name differ in more than the seed."""
+    """{name: (settings, {seed: losses})}. Raises ValueError if a name has several settings."""
     rows = {}
     for path in paths:
         name, seed, settings, losses = read_run(path)

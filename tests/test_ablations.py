@@ -43,18 +43,18 @@ def test_means_and_paired_differences(tmp_path, call):
         write_log(tmp_path / f"a-{seed}", {0: 9.0, 10: vanilla}, seed=seed, n_sink=0)
         write_log(tmp_path / f"b-1-{seed}", {0: 9.0, 10: sink}, seed=seed, device="mps", eval_interval=10)
     write_log(tmp_path / "c", {0: 9.0, 10: 5.0}, seed=2, n_sink=4)
-    write_log(tmp_path / "d", {0: 9.0, 10: 4.0}, seed=7, n_sink=2)  # the first row has no such seed
+    write_log(tmp_path / "d-1", {0: 9.0, 10: 4.0}, seed=7, n_sink=2)  # the first row has no such seed
     assert call() == [
         "a 3 5.3000 ± 0.1732 0.0000 ± 0.0000 n_sink=0",
         "b-1 3 5.0000 ± 0.1155 -0.3000 ± 0.0577 n_sink=1",
         "c 1 5.0000 ± nan -0.6000 ± nan n_sink=4",
-        "d 1 4.0000 ± nan - n_sink=2",
+        "d-1 1 4.0000 ± nan - n_sink=2",
     ]
     assert call("--baseline=b-1")[:2] == [
         "a 3 5.3000 ± 0.1732 0.3000 ± 0.0577 n_sink=0",
         "b-1 3 5.0000 ± 0.1155 0.0000 ± 0.0000 n_sink=1",
     ]
-    with pytest.raises(ValueError, match="no run is named b; wanted one of a, b-1, c, d"):
+    with pytest.raises(ValueError, match="no run is named b; wanted one of a, b-1, c, d-1"):
         call("--baseline=b")
 
 

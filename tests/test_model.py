@@ -206,6 +206,7 @@ def test_bad_input():
         MDMConfig(n_embd=10, n_head=2)
     with pytest.raises(ValueError, match="no preset '7B'; there are 6M, 19M"):
         MDMConfig.preset("7B")
+    assert MDMConfig.preset("34m") == MDMConfig.preset("34M")
     with pytest.raises(ValueError, match="17 tokens exceeds block_size 16"):
         make_model()(torch.zeros(1, 17, dtype=torch.long))
 

@@ -81,6 +81,15 @@ def test_a_prompt_that_is_too_long_or_leaves_nothing_to_write_is_refused(fake, p
         fake([], prompt=prompt, length=length or None)
 
 
+def test_a_prompt_in_a_file(tmp_path):
+    """Without the line end that an editor adds."""
+    (tmp_path / "x.txt").write_bytes(b"\xef\xbb\xbfTom has\r\n [MASK]\n\n")
+    assert SampleConfig(prompt=f"FILE:{tmp_path}/x.txt").prompt == "Tom has\n [MASK]\n"
+    (tmp_path / "y.txt").write_bytes(b"\xff")
+    with pytest.raises(ValueError, match="y.txt cannot be read as UTF-8 text"):
+        SampleConfig(prompt=f"FILE:{tmp_path}/y.txt")
+
+
 def test_texts_go_to_stdout_and_what_they_took_to_stderr(call):
     printed = call("--prompt=Tom [MASK:3] and [MASK].", "--steps=3")
     texts = printed.out.removesuffix("\n").split("\n---\n")

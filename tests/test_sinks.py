@@ -61,7 +61,7 @@ def test_looking_changes_nothing():
 
 
 KNOWN = [
-    ({"n_sink": 0}, [2, 2, 0, 3], [2, 2, 0, 3]),
+    ({"n_sink": 0}, [2, 2, 1, 3], [2, 2, 1, 3]),
     ({"n_sink": 1}, [0, 0, 3, 0], [-1, -1, 2, -1]),  # row 0 is the sink
     ({"n_sink": 1, "sink_position": "end"}, [0, 0, 3, 0], [4, 4, 2, 4]),
     ({"n_sink": 2, "sink_position": "end"}, [0, 1, 4, 1], [4, 4, 2, 4]),  # from sink to sink nothing moves
@@ -89,6 +89,7 @@ def test_a_known_sink_is_followed(flags, at, positions, monkeypatch):
 
     assert values["position"] == positions and values["moves"] == [0, 1, 1]
     assert values["distance"] == abs(np.diff(positions)).tolist()
+    assert (measure(model, torch.where(hidden, 5, 1), 0.3)[2] == 1).all()
     assert values["heads"] == [0.5] * 4  # 9 / (8 + S) is above the threshold, 4 / (3 + S) is not
     for step, row in enumerate(at):
         shares = [np.where(np.arange(S) == row, factor, 1) / (factor + S - 1) for factor in (9, 4)]
@@ -320,7 +321,8 @@ def test_pictures(folder, monkeypatch):
     monkeypatch.setattr(sinks, "draw_maps", lambda *args: layers.append(args[2]) or real(*args))
     monkeypatch.chdir(folder.parent)
     checkpoint = torch.load(folder / "ckpt.pt", weights_only=True)
-    for layer, factor in ((0, 0.1), (1, 10)):
+    checkpoint["model"]["sink"] *= 0
+    for layer, factor in ((0, 0.1), (1, 10)):  # even; sharp, but not at the sink
         checkpoint["model"][f"blocks.{layer}.attn.qkv.weight"][:16] *= factor
     torch.save(checkpoint, folder / "ckpt.pt")
     vanilla = folder.parent / "vanilla"
