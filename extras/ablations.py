@@ -105,7 +105,7 @@ def main():
         steps = sorted(set.intersection(*map(set, seeds.values())))  # that all seeds have
         mean, error = mean_and_error([[losses[step] for step in steps] for losses in seeds.values()])
         more = []
-        if all(settings[key] == wanted[key] for key in ("data", "last step", "epochs")):
+        if all(settings.get(key) == wanted.get(key) for key in ("data", "last step", "epochs", "anchor")):
             more = [seeds[seed][steps[-1]] - first[seed][steps[-1]] for seed in seeds if seed in first]
         more = "{:.4f} ± {:.4f}".format(*mean_and_error(more)) if more else "-"
         shown = " ".join(f"{key}={settings[key]}" for key in differ if settings.get(key) is not None)

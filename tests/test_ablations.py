@@ -75,6 +75,7 @@ def test_what_is_compared(tmp_path, call):
         ({"commit": "c" * 40 + "-dirty"}, "1.0000 ± nan", "commit=cccccccc-dirty"),
         ({"data": "20e" * 20}, "-", "data=20e20e20"),
         ({"extra": {"epochs": 10}}, "-", "epochs=10"),
+        ({"extra": {"anchor": True}}, "-", "anchor=True"),
         ({"losses": {0: 9.0, 10: 6.0}}, "-", "last step=10"),
     ):
         losses = settings.get("losses", {0: 9.0, 20: 6.0})
