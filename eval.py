@@ -236,7 +236,8 @@ def validation(checkpoint, data, limit):
     meta = load_meta(folder)
     if meta["tokenizer"] | {"pattern": None} != checkpoint["meta"]["tokenizer"] | {"pattern": None}:
         raise ValueError(f"{folder} has another vocabulary than the checkpoint; prepare it again")
-    cfg = SFTConfig(**run) if "epochs" in run else train.TrainConfig(**run)
+    config_class = SFTConfig if "epochs" in run else train.TrainConfig
+    cfg = config_class(**{key: run[key] for key in run if key in config_class.__dataclass_fields__})
     if "epochs" in run:  # a model of sft_gsm8k.py
         get_batch, examples = example_batches(folder, meta, cfg)
         n = len(examples["val"][1])

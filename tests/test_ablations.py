@@ -6,9 +6,11 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
+import torch
 
 import model
 import train as train_module
+from eval import validation
 from extras import ablations
 from train import TrainConfig
 
@@ -151,3 +153,5 @@ def test_an_anchor_is_never_hidden(data_dir, tmp_path, monkeypatch):
     rows = [json.loads(line) for line in (tmp_path / "train" / "log.jsonl").read_text().splitlines()]
     assert plain == [row["val_loss"] for row in rows if "val_loss" in row] != anchored
     assert run("measured", f"--init_from={tmp_path / 'anchored'}", "--max_steps=0") == anchored[-1:]
+    checkpoint = torch.load(tmp_path / "anchored" / "ckpt.pt", weights_only=True)
+    assert validation(checkpoint, None, 4)[1] == 4  # extras.sinks can look at it
