@@ -63,12 +63,19 @@ class MDMConfig:
     sink_zero_value: bool = False  # force the sinks' value vectors to zero (the paper's Table 5)
     gated_attention: bool = False  # multiply the attention output by sigmoid(X W_g) (arXiv 2505.06708)
     sink_attention: str = "mask"  # mask (Eq. 5-6 literally) or split (the same result without a mask)
+    n_kv_head: int | None = None  # heads of keys and values, each for a group of queries; None: n_head
+    qkv_bias: bool = False  # this and the next two are other values in Qwen2, see extras/convert.py
+    rope_base: float = 10000.0
+    norm_eps: float = 1e-5
 
     def __post_init__(self):
         self.mlp_hidden = self.mlp_hidden or 4 * self.n_embd
+        self.n_kv_head = self.n_kv_head or self.n_head
         sizes = self.block_size, self.vocab_size, self.n_layer, self.n_head, self.n_embd, self.mlp_hidden
         if min(sizes) < 1 or self.n_sink < 0:
             raise ValueError(f"sizes must be at least 1, and n_sink at least 0; got {self}")
+        if self.n_head % self.n_kv_head:
+            raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
         if self.n_embd % (2 * self.n_head):
             raise ValueError(f"n_embd {self.n_embd} does not give n_head {self.n_head} heads of even width")
         if self.sink_position not in ("front", "end") or self.sink_attention not in ("mask", "split"):
@@ -109,24 +116,32 @@ class Attention(nn.Module):
     def __init__(self, config: MDMConfig):
         super().__init__()
         self.config = config
-        self.qkv = nn.Linear(config.n_embd, 3 * config.n_embd, bias=False)
+        n_heads = config.n_head + 2 * config.n_kv_head
+        self.qkv = nn.Linear(config.n_embd, config.n_embd // config.n_head * n_heads, bias=config.qkv_bias)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
         self.gate = nn.Linear(config.n_embd, config.n_embd, bias=False) if config.gated_attention else None
 
+    def heads(self, x, cos, sin):
+        """Of x (B, S, C), queries (B, H, S, d), and keys and values (B, n_kv_head, S, d)."""
+        (B, S, C), H, K = x.shape, self.config.n_head, self.config.n_kv_head
+        q, k, v = self.qkv(x).view(B, S, H + 2 * K, C // H).transpose(1, 2).split((H, K, K), dim=1)
+        if self.config.sink_zero_value:
+            v = F.pad(v[:, :, self.config.n_sink :], (0, 0, self.config.n_sink, 0))
+        return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
+
     def forward(self, x, cos, sin, attn_mask):
         """x (B, S, C), the sinks first -> (B, S, C). attn_mask (S, S) bool: query i may attend to key j."""
-        (B, S, C), H, n_sink = x.shape, self.config.n_head, self.config.n_sink
-        q, k, v = self.qkv(x).view(B, S, 3, H, C // H).permute(2, 0, 3, 1, 4)  # each (B, H, S, d)
-        q, k = apply_rope(q, cos, sin), apply_rope(k, cos, sin)
-        if self.config.sink_zero_value:
-            v = F.pad(v[:, :, n_sink:], (0, 0, n_sink, 0))
+        (B, S, C), n_sink = x.shape, self.config.n_sink
+        q, k, v = self.heads(x, cos, sin)
+        gqa = self.config.n_kv_head < self.config.n_head  # grouped queries
         if n_sink and self.config.sink_attention == "split":
             # Content queries attend to every key. A sink attends to one, itself: that softmax is 1, and its
             # output is its own value. No mask is needed, and the fastest kernels stay available.
-            y = F.scaled_dot_product_attention(q[:, :, n_sink:], k, v)
-            y = torch.cat((v[:, :, :n_sink], y), dim=2)
+            y = F.scaled_dot_product_attention(q[:, :, n_sink:], k, v, enable_gqa=gqa)
+            own = v[:, :, :n_sink].repeat_interleave(q.size(1) // v.size(1), dim=1)
+            y = torch.cat((own, y), dim=2)
         else:
-            y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, enable_gqa=gqa)
         y = y.transpose(1, 2).reshape(B, S, C)  # heads side by side
         if self.gate is not None:
             y = y * torch.sigmoid(self.gate(x))
@@ -147,9 +162,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: MDMConfig):
         super().__init__()
-        self.norm_1 = nn.RMSNorm(config.n_embd, eps=1e-5)
+        self.norm_1 = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.attn = Attention(config)
-        self.norm_2 = nn.RMSNorm(config.n_embd, eps=1e-5)
+        self.norm_2 = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.mlp = MLP(config)
 
     def forward(self, x, cos, sin, attn_mask):
@@ -167,10 +182,12 @@ class MDM(nn.Module):
         self.wte = nn.Embedding(config.vocab_size + 1, config.n_embd)  # the last row is [MASK]
         self.sink = nn.Parameter(torch.empty(config.n_sink, config.n_embd)) if config.n_sink else None
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.RMSNorm(config.n_embd, eps=1e-5)
+        self.ln_f = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)  # not tied to wte
         d = config.n_embd // config.n_head
-        frequency = 10000.0 ** (-torch.arange(0, d, 2) / d)  # RoPE turns pair e by position * 10000^(-2e/d)
+        frequency = config.rope_base ** (
+            -torch.arange(0, d, 2) / d
+        )  # pair e turns by position * base^(-2e/d)
         angle = torch.arange(config.block_size + config.n_sink)[:, None] * frequency
         self.register_buffer("rope_cos", angle.cos(), persistent=False)
         self.register_buffer("rope_sin", angle.sin(), persistent=False)
@@ -183,8 +200,8 @@ class MDM(nn.Module):
         C = self.config.n_embd
         for name, p in self.named_parameters():
             generator = torch.Generator().manual_seed(seed_for(seed, *name.encode()))
-            if p.ndim == 1:  # the weight of a norm
-                p.fill_(1.0)
+            if p.ndim == 1:  # the weight of a norm, or a bias
+                p.fill_(0.0 if name.endswith("bias") else 1.0)
             elif name.endswith(("proj.weight", "w3.weight")):  # they write into the residual stream
                 p.normal_(std=1 / (math.sqrt(C) * self.config.n_layer), generator=generator)
             else:

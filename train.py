@@ -29,7 +29,6 @@ from model import MDM, MDMConfig, diffusion_loss, load_checkpoint, mask_tokens, 
 from model import weighted_nll  # isort: skip
 from prepare_data import load_meta, open_locked
 
-MODEL_KEYS = [field.name for field in fields(MDMConfig) if field.name != "vocab_size"]
 MAY_CHANGE = {"data_dir", "max_steps", "train_flops", "epochs", "eval_interval", "log_interval", "wandb"}
 MAY_CHANGE |= {"device", "compile", "sink_attention"}  # on resume; all other keys keep their values
 
@@ -87,6 +86,9 @@ class TrainConfig:
             raise ValueError(f"min_lr {self.min_lr} is above learning_rate {self.learning_rate}; lower it")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"dtype is {self.dtype!r}; it must be auto, float32 or bfloat16")
+
+
+MODEL_KEYS = [field.name for field in fields(MDMConfig) if hasattr(TrainConfig, field.name)]
 
 
 def token_batches(folder: str, meta: dict, cfg: TrainConfig):
@@ -348,13 +350,15 @@ def start_run(cfg: TrainConfig, set_by: dict):
         if os.path.exists(path) and not resumes:
             raise ValueError(f"{path} exists; continue with --init_from=resume, or set another --out_dir")
     sources = {}  # of settings that the run has to have, {source: {key: value}}
+    model_config = {}
     if cfg.preset is not None:
         shape = asdict(MDMConfig.preset(cfg.preset))
         sources[f"preset {cfg.preset}"] = {k: shape[k] for k in ("n_layer", "n_head", "n_embd", "mlp_hidden")}
     if cfg.init_from != "scratch":
         path = cfg.out_dir if resumes else cfg.init_from
         saved = load_checkpoint(path)
-        fixed = {key: saved["model_config"][key] for key in MODEL_KEYS}
+        model_config = saved["model_config"]
+        fixed = {key: model_config[key] for key in MODEL_KEYS}
         if resumes:
             fixed = saved["run_config"] | {"out_dir": cfg.out_dir, "init_from": "resume"}
             if fixed.keys() != asdict(cfg).keys():
@@ -370,7 +374,8 @@ def start_run(cfg: TrainConfig, set_by: dict):
             set_by.setdefault(key, source)
         cfg = replace(cfg, **fixed)
     meta = load_meta(os.path.join(cfg.data_dir, cfg.dataset))
-    config = MDMConfig(vocab_size=meta["vocab_size"], **{key: getattr(cfg, key) for key in MODEL_KEYS})
+    model_config = model_config | {key: getattr(cfg, key) for key in MODEL_KEYS}
+    config = MDMConfig(**model_config | {"vocab_size": meta["vocab_size"]})
     if cfg.init_from == "scratch":
         return cfg, meta, MDM(config, cfg.seed), None
     old, new = saved["model_config"]["vocab_size"], meta["vocab_size"]

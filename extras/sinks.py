@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 import configurator
 from eval import validation
-from model import apply_rope, generate, seed_for
+from model import generate, seed_for
 from sample import load_trained, readable
 from train import made_by, mean_and_error, setup_distributed, validate, write_file
 
@@ -102,16 +102,14 @@ def attention_maps(model, xt):
     for hook in hooks:
         hook.remove()
     for layer, (x, cos, sin, attn_mask) in zip(layers, inputs):  # as in Attention.forward
-        B, S, _ = x.shape
-        q, k, v = layer.qkv(x).view(B, S, 3, config.n_head, -1).permute(2, 0, 3, 1, 4)  # (B, H, S, d) each
-        scores = apply_rope(q, cos, sin) @ apply_rope(k, cos, sin).transpose(2, 3) / math.sqrt(q.size(-1))
+        q, k, v = layer.heads(x, cos, sin)
+        k = k.repeat_interleave(config.n_head // config.n_kv_head, dim=1)  # (B, H, S, d), as q
+        scores = q @ k.transpose(2, 3) / math.sqrt(q.size(-1))
         if attn_mask is not None:
             scores = scores.masked_fill(~attn_mask, -math.inf)
         weights, norms = scores.softmax(dim=-1), v.norm(dim=-1).mean(dim=1)
         if config.sink_attention == "split":  # a sink attends to itself alone
-            weights[:, :, : config.n_sink] = torch.eye(S, device=x.device)[: config.n_sink]
-        if config.sink_zero_value:
-            norms[:, : config.n_sink] = 0
+            weights[:, :, : config.n_sink] = torch.eye(x.size(1), device=x.device)[: config.n_sink]
         yield weights, norms
 
 

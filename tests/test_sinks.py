@@ -34,8 +34,8 @@ def test_attention_is_that_of_sdpa(variant, sink_attention, monkeypatch):
     """A plain softmax of the q and k that SDPA got; with v it gives what that gave."""
     calls, real = [], F.scaled_dot_product_attention
 
-    def spy(*args, attn_mask=None):
-        calls.append((*args, attn_mask, real(*args, attn_mask=attn_mask)))
+    def spy(*args, attn_mask=None, **options):
+        calls.append((*args, attn_mask, real(*args, attn_mask=attn_mask, **options)))
         return calls[-1][-1]
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
