@@ -1,74 +1,312 @@
-"""Makes a checkpoint of this project from released weights.
+"""Released weights in, and our weights out.
 
-    python -m extras.convert --source=mdm-472M.safetensors --n_head=10 --out_dir=out/smdm
+    python -m extras.convert smdm --source=mdm-472M.safetensors --tokenizer=tokenizer.json --out_dir=out/smdm
+    python -m extras.convert qwen2 --source=Qwen2.5-0.5B --out_dir=out/qwen
+    python -m extras.convert export --source=out/arithmetic --to=my-model
+    python -m extras.convert import --source=my-model --out_dir=out/back
 
-Reads the layout of the authors' code and of SMDM's released checkpoints; tests/golden/README.md describes it.
-"""
+smdm reads the layout of the authors' code and of SMDM's checkpoints (tests/golden/README.md describes it),
+qwen2 the folder of a Qwen2 or Qwen2.5 model, which becomes the start of an MDM. docs/weights.md has more."""
 
+import json
 import os
 from dataclasses import asdict, dataclass
 
 import torch
 
 import configurator
-from model import MDM, MDMConfig
-from train import write_file
+from model import MDM, PRESETS, MDMConfig, load_checkpoint
+from prepare_data import load_tokenizer, make_tokenizer
+from train import TrainConfig, write_file
 
 
 @dataclass
 class ConvertConfig:
-    source: str | None = None  # the weights: a .safetensors, .pth or .bin file
-    n_head: int | None = None  # attention heads, which the weights do not show; model.py lists SMDM's sizes
-    out_dir: str | None = None  # ckpt.pt goes here
-    block_size: int = 2048  # content tokens of a sequence, which the weights do not show either
+    action: str = ""  # smdm, qwen2, export or import
+    source: str | None = (
+        None  # smdm: a .safetensors, .pth or .bin file; qwen2, import: a folder; export: a run
+    )
+    tokenizer: str | None = None  # smdm: its tokenizer.json
+    n_head: int | None = None  # smdm: attention heads; None: those of the size in model.py's table
+    block_size: int = 2048  # smdm, qwen2: content tokens of a sequence, which the weights do not show
+    n_sink: int = 1  # qwen2: sink tokens to add
+    gated_attention: bool = False  # qwen2: add a gate
+    out_dir: str | None = None  # smdm, qwen2, import: ckpt.pt goes here
+    to: str | None = None  # export: the folder to write
 
 
-def from_smdm(state_dict, n_head: int, block_size: int = 2048) -> MDM:
-    """The model of a state dict in SMDM's layout. Raises ValueError if it has another layout."""
-    w, w1 = dict(state_dict), "transformer.h.0.mlp.swiglu.w1.weight"
+# ---------- Reading weights
+
+
+class Shards(dict):
+    """{name of a tensor: its .safetensors file}. A tensor is read when it is asked for, and not kept."""
+
+    def __getitem__(self, name):
+        with configurator.need("safetensors").safe_open(super().__getitem__(name), "pt") as file:
+            return file.get_tensor(name)
+
+
+def read_weights(source):
+    """{name: tensor} of a file, or of a folder's .safetensors files. Raises ValueError if that fails."""
+    try:
+        if not os.path.isdir(source) and not source.endswith(".safetensors"):
+            weights = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
+            return weights.get("model", weights)
+        paths, weights = [source], Shards()
+        if os.path.isdir(source):
+            index = f"{source}/model.safetensors.index.json"  # of several files
+            files = set(json.load(open(index))["weight_map"].values()) if os.path.exists(index) else []
+            paths = [f"{source}/{name}" for name in sorted(files) or ["model.safetensors"]]
+        for path in paths:
+            with configurator.need("safetensors").safe_open(path, "pt") as file:
+                weights.update(dict.fromkeys(file.keys(), path))
+        return weights
+    except Exception as error:  # each format fails in its own way
+        raise ValueError(f"{source} cannot be read: {str(error)[:200]}") from error
+
+
+def fill(model, tensors):
+    """The model, filled with pairs (name, tensor). Raises ValueError unless they are exactly its own."""
+    missing = dict(model.named_parameters())
+    for name, tensor in tensors:
+        parameter = missing.pop(name, None)
+        if parameter is None or parameter.shape != tensor.shape:
+            wanted = "nothing" if parameter is None else tuple(parameter.shape)
+            raise ValueError(f"{name} has the shape {tuple(tensor.shape)}; wanted {wanted}")
+        parameter.data.copy_(tensor)
+    if missing:
+        raise ValueError(f"there are no weights for {', '.join(sorted(missing)[:3])}")
+    return model
+
+
+# ---------- SMDM
+
+
+def from_smdm(state_dict, n_head: int | None = None, block_size: int = 2048) -> MDM:
+    """The model of a state dict in SMDM's layout. n_head may be left out for a size of model.py's table.
+    Raises ValueError if the dict has another layout, or the table another n_head."""
+    names = {name.removeprefix("module.").removeprefix("_orig_mod."): name for name in state_dict}
+    w1 = "transformer.h.0.mlp.swiglu.w1.weight"
     for name in ("transformer.wte.weight", "lm_head.weight", w1):
-        if name not in w:
-            raise ValueError(f"no SMDM state dict: it has {', '.join(sorted(w)[:3])}, ... but no {name}")
-    wte, head = w.pop("transformer.wte.weight"), w.pop("lm_head.weight")
+        if name not in names:
+            raise ValueError(f"no SMDM state dict: it has {', '.join(sorted(names)[:3])}, ... but no {name}")
+    wte, head = (state_dict[names.pop(name)] for name in ("transformer.wte.weight", "lm_head.weight"))
     V, C = head.shape
     if len(wte) not in (V + 1, V + 2):
         raise ValueError(f"wte has {len(wte)} rows for {V} tokens; wanted 1 more for mask, or 2 with a sink")
-    n_layer = 1 + max(int(name.split(".")[2]) for name in w if name.startswith("transformer.h."))
-    gated = "transformer.h.0.attn.gate.weight" in w
-    config = MDMConfig(block_size, V, n_layer, n_head, C, len(w[w1]), len(wte) - V - 1, gated_attention=gated)
-    ours = {"wte.weight": wte[: V + 1], "lm_head.weight": head}
-    if config.n_sink:
-        ours["sink"] = wte[V + 1 :]
-    for name, tensor in w.items():
-        if name.endswith("attn.attn.weight"):  # rows by head, then q, k, v -> all q, all k, all v
-            if tensor.shape != (3 * C, C):
-                raise ValueError(f"qkv of {len(tensor)} rows, not {3 * C}: grouped queries are not supported")
-            tensor = tensor.view(n_head, 3, C // n_head, C).transpose(0, 1).reshape(3 * C, C)
-        name = name.replace("transformer.h.", "blocks.").removeprefix("transformer.")
-        ours[name.replace("attn.attn.", "attn.qkv.").replace("swiglu.", "")] = tensor
-    return MDM.from_checkpoint({"model": ours, "model_config": asdict(config)})
+    n_layer = 1 + max(int(name.split(".")[2]) for name in names if name.startswith("transformer.h."))
+    sizes = {(layers, width): heads for layers, heads, width in PRESETS.values()}
+    known = sizes.get((n_layer, C), n_head)
+    if known is None or n_head not in (None, known):
+        shape = f"{n_layer} layers of width {C} have {known or 'an unknown number'}"
+        raise ValueError(f"n_head is {n_head}; {shape}")
+    gated, hidden = "transformer.h.0.attn.gate.weight" in names, len(state_dict[names[w1]])
+    config = MDMConfig(block_size, V, n_layer, known, C, hidden, len(wte) - V - 1, gated_attention=gated)
+
+    def tensors():
+        yield "wte.weight", wte[: V + 1]
+        yield "lm_head.weight", head
+        if config.n_sink:
+            yield "sink", wte[V + 1 :]
+        for ours, name in names.items():
+            if ours.endswith(("rope_cache", "inv_freq", "cos", "sin")):  # rotary buffers
+                continue
+            tensor = state_dict[name]
+            ours = ours.replace("transformer.h.", "blocks.").removeprefix("transformer.")
+            if ours.endswith("attn.attn.weight"):  # rows by head, then q, k, v -> all q, all k, all v
+                if tensor.shape != (3 * C, C):
+                    raise ValueError(f"qkv of {len(tensor)} rows, not {3 * C}: SMDM has no grouped queries")
+                tensor = tensor.view(known, 3, C // known, C).transpose(0, 1).reshape(3 * C, C)
+            yield ours.replace("attn.attn.", "attn.qkv.").replace("swiglu.", ""), tensor
+
+    return fill(MDM(config), tensors())
+
+
+# ---------- Qwen2: a causal model becomes the start of an MDM
+
+QWEN2 = {  # name in a layer: our name
+    "input_layernorm.weight": "norm_1.weight",
+    "post_attention_layernorm.weight": "norm_2.weight",
+    "mlp.gate_proj.weight": "mlp.w1.weight",
+    "mlp.up_proj.weight": "mlp.w2.weight",
+    "mlp.down_proj.weight": "mlp.w3.weight",
+}
+
+
+def from_qwen2(hf, weights, vocab_size, eot_id, n_sink=1, gated_attention=False, block_size=2048) -> MDM:
+    """The MDM that starts from a Qwen2 model: hf its config.json, weights {name: tensor}. It computes the
+    same logits, if the same causal mask is applied. vocab_size: tokens to keep of the padded vocabulary."""
+    shape = {"n_layer": hf["num_hidden_layers"], "n_embd": hf["hidden_size"]}
+    shape |= {"n_head": hf["num_attention_heads"], "n_kv_head": hf["num_key_value_heads"], "qkv_bias": True}
+    shape |= {"mlp_hidden": hf["intermediate_size"], "norm_eps": hf["rms_norm_eps"]}
+    shape |= {"rope_base": hf.get("rope_theta") or hf["rope_parameters"]["rope_theta"]}
+    arm = {"n_sink": n_sink, "gated_attention": gated_attention}
+    config = MDMConfig(block_size=block_size, vocab_size=vocab_size, **shape, **arm)
+
+    def tensors():
+        wte = weights["model.embed_tokens.weight"][:vocab_size].float()
+        yield (
+            "wte.weight",
+            torch.cat((wte, wte.mean(dim=0, keepdim=True))),
+        )  # [MASK]: like no token in particular
+        if (
+            n_sink
+        ):  # a causal model's first token sees itself alone too, and is the sink that it learned to use
+            yield "sink", wte[eot_id].expand(n_sink, -1)
+        tied = "lm_head.weight" not in weights
+        yield "lm_head.weight", wte if tied else weights["lm_head.weight"][:vocab_size]
+        del wte
+        yield "ln_f.weight", weights["model.norm.weight"]
+        for layer in range(config.n_layer):
+            theirs, ours = f"model.layers.{layer}.", f"blocks.{layer}."
+            for name, our_name in QWEN2.items():
+                yield ours + our_name, weights[theirs + name]
+            for kind in ("weight", "bias"):
+                parts = [weights[f"{theirs}self_attn.{part}_proj.{kind}"] for part in "qkv"]
+                yield f"{ours}attn.qkv.{kind}", torch.cat(parts)
+            proj = weights[f"{theirs}self_attn.o_proj.weight"].float()
+            if gated_attention:  # sigmoid(0) = 1/2 times 2: the start is the same function
+                yield f"{ours}attn.gate.weight", torch.zeros_like(proj)
+            yield f"{ours}attn.proj.weight", proj * (2 if gated_attention else 1)
+
+    return fill(MDM(config), tensors())
+
+
+# ---------- Out, and back
+
+
+def tokenizer_json(spec):
+    """A tokenizer of prepare_data.py as the text of a tokenizer.json, for the tokenizers package."""
+    if "json" in spec:
+        return spec["json"]
+    tokenizers = configurator.need("tokenizers")
+    encoding = load_tokenizer(spec)
+    ranks = encoding._mergeable_ranks
+    # GPT-2 writes every byte as a character that can be seen
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    character = {byte: chr(byte) for byte in visible} | {byte: chr(256 + n) for n, byte in enumerate(hidden)}
+    written = {token: "".join(character[byte] for byte in token) for token in ranks}
+    merges = []
+    for token in sorted(ranks, key=ranks.get):
+        pairs = [(token[:cut], token[cut:]) for cut in range(1, len(token))]
+        merges += [(written[a], written[b]) for a, b in pairs if a in ranks and b in ranks]
+    vocab = {written[token]: rank for token, rank in ranks.items()}
+    # a word that is a token is not put together from its parts: so does tiktoken
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges, ignore_merges=True))
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex(spec["pattern"]), "isolated")
+    to_bytes = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([split, to_bytes])
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(encoding.special_tokens_set))
+    return tokenizer.to_str()
+
+
+def card(checkpoint, results):
+    """README.md of an exported model: what it is, and its numbers."""
+    meta, config = checkpoint["meta"] or {}, checkpoint["model_config"]
+    lines = ["# A masked diffusion language model", ""]
+    lines += [f"Trained on {meta.get('name')} for {checkpoint['step']:,} steps.", ""]
+    lines += [f"- {key}: {value}" for key, value in config.items()]
+    for name, result in results.items():
+        numbers = [key for key in result if f"{key}_se" in result]
+        shown = ", ".join(f"{key} {result[key]:.4f} ± {result[f'{key}_se']:.4f}" for key in numbers)
+        lines += ["", f"{name}, step {result['step']:,}, commit {result['commit']}: {shown}"]
+    return "\n".join(lines) + "\n"
+
+
+def save(out_dir, model, meta, run_config, step):
+    path, state = f"{out_dir}/ckpt.pt", {"model": model.state_dict(), "model_config": asdict(model.config)}
+    state |= {"run_config": run_config, "meta": meta, "step": step}
+    os.makedirs(out_dir, exist_ok=True)
+    write_file(path, lambda file: torch.save(state, file))
+    print(f"saved {path}, {model.num_params():,} non-embedding parameters")
+
+
+def convert_in(cfg):
+    """A released model becomes a checkpoint, with train.py's defaults as its run_config."""
+    hf, spec = {}, None
+    if cfg.action == "qwen2":
+        with open(f"{cfg.source}/config.json") as file:
+            hf = json.load(file)
+        if hf.get("model_type") != "qwen2":
+            kind = hf.get("architectures") or hf.get("model_type")
+            raise ValueError(f"{cfg.source} holds {kind}; wanted a Qwen2 or Qwen2.5 model")
+        cfg.tokenizer = f"{cfg.source}/tokenizer.json"
+    if cfg.tokenizer:
+        spec = make_tokenizer(cfg.tokenizer)
+    weights = read_weights(cfg.source)
+    try:
+        if cfg.action == "smdm":
+            model = from_smdm(weights, cfg.n_head, cfg.block_size)
+        else:
+            V, rows, eot_id = spec["vocab_size"], hf["vocab_size"], load_tokenizer(spec).eot_token
+            if V > rows:
+                raise ValueError(
+                    f"{cfg.tokenizer} has {V:,} tokens, the model {rows:,}; take the model's own"
+                )
+            print(f"{rows - V:,} of {rows:,} rows stand for no token, and are left out")
+            arm = cfg.n_sink, cfg.gated_attention, cfg.block_size
+            model = from_qwen2(hf, weights, V, eot_id, *arm)
+    except KeyError as error:
+        raise ValueError(f"{cfg.source} lacks {error}: a file is missing, or is of another model") from error
+    config, meta = asdict(model.config), None
+    if spec:
+        meta = {"name": cfg.source, "tokenizer": spec, "documents": 0}
+        if spec["vocab_size"] != model.config.vocab_size:
+            sizes = f"{spec['vocab_size']:,} tokens, the model {model.config.vocab_size:,}"
+            raise ValueError(f"{cfg.tokenizer} has {sizes}; take the model's own")
+    shape = {key: value for key, value in config.items() if hasattr(TrainConfig, key)}
+    save(cfg.out_dir, model, meta, asdict(TrainConfig(dataset="none", out_dir=cfg.out_dir, **shape)), 0)
+
+
+def export(cfg):
+    """Writes a folder: config.json has the model_config, training.json the rest of the checkpoint."""
+    save_file = configurator.need("safetensors.torch", "safetensors").save_file
+    checkpoint, results = load_checkpoint(cfg.source), {}
+    folder = cfg.source if os.path.isdir(cfg.source) else os.path.dirname(cfg.source) or "."
+    if os.path.exists(f"{folder}/results.json"):
+        with open(f"{folder}/results.json") as file:
+            results = json.load(file)
+    config = {"architectures": ["MDM"], **checkpoint["model_config"]}
+    rest = {key: checkpoint[key] for key in ("meta", "run_config", "step")}
+    files = {"config.json": json.dumps(config, indent=1), "training.json": json.dumps(rest, indent=1)}
+    files["README.md"] = card(checkpoint, results)
+    if checkpoint["meta"]:
+        files["tokenizer.json"] = tokenizer_json(checkpoint["meta"]["tokenizer"])
+    os.makedirs(cfg.to)
+    save_file(checkpoint["model"], f"{cfg.to}/model.safetensors", metadata={"format": "pt"})
+    for name, text in files.items():
+        with open(f"{cfg.to}/{name}", "w") as file:
+            file.write(text)
+    print(f"wrote {cfg.to}: model.safetensors, {', '.join(files)}")
+
+
+def import_back(cfg):
+    with open(f"{cfg.source}/config.json") as file:
+        config = json.load(file)
+    if config.pop("architectures", None) != ["MDM"]:
+        raise ValueError(f"{cfg.source} was not written by export; wanted a config.json with MDM")
+    with open(f"{cfg.source}/training.json") as file:
+        rest = json.load(file)
+    model, weights = MDM(MDMConfig(**config)), read_weights(cfg.source)
+    save(cfg.out_dir, fill(model, ((name, weights[name]) for name in weights)), **rest)
+
+
+ACTIONS = {"smdm": convert_in, "qwen2": convert_in, "export": export, "import": import_back}
 
 
 def main():
-    cfg, _ = configurator.parse(ConvertConfig)
-    if None in (cfg.source, cfg.n_head, cfg.out_dir):
-        raise ValueError("wanted --source, --n_head and --out_dir; --help explains them")
-    path = os.path.join(cfg.out_dir, "ckpt.pt")
+    cfg, _ = configurator.parse(ConvertConfig, positional="action")
+    if cfg.action not in ACTIONS:
+        raise ValueError(f"cannot {cfg.action!r}; wanted {', '.join(ACTIONS)}")
+    target = "to" if cfg.action == "export" else "out_dir"
+    if cfg.source is None or getattr(cfg, target) is None:
+        raise ValueError(f"{cfg.action} wants --source and --{target}; --help explains them")
+    path = cfg.to if target == "to" else os.path.join(cfg.out_dir, "ckpt.pt")
     if os.path.exists(path):
-        raise ValueError(f"{path} exists; set another --out_dir")
-    try:
-        if cfg.source.endswith(".safetensors"):
-            weights = configurator.need("safetensors.torch", "safetensors").load_file(cfg.source)
-        else:
-            weights = torch.load(cfg.source, map_location="cpu", weights_only=True, mmap=True)
-        weights = weights.get("model", weights)
-    except Exception as error:  # a file of another kind fails in many ways
-        raise ValueError(f"{cfg.source} cannot be read: {str(error)[:200]}") from error
-    model = from_smdm(weights, cfg.n_head, cfg.block_size)
-    checkpoint = {"model": model.state_dict(), "model_config": asdict(model.config), "run_config": {}}
-    os.makedirs(cfg.out_dir, exist_ok=True)
-    write_file(path, lambda file: torch.save(checkpoint | {"meta": None, "step": 0}, file))
-    print(f"saved {path}, {model.num_params():,} non-embedding parameters")
+        raise ValueError(f"{path} exists; set another --{target}")
+    ACTIONS[cfg.action](cfg)
 
 
 if __name__ == "__main__":

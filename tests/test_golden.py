@@ -185,39 +185,3 @@ def test_learning_rate_schedule(run):
     ours = [get_lr(micro, lengths["max_iters"], peak, floor, lengths["warmup_iters"]) for micro in micros]
     np.testing.assert_allclose(ours, rates, rtol=1e-9)
     assert len(set(ours)) > 5
-
-
-# ---------- extras/convert.py
-
-
-def convert_file(monkeypatch, source, out_dir, n_head):
-    argv = ["convert", f"--source={source}", f"--n_head={n_head}", f"--out_dir={out_dir}", "--block_size=32"]
-    monkeypatch.setattr("sys.argv", argv)
-    convert.main()
-
-
-def test_convert_writes_a_checkpoint(tmp_path, monkeypatch):
-    z, weights, n_head = load("sink")
-    torch.save({"model": weights, "iter_num": 3}, tmp_path / "x.pth")
-    convert_file(monkeypatch, tmp_path / "x.pth", tmp_path / "out", n_head)
-    logits = MDM.from_checkpoint(tmp_path / "out")(ids(z, "noisy_ids"))
-    np.testing.assert_allclose(logits.detach(), z["logits"], atol=1e-4, rtol=0)
-    with pytest.raises(ValueError, match="ckpt.pt exists; set another --out_dir"):
-        convert_file(monkeypatch, tmp_path / "x.pth", tmp_path / "out", n_head)
-
-
-def test_convert_refuses_other_weights(tmp_path, monkeypatch):
-    _, weights, n_head = load("sink")
-    wte, qkv = "transformer.wte.weight", "transformer.h.1.attn.attn.weight"
-    others = {
-        "no SMDM state dict: .* but no lm_head.weight": {wte: weights[wte]},
-        "wte has 99 rows for 96 tokens": weights | {wte: torch.zeros(99, 64)},
-        "grouped queries are not supported": weights | {qkv: torch.zeros(128, 64)},
-        "do not fit model_config": weights | {"transformer.x.weight": torch.zeros(2)},
-    }
-    for message, state_dict in others.items():
-        with pytest.raises(ValueError, match=message):
-            convert.from_smdm(state_dict, n_head)
-    (tmp_path / "x.bin").write_bytes(b"no weights")
-    with pytest.raises(ValueError, match="x.bin cannot be read"):
-        convert_file(monkeypatch, tmp_path / "x.bin", tmp_path / "out", n_head)

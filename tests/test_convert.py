@@ -1,0 +1,345 @@
+"""extras/convert.py: released weights in, ours out and back. transformers and the authors' outputs are the
+oracles. python -m pytest tests/test_convert.py"""
+
+import contextlib
+import json
+import sys
+from dataclasses import asdict
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import make_model
+from test_golden import ids, load
+
+import eval
+import prepare_data
+import sample
+import sft_gsm8k
+from extras import convert, sinks
+from model import MDM
+from prepare_data import load_tokenizer, make_tokenizer
+from train import TrainConfig
+
+TEXTS = ["Tom has 31 apples, and they're  his.\n\n", "", "<|endoftext|>", "naïve 𝛼 日本\t x", " 1234567"]
+
+
+def call(main, *argv):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["script.py", *map(str, argv)])
+        main()
+
+
+# ---------- SMDM
+
+
+def llama_tokenizer(path, size):
+    """A tokenizer.json like Llama 2's: blanks are ▁, bytes that have no token are <0x..>."""
+    tokenizers = pytest.importorskip("tokenizers")
+    characters = "▁\n" + "".join(map(chr, range(33, 127)))
+    names = ["<unk>", "<s>", "</s>", *characters][:size]
+    models, normalizers, decoders = tokenizers.models, tokenizers.normalizers, tokenizers.decoders
+    vocab = {name: number for number, name in enumerate(names)}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, [], byte_fallback=True, unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    tokenizer.decoder = decoders.Sequence(steps)
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.save(str(path))
+
+
+def write_smdm(path, weights):
+    """As .safetensors, or as a Fabric checkpoint of a compiled model in several processes."""
+    if path.suffix == ".safetensors":
+        pytest.importorskip("safetensors.torch").save_file(weights, path)
+    else:
+        weights = {f"module._orig_mod.{name}": tensor for name, tensor in weights.items()}
+        torch.save({"model": weights | {"module._orig_mod.rope_cache": torch.ones(3)}, "iter_num": 3}, path)
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.pth", "x.bin"])
+def test_smdm_gives_the_golden_logits(tmp_path, name):
+    z, weights, n_head = load("sink")
+    write_smdm(tmp_path / name, weights)
+    flags = [f"--source={tmp_path / name}", f"--out_dir={tmp_path / 'out'}", f"--n_head={n_head}"]
+    call(convert.main, "smdm", *flags)
+    logits = MDM.from_checkpoint(tmp_path / "out")(ids(z, "noisy_ids"))
+    np.testing.assert_allclose(logits.detach(), z["logits"], atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="ckpt.pt exists; set another --out_dir"):
+        call(convert.main, "smdm", *flags)
+
+
+def test_every_script_takes_a_converted_model(tmp_path, capsys):
+    _, weights, n_head = load("sink")
+    write_smdm(tmp_path / "x.pth", weights)
+    llama_tokenizer(tmp_path / "tokenizer.json", 96)
+    options = [f"--tokenizer={tmp_path / 'tokenizer.json'}", f"--out_dir={tmp_path / 'out'}", "--n_head=4"]
+    call(convert.main, "smdm", f"--source={tmp_path / 'x.pth'}", *options, "--block_size=80")
+    capsys.readouterr()
+    call(sample.main, f"--out_dir={tmp_path / 'out'}", "--prompt=It is", "--length=12", "--device=cpu")
+    texts = capsys.readouterr().out.split("\n---\n")
+    assert len(texts) == 3 and all(text.startswith("It is") for text in texts)
+
+    (tmp_path / "items.jsonl").write_text('{"context": "It is", "choices": ["a", "b c"], "gold": 0}\n' * 2)
+    call(eval.main, f"--task={tmp_path / 'items.jsonl'}", f"--out_dir={tmp_path / 'out'}", "--mc_num=4")
+    (result,) = json.loads((tmp_path / "out" / "results.json").read_text()).values()
+    assert result["n"] == 2
+
+    line = '{"question": "One and two?", "answer": "1+2=3 #### 3"}\n'
+    (tmp_path / "sums.jsonl").write_text(line * 200)
+    data = [f"--source={tmp_path / 'sums.jsonl'}", f"--data_dir={tmp_path}", options[0], "--val_fraction=0.5"]
+    call(prepare_data.main, "sums", *data, "--documents=problems")
+    flags = [f"--init_from={tmp_path / 'out'}", f"--out_dir={tmp_path / 'sft'}", "--dataset=sums"]
+    flags += [
+        f"--data_dir={tmp_path}",
+        "--max_steps=5",
+        "--batch_size=4",
+        "--micro_batch_size=4",
+        "--device=cpu",
+    ]
+    call(sft_gsm8k.main, *flags, "--eval_interval=5", "--eval_seqs=4", "--block_size=80")
+    assert torch.load(tmp_path / "sft" / "ckpt.pt", weights_only=True)["step"] == 5
+
+
+def test_smdm_bad_input(tmp_path):
+    _, weights, n_head = load("sink")
+    wte, qkv = "transformer.wte.weight", "transformer.h.1.attn.attn.weight"
+    others = {
+        "no SMDM state dict: .* but no lm_head.weight": {wte: weights[wte]},
+        "wte has 99 rows for 96 tokens": weights | {wte: torch.zeros(99, 64)},
+        "SMDM has no grouped queries": weights | {qkv: torch.zeros(128, 64)},
+        "x.weight has the shape .* wanted nothing": weights | {"transformer.x.weight": torch.zeros(2)},
+        "no weights for blocks.1.attn.qkv.weight": {k: weights[k] for k in weights if k != qkv},
+    }
+    for message, state_dict in others.items():
+        with pytest.raises(ValueError, match=message):
+            convert.from_smdm(state_dict, n_head)
+    with pytest.raises(ValueError, match="n_head is None; 3 layers of width 64 have an unknown number"):
+        convert.from_smdm(weights)
+    (tmp_path / "x.bin").write_bytes(b"no weights")
+    write_smdm(tmp_path / "x.pth", weights)
+    llama_tokenizer(tmp_path / "t.json", 90)
+    for argv, message in (
+        (["smdm", f"--source={tmp_path / 'x.bin'}"], "x.bin cannot be read"),
+        (
+            ["smdm", f"--source={tmp_path / 'x.pth'}", f"--tokenizer={tmp_path}/t.json"],
+            "has 90 tokens, the model 96",
+        ),
+        (["smdm", f"--source={tmp_path}/none.pth"], "none.pth cannot be read"),
+        (["smdm"], "smdm wants --source and --out_dir"),
+        (["export", f"--source={tmp_path}"], "export wants --source and --to"),
+        (["llama"], "cannot 'llama'; wanted smdm, qwen2, export, import"),
+    ):
+        where = [f"--out_dir={tmp_path / 'out'}", "--n_head=4"] if "--source" in str(argv) else []
+        with pytest.raises(ValueError, match=message):
+            call(convert.main, *argv, *where)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_table_knows_the_number_of_heads():
+    """Of the 6M model: 4 heads. Its weights are checked by their shapes alone."""
+    shapes = {
+        name: tuple(p.shape)
+        for name, p in MDM(convert.MDMConfig.preset("6M", vocab_size=7)).named_parameters()
+    }
+    theirs = {"transformer.wte.weight": torch.zeros(8, 256), "lm_head.weight": torch.zeros(7, 256)}
+    for name, shape in shapes.items():
+        if name.startswith(("blocks", "ln_f")):
+            name = (
+                name.replace("blocks.", "transformer.h.")
+                .replace("qkv", "attn")
+                .replace("ln_f", "transformer.ln_f")
+            )
+            theirs[name.replace("mlp.", "mlp.swiglu.")] = torch.zeros(shape)
+    assert convert.from_smdm(theirs).config.n_head == convert.from_smdm(theirs, 4).config.n_head == 4
+    with pytest.raises(ValueError, match="n_head is 8; 6 layers of width 256 have 4"):
+        convert.from_smdm(theirs, 8)
+
+
+# ---------- Qwen2
+
+
+@pytest.fixture(scope="module", params=["tied", "untied"])
+def qwen(request, tmp_path_factory):
+    """A folder that transformers wrote, in several files, and its model, with a padded vocabulary."""
+    transformers = pytest.importorskip("transformers")
+    folder = tmp_path_factory.mktemp(request.param)
+    torch.manual_seed(0)
+    shape = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "rope_theta": 1e6, "rms_norm_eps": 1e-3, "vocab_size": 280}
+    config = transformers.Qwen2Config(**shape, tie_word_embeddings=request.param == "tied")
+    model = transformers.Qwen2ForCausalLM(config).eval()
+    for p in model.parameters():
+        p.data = p + 0.3 * torch.randn_like(p) if p.ndim == 1 else 6 * p
+    model.save_pretrained(folder, max_shard_size="100KB")
+    tokenizer = convert.tokenizer_json(make_tokenizer("bytes"))
+    (folder / "tokenizer.json").write_text(tokenizer)
+    assert (folder / "model.safetensors.index.json").exists()
+    return folder, model
+
+
+@contextlib.contextmanager
+def causal():
+    """Both models attend with a causal mask."""
+    real = F.scaled_dot_product_attention
+
+    def attention(*args, attn_mask=None, is_causal=True, **options):
+        return real(*args, is_causal=True, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(F, "scaled_dot_product_attention", attention)
+        yield
+
+
+@pytest.mark.parametrize("gated", [False, True])
+def test_qwen2_is_the_same_function(qwen, tmp_path, capsys, gated):
+    """Also with a gate, which starts as the factor 1."""
+    folder, other = qwen
+    flags = [f"--source={folder}", f"--out_dir={tmp_path}", "--n_sink=0", f"--gated_attention={gated}"]
+    call(convert.main, "qwen2", *flags, "--block_size=32")
+    assert "23 of 280 rows stand for no token, and are left out" in capsys.readouterr().out
+    model, tokenizer, _ = sample.load_trained(tmp_path, "cpu")
+    assert tokenizer.decode(tokenizer.encode(TEXTS[0])) == TEXTS[0]
+    x = torch.randint(257, (3, 20))
+    full = other(x, attention_mask=torch.zeros(3, 1, 20, 20)).logits[..., :257]
+    torch.testing.assert_close(model(x), full, atol=1e-4, rtol=0)
+    with causal():
+        wanted = other(x).logits[..., :257]
+        torch.testing.assert_close(model(x), wanted, atol=1e-4, rtol=0)
+    assert (wanted - full).abs().max() > 1
+
+
+def test_qwen2_with_a_sink(qwen):
+    """[MASK] starts as the mean of all tokens, the sink as end-of-text. A causal Qwen2 that begins with that
+    writes the same logits: its first token sees itself alone, as a sink does."""
+    folder, other = qwen
+    hf, weights = json.loads((folder / "config.json").read_text()), convert.read_weights(str(folder))
+    model = convert.from_qwen2(hf, weights, 257, 256, n_sink=1, block_size=32)
+    wte = other.model.embed_tokens.weight
+    torch.testing.assert_close(model.wte.weight[257], wte[:257].mean(dim=0))
+    x = torch.randint(256, (3, 20))
+    with causal():
+        wanted = other(F.pad(x, (1, 0), value=256)).logits[:, 1:, :257]
+        torch.testing.assert_close(model(x), wanted, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("sink_attention", ["mask", "split"])
+def test_attention_maps_with_grouped_queries(sink_attention, monkeypatch):
+    """A softmax of the q and k that SDPA got, each key and value for two queries."""
+    calls, real = [], F.scaled_dot_product_attention
+
+    def spy(q, k, v, attn_mask=None, enable_gqa=False):
+        assert enable_gqa and k.size(1) == v.size(1) == 2 and q.size(1) == 4
+        calls.append((v, real(q, k, v, attn_mask=attn_mask, enable_gqa=True)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    model = make_model(n_head=4, n_kv_head=2, n_embd=32, qkv_bias=True, sink_attention=sink_attention)
+    for (weights, _), (v, output) in zip(sinks.attention_maps(model, torch.randint(11, (3, 16))), calls):
+        v = v[:, [0, 0, 1, 1]]
+        torch.testing.assert_close((weights @ v)[:, :, -output.size(2) :], output, atol=1e-5, rtol=1e-5)
+
+
+def test_split_is_mask_with_grouped_queries():
+    models = [
+        make_model(n_head=4, n_kv_head=2, n_embd=32, n_sink=2, sink_attention=kind)
+        for kind in ("mask", "split")
+    ]
+    x = torch.randint(12, (3, 16))
+    torch.testing.assert_close(models[0](x), models[1](x), atol=1e-5, rtol=1e-5)
+
+
+def test_qwen2_bad_input(qwen, tmp_path):
+    folder, _ = qwen
+    config = json.loads((folder / "config.json").read_text())
+    shard = sorted(path.name for path in folder.glob("*.safetensors"))[1]
+
+    def refuses(message, name=None, text=None):
+        """With another text in place of a file, or without it."""
+        broken = tmp_path / "broken"
+        broken.mkdir(exist_ok=True)
+        for path in folder.iterdir():
+            (broken / path.name).write_bytes(path.read_bytes())
+        if text is not None:
+            (broken / name).write_text(text)
+        elif name:
+            (broken / name).unlink()
+        with pytest.raises((ValueError, OSError), match=message):
+            call(convert.main, "qwen2", f"--source={broken}", f"--out_dir={tmp_path / 'out'}")
+        assert not (tmp_path / "out").exists()
+
+    refuses("config.json", "config.json")
+    other = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    refuses("holds .*LlamaForCausalLM.*; wanted a Qwen2", "config.json", json.dumps(other))
+    refuses("cannot be read", shard)
+    refuses("tokenizer.json", "tokenizer.json")
+    refuses("has the shape .* wanted", "config.json", json.dumps(config | {"intermediate_size": 95}))
+    refuses("n_head 4 is not a multiple", "config.json", json.dumps(config | {"num_key_value_heads": 3}))
+    refuses("has 257 tokens, the model 200", "config.json", json.dumps(config | {"vocab_size": 200}))
+    refuses(
+        "lacks 'hidden_size'", "config.json", json.dumps({k: config[k] for k in config if k != "hidden_size"})
+    )
+    refuses("lacks 'model.layers.2.", "config.json", json.dumps(config | {"num_hidden_layers": 3}))
+
+
+# ---------- Out, and back
+
+
+def save(path, model, spec):
+    checkpoint = {"model": model.state_dict(), "model_config": asdict(model.config), "step": 7}
+    checkpoint |= {
+        "run_config": asdict(TrainConfig(out_dir=str(path))),
+        "meta": {"name": "x", "tokenizer": spec},
+    }
+    path.mkdir()
+    torch.save(checkpoint | {"optimizer": {"state": torch.ones(3)}}, path / "ckpt.pt")
+    result = {"n": 3, "acc": 0.5, "acc_se": 0.25, "step": 7, "commit": "abc"}
+    (path / "results.json").write_text(json.dumps({"task-1": result}))
+    return checkpoint
+
+
+def test_out_and_back_is_the_same(tmp_path, variant):
+    """For every variant, bit for bit."""
+    safetensors = pytest.importorskip("safetensors")
+    checkpoint = save(tmp_path / "run", make_model(**variant, vocab_size=257), make_tokenizer("bytes"))
+    call(convert.main, "export", f"--source={tmp_path / 'run'}", f"--to={tmp_path / 'folder'}")
+    call(convert.main, "import", f"--source={tmp_path / 'folder'}", f"--out_dir={tmp_path / 'back'}")
+    back = torch.load(tmp_path / "back" / "ckpt.pt", weights_only=True)
+    assert back.keys() == checkpoint.keys()
+    for key, value in checkpoint.items():
+        if key == "model":
+            assert all(torch.equal(back["model"][name], tensor) for name, tensor in value.items())
+        else:
+            assert back[key] == value
+    with safetensors.safe_open(tmp_path / "folder" / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"} and set(file.keys()) == checkpoint["model"].keys()
+    card = (tmp_path / "folder" / "README.md").read_text()
+    assert "Trained on x for 7 steps." in card and "task-1, step 7, commit abc: acc 0.5000 ± 0.2500" in card
+    with pytest.raises(ValueError, match="folder exists; set another --to"):
+        call(convert.main, "export", f"--source={tmp_path / 'run'}", f"--to={tmp_path / 'folder'}")
+
+
+@pytest.mark.parametrize("name", ["bytes", "words", "gpt2", "gpt2-300"])
+def test_the_exported_tokenizer(name, tmp_path):
+    """It gives the tokens of tiktoken."""
+    tokenizers = pytest.importorskip("tokenizers")
+    name, _, size = name.partition("-")
+    try:
+        spec = make_tokenizer(name, vocab_size=int(size) if size else None, texts=TEXTS + ["appl", " has"])
+        ours = load_tokenizer(spec)
+    except ValueError as error:
+        pytest.skip(str(error))
+    theirs = tokenizers.Tokenizer.from_str(convert.tokenizer_json(spec))
+    assert theirs.token_to_id("<|endoftext|>") == ours.eot_token and theirs.get_vocab_size() == ours.n_vocab
+    for text in [*TEXTS, "apples appless applesapples"]:
+        tokens = ours.encode(text, allowed_special="all")
+        assert theirs.encode(text).ids == tokens
+        assert theirs.decode(tokens, skip_special_tokens=False) == text
+
+
+def test_import_bad_input(tmp_path):
+    pytest.importorskip("safetensors")
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="was not written by export"):
+        call(convert.main, "import", f"--source={tmp_path}", f"--out_dir={tmp_path / 'out'}")
