@@ -66,14 +66,18 @@ def read_weights(source):
 
 
 def fill(model, tensors):
-    """The model, filled with pairs (name, tensor). Raises ValueError unless they are exactly its own."""
+    """The model, filled from tuples (name, *tensors that are its rows). Raises ValueError unless they fit."""
     missing = dict(model.named_parameters())
-    for name, tensor in tensors:
-        parameter = missing.pop(name, None)
-        if parameter is None or parameter.shape != tensor.shape:
-            wanted = "nothing" if parameter is None else tuple(parameter.shape)
-            raise ValueError(f"{name} has the shape {tuple(tensor.shape)}; wanted {wanted}")
-        parameter.data.copy_(tensor)
+    for name, *parts in tensors:
+        rows, parameter = 0, missing.pop(name, torch.empty(0))
+        for part in parts:
+            place = parameter.data[rows : rows + len(part)]
+            rows += len(part)
+            if place.shape != part.shape:
+                raise ValueError(f"{name} {tuple(part.shape)} does not fit into {tuple(parameter.shape)}")
+            place.copy_(part)
+        if rows != len(parameter):
+            raise ValueError(f"{name} has {rows} rows; wanted {len(parameter)}")
     if missing:
         raise ValueError(f"there are no weights for {', '.join(sorted(missing)[:3])}")
     return model
@@ -144,14 +148,10 @@ def from_qwen2(hf, weights, vocab_size, eot_id, n_sink=1, gated_attention=False,
     config = MDMConfig(block_size=block_size, vocab_size=vocab_size, **shape, **arm)
 
     def tensors():
-        wte = weights["model.embed_tokens.weight"][:vocab_size].float()
-        yield (
-            "wte.weight",
-            torch.cat((wte, wte.mean(dim=0, keepdim=True))),
-        )  # [MASK]: like no token in particular
-        if (
-            n_sink
-        ):  # a causal model's first token sees itself alone too, and is the sink that it learned to use
+        wte = weights["model.embed_tokens.weight"][:vocab_size]
+        mean = sum(part.float().sum(dim=0, keepdim=True) for part in wte.split(4096)) / vocab_size
+        yield "wte.weight", wte, mean  # [MASK] starts as no token in particular
+        if n_sink:  # a causal model's first token sees only itself, too: it is the sink that was learned
             yield "sink", wte[eot_id].expand(n_sink, -1)
         tied = "lm_head.weight" not in weights
         yield "lm_head.weight", wte if tied else weights["lm_head.weight"][:vocab_size]
@@ -162,8 +162,10 @@ def from_qwen2(hf, weights, vocab_size, eot_id, n_sink=1, gated_attention=False,
             for name, our_name in QWEN2.items():
                 yield ours + our_name, weights[theirs + name]
             for kind in ("weight", "bias"):
-                parts = [weights[f"{theirs}self_attn.{part}_proj.{kind}"] for part in "qkv"]
-                yield f"{ours}attn.qkv.{kind}", torch.cat(parts)
+                yield (
+                    f"{ours}attn.qkv.{kind}",
+                    *(weights[f"{theirs}self_attn.{x}_proj.{kind}"] for x in "qkv"),
+                )
             proj = weights[f"{theirs}self_attn.o_proj.weight"].float()
             if gated_attention:  # sigmoid(0) = 1/2 times 2: the start is the same function
                 yield f"{ours}attn.gate.weight", torch.zeros_like(proj)

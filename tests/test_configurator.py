@@ -129,7 +129,14 @@ def test_every_key_of_every_script_is_explained(config_class):
 
 
 CONFIGS = ["ablation", "pretrain_472m_gate", "pretrain_472m_sink", "pretrain_472m_vanilla", "sft_arithmetic"]
-CONFIGS += ["sft_gsm8k", "shakespeare", "tinystories_34m", "wikitext2"]  # and not those that a user adds
+CONFIGS += [
+    "adapt_qwen2.5_0.5b",
+    "adapt_qwen2.5_1.5b",
+    "sft_gsm8k",
+    "shakespeare",
+    "tinystories_34m",
+    "wikitext2",
+]  # and not those that a user adds
 
 
 @pytest.mark.parametrize("name", CONFIGS)
