@@ -23,9 +23,7 @@ from train import TrainConfig, write_file
 @dataclass
 class ConvertConfig:
     action: str = ""  # smdm, qwen2, export or import
-    source: str | None = (
-        None  # smdm: a .safetensors, .pth or .bin file; qwen2, import: a folder; export: a run
-    )
+    source: str | None = None  # a weights file (smdm), a folder (qwen2, import), or a run (export)
     tokenizer: str | None = None  # smdm: its tokenizer.json
     n_head: int | None = None  # smdm: attention heads; None: those of the size in model.py's table
     block_size: int = 2048  # smdm, qwen2: content tokens of a sequence, which the weights do not show
@@ -38,28 +36,33 @@ class ConvertConfig:
 # ---------- Reading weights
 
 
-class Shards(dict):
-    """{name of a tensor: its .safetensors file}. A tensor is read when it is asked for, and not kept."""
+class Weights(dict):
+    """{name of a tensor: its file}. weights[name] reads the tensor, and nothing is kept."""
 
     def __getitem__(self, name):
-        with configurator.need("safetensors").safe_open(super().__getitem__(name), "pt") as file:
-            return file.get_tensor(name)
+        path = super().__getitem__(name)
+        if path.endswith(".safetensors"):
+            with configurator.need("safetensors").safe_open(path, "pt") as file:
+                return file.get_tensor(name)
+        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return weights.get("model", weights)[name]
 
 
 def read_weights(source):
-    """{name: tensor} of a file, or of a folder's .safetensors files. Raises ValueError if that fails."""
+    """Weights of a file, or of a folder's .safetensors files. Raises ValueError if they cannot be read."""
+    paths, weights = [source], Weights()
     try:
-        if not os.path.isdir(source) and not source.endswith(".safetensors"):
-            weights = torch.load(source, map_location="cpu", weights_only=True, mmap=True)
-            return weights.get("model", weights)
-        paths, weights = [source], Shards()
         if os.path.isdir(source):
             index = f"{source}/model.safetensors.index.json"  # of several files
             files = set(json.load(open(index))["weight_map"].values()) if os.path.exists(index) else []
             paths = [f"{source}/{name}" for name in sorted(files) or ["model.safetensors"]]
         for path in paths:
-            with configurator.need("safetensors").safe_open(path, "pt") as file:
-                weights.update(dict.fromkeys(file.keys(), path))
+            if path.endswith(".safetensors"):
+                with configurator.need("safetensors").safe_open(path, "pt") as file:
+                    weights.update(dict.fromkeys(file.keys(), path))
+            else:
+                tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                weights.update(dict.fromkeys(tensors.get("model", tensors), path))
         return weights
     except Exception as error:  # each format fails in its own way
         raise ValueError(f"{source} cannot be read: {str(error)[:200]}") from error
