@@ -173,15 +173,11 @@ def look_at(run, cfg):
     run.first the first text's states (steps, T) before each step, and what measure makes of them."""
     run.prompts, config = [], run.model.config
     for index in tqdm(range(len(run.x0)), desc=run.name, unit="text"):
-        states, seed = (
-            [torch.where(run.hidden[index], config.mask_id, run.x0[index])[None]],
-            [seed_for(cfg.seed, index)],
-        )
-        generate(
-            run.model, states[0], cfg.steps, cfg.temperature, cfg.remasking, seeds=seed, on_step=states.append
-        )
-        *states, text = torch.cat(states)
-        states = torch.stack(states)
+        x = torch.where(run.hidden[index], config.mask_id, run.x0[index])[None]
+        states, seed = [x], seed_for(cfg.seed, index)
+        rule = cfg.steps, cfg.temperature, cfg.remasking
+        generate(run.model, x, *rule, seeds=[seed], on_step=states.append)
+        states, text = torch.cat(states[:-1]), states[-1][0]
         measured, hidden = measure(run.model, states, cfg.head_threshold), (states == config.mask_id).numpy()
         layers = [follow(*arrays, hidden, config) for arrays in zip(*measured)]
         steps = hidden.sum(axis=0).tolist()  # a token is hidden in the first so many states
