@@ -165,10 +165,8 @@ def from_qwen2(hf, weights, vocab_size, eot_id, n_sink=1, gated_attention=False,
             for name, our_name in QWEN2.items():
                 yield ours + our_name, weights[theirs + name]
             for kind in ("weight", "bias"):
-                yield (
-                    f"{ours}attn.qkv.{kind}",
-                    *(weights[f"{theirs}self_attn.{x}_proj.{kind}"] for x in "qkv"),
-                )
+                parts = [weights[f"{theirs}self_attn.{part}_proj.{kind}"] for part in "qkv"]
+                yield f"{ours}attn.qkv.{kind}", *parts
             proj = weights[f"{theirs}self_attn.o_proj.weight"].float()
             if gated_attention:  # sigmoid(0) = 1/2 times 2: the start is the same function
                 yield f"{ours}attn.gate.weight", torch.zeros_like(proj)
@@ -228,40 +226,37 @@ def save(out_dir, model, meta, run_config, step):
     print(f"saved {path}, {model.num_params():,} non-embedding parameters")
 
 
-def convert_in(cfg):
+def smdm(cfg):
+    spec = make_tokenizer(cfg.tokenizer) if cfg.tokenizer else None
+    model = from_smdm(read_weights(cfg.source), cfg.n_head, cfg.block_size)
+    if spec and spec["vocab_size"] != model.config.vocab_size:
+        sizes = f"{spec['vocab_size']:,} tokens, the model {model.config.vocab_size:,}"
+        raise ValueError(f"{cfg.tokenizer} has {sizes}; take the model's own")
+    return model, spec
+
+
+def qwen2(cfg):
+    with open(f"{cfg.source}/config.json") as file:
+        hf = json.load(file)
+    if hf.get("model_type") != "qwen2":
+        kind = hf.get("architectures") or hf.get("model_type")
+        raise ValueError(f"{cfg.source} holds {kind}; wanted a Qwen2 or Qwen2.5 model")
+    spec = make_tokenizer(f"{cfg.source}/tokenizer.json")
+    V, rows, arm = spec["vocab_size"], hf["vocab_size"], (cfg.n_sink, cfg.gated_attention, cfg.block_size)
+    if V > rows:
+        raise ValueError(f"tokenizer.json has {V:,} tokens, the model {rows:,}; take the model's own")
+    print(f"{rows - V:,} of {rows:,} rows stand for no token, and are left out")
+    return from_qwen2(hf, read_weights(cfg.source), V, load_tokenizer(spec).eot_token, *arm), spec
+
+
+def convert(cfg):
     """A released model becomes a checkpoint, with train.py's defaults as its run_config."""
-    hf, spec = {}, None
-    if cfg.action == "qwen2":
-        with open(f"{cfg.source}/config.json") as file:
-            hf = json.load(file)
-        if hf.get("model_type") != "qwen2":
-            kind = hf.get("architectures") or hf.get("model_type")
-            raise ValueError(f"{cfg.source} holds {kind}; wanted a Qwen2 or Qwen2.5 model")
-        cfg.tokenizer = f"{cfg.source}/tokenizer.json"
-    if cfg.tokenizer:
-        spec = make_tokenizer(cfg.tokenizer)
-    weights = read_weights(cfg.source)
     try:
-        if cfg.action == "smdm":
-            model = from_smdm(weights, cfg.n_head, cfg.block_size)
-        else:
-            V, rows, eot_id = spec["vocab_size"], hf["vocab_size"], load_tokenizer(spec).eot_token
-            if V > rows:
-                raise ValueError(
-                    f"{cfg.tokenizer} has {V:,} tokens, the model {rows:,}; take the model's own"
-                )
-            print(f"{rows - V:,} of {rows:,} rows stand for no token, and are left out")
-            arm = cfg.n_sink, cfg.gated_attention, cfg.block_size
-            model = from_qwen2(hf, weights, V, eot_id, *arm)
+        model, spec = smdm(cfg) if cfg.action == "smdm" else qwen2(cfg)
     except KeyError as error:
         raise ValueError(f"{cfg.source} lacks {error}: a file is missing, or is of another model") from error
-    config, meta = asdict(model.config), None
-    if spec:
-        meta = {"name": cfg.source, "tokenizer": spec, "documents": 0}
-        if spec["vocab_size"] != model.config.vocab_size:
-            sizes = f"{spec['vocab_size']:,} tokens, the model {model.config.vocab_size:,}"
-            raise ValueError(f"{cfg.tokenizer} has {sizes}; take the model's own")
-    shape = {key: value for key, value in config.items() if hasattr(TrainConfig, key)}
+    meta = {"name": cfg.source, "tokenizer": spec, "documents": 0} if spec else None
+    shape = {key: value for key, value in asdict(model.config).items() if hasattr(TrainConfig, key)}
     save(cfg.out_dir, model, meta, asdict(TrainConfig(dataset="none", out_dir=cfg.out_dir, **shape)), 0)
 
 
@@ -298,7 +293,7 @@ def import_back(cfg):
     save(cfg.out_dir, fill(model, ((name, weights[name]) for name in weights)), **rest)
 
 
-ACTIONS = {"smdm": convert_in, "qwen2": convert_in, "export": export, "import": import_back}
+ACTIONS = {"smdm": convert, "qwen2": convert, "export": export, "import": import_back}
 
 
 def main():

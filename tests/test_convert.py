@@ -80,6 +80,8 @@ def test_every_script_takes_a_converted_model(tmp_path, capsys):
     call(sample.main, f"--out_dir={tmp_path / 'out'}", "--prompt=It is", "--length=12", "--device=cpu")
     texts = capsys.readouterr().out.split("\n---\n")
     assert len(texts) == 3 and all(text.startswith("It is") for text in texts)
+    meta = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)["meta"]
+    assert meta["documents"] == 0  # so no end-of-text stands in front of a text
 
     (tmp_path / "items.jsonl").write_text('{"context": "It is", "choices": ["a", "b c"], "gold": 0}\n' * 2)
     call(eval.main, f"--task={tmp_path / 'items.jsonl'}", f"--out_dir={tmp_path / 'out'}", "--mc_num=4")
@@ -239,6 +241,11 @@ def test_attention_maps_with_grouped_queries(sink_attention, monkeypatch):
     for (weights, _), (v, output) in zip(sinks.attention_maps(model, torch.randint(11, (3, 16))), calls):
         v = v[:, [0, 0, 1, 1]]
         torch.testing.assert_close((weights @ v)[:, :, -output.size(2) :], output, atol=1e-5, rtol=1e-5)
+
+
+def test_biases_start_at_zero():
+    model = MDM(convert.MDMConfig(block_size=8, vocab_size=5, n_head=2, n_embd=8, n_layer=1, qkv_bias=True))
+    assert not model.blocks[0].attn.qkv.bias.any() and model.blocks[0].norm_1.weight.all()
 
 
 def test_split_is_mask_with_grouped_queries():
