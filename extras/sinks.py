@@ -202,7 +202,7 @@ def print_table(runs, columns):
                 percent = COLUMNS[column][0][0] == "%"
                 cell = f"{100 * mean:.0f}±{100 * error:.0f}" if percent else f"{mean:.1f}±{error:.1f}"
                 rows[number] += f"{cell:>10}"
-    print("", names, head, units, *rows.values(), sep="\n")
+    print("", names.rstrip(), head, units, *rows.values(), sep="\n")
 
 
 def sentence(run):
