@@ -64,17 +64,17 @@ class MDMConfig:
     gated_attention: bool = False  # multiply the attention output by sigmoid(X W_g) (arXiv 2505.06708)
     sink_attention: str = "mask"  # mask (Eq. 5-6 literally) or split (the same result without a mask)
     n_kv_head: int | None = None  # heads of keys and values, each for a group of queries; None: n_head
-    qkv_bias: bool = False  # this and the next two are other values in Qwen2, see extras/convert.py
+    qkv_bias: bool = False  # Qwen2 sets this, rope_base and norm_eps; see extras/convert.py
     rope_base: float = 10000.0
     norm_eps: float = 1e-5
 
     def __post_init__(self):
         self.mlp_hidden = self.mlp_hidden or 4 * self.n_embd
-        self.n_kv_head = self.n_kv_head or self.n_head
+        self.n_kv_head = self.n_head if self.n_kv_head is None else self.n_kv_head
         sizes = self.block_size, self.vocab_size, self.n_layer, self.n_head, self.n_embd, self.mlp_hidden
         if min(sizes) < 1 or self.n_sink < 0:
             raise ValueError(f"sizes must be at least 1, and n_sink at least 0; got {self}")
-        if self.n_head % self.n_kv_head:
+        if self.n_kv_head < 1 or self.n_head % self.n_kv_head:
             raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
         if self.n_embd % (2 * self.n_head):
             raise ValueError(f"n_embd {self.n_embd} does not give n_head {self.n_head} heads of even width")
@@ -97,7 +97,8 @@ class MDMConfig:
 
     def table_params(self) -> int:
         """Non-embedding parameters of the vanilla model of this shape, as the table counts them."""
-        per_layer = 4 * self.n_embd**2 + 3 * self.n_embd * self.mlp_hidden + 2 * self.n_embd
+        attention = 2 * self.n_embd**2 * (self.n_head + self.n_kv_head) // self.n_head
+        per_layer = attention + 3 * self.n_embd * self.mlp_hidden + 2 * self.n_embd
         return self.n_layer * per_layer + self.n_embd
 
 
@@ -138,8 +139,8 @@ class Attention(nn.Module):
             # Content queries attend to every key. A sink attends to one, itself: that softmax is 1, and its
             # output is its own value. No mask is needed, and the fastest kernels stay available.
             y = F.scaled_dot_product_attention(q[:, :, n_sink:], k, v, enable_gqa=gqa)
-            own = v[:, :, :n_sink].repeat_interleave(q.size(1) // v.size(1), dim=1)
-            y = torch.cat((own, y), dim=2)
+            sink_y = v[:, :, :n_sink].repeat_interleave(q.size(1) // v.size(1), dim=1)
+            y = torch.cat((sink_y, y), dim=2)
         else:
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=attn_mask, enable_gqa=gqa)
         y = y.transpose(1, 2).reshape(B, S, C)  # heads side by side
@@ -185,9 +186,8 @@ class MDM(nn.Module):
         self.ln_f = nn.RMSNorm(config.n_embd, eps=config.norm_eps)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)  # not tied to wte
         d = config.n_embd // config.n_head
-        frequency = config.rope_base ** (
-            -torch.arange(0, d, 2) / d
-        )  # pair e turns by position * base^(-2e/d)
+        # pair e turns by position * base^(-2e/d)
+        frequency = config.rope_base ** (-torch.arange(0, d, 2) / d)
         angle = torch.arange(config.block_size + config.n_sink)[:, None] * frequency
         self.register_buffer("rope_cos", angle.cos(), persistent=False)
         self.register_buffer("rope_sin", angle.sin(), persistent=False)
@@ -261,7 +261,9 @@ def load_checkpoint(path) -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in many ways
-        raise ValueError(f"{path} is damaged or no checkpoint ({str(error)[:200]}); take another") from error
+        raise ValueError(
+            f"{path} is damaged or no checkpoint ({type(error).__name__}); take another"
+        ) from error
     if not isinstance(checkpoint, dict) or "model_config" not in checkpoint:
         raise ValueError(f"{path} is no checkpoint of train.py; python -m extras.convert reads SMDM's")
     return checkpoint

@@ -479,10 +479,11 @@ def load_meta(folder: str) -> dict:
     try:
         with open(path) as file:
             meta = json.load(file)
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); {again}") from error
-    for split, n in meta["tokens"].items():
-        path, size = f"{folder}/{split}.bin", n * np.dtype(meta["dtype"]).itemsize
+        sizes = {split: n * np.dtype(meta["dtype"]).itemsize for split, n in meta["tokens"].items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error!r}); {again}") from error
+    for split, size in sizes.items():
+        path = f"{folder}/{split}.bin"
         if not os.path.exists(path) or os.path.getsize(path) != size:
             raise ValueError(f"{path} should have {size:,} bytes, as meta.json says; {again}")
     return meta

@@ -29,6 +29,8 @@ from model import MDM, MDMConfig, diffusion_loss, load_checkpoint, mask_tokens, 
 from model import weighted_nll  # isort: skip
 from prepare_data import load_meta, open_locked
 
+OF_DATA_OR_QWEN = {"vocab_size", "n_kv_head", "qkv_bias", "rope_base", "norm_eps"}  # no settings of a run
+MODEL_KEYS = [field.name for field in fields(MDMConfig) if field.name not in OF_DATA_OR_QWEN]
 MAY_CHANGE = {"data_dir", "max_steps", "train_flops", "epochs", "eval_interval", "log_interval", "wandb"}
 MAY_CHANGE |= {"device", "compile", "sink_attention"}  # on resume; all other keys keep their values
 
@@ -86,9 +88,6 @@ class TrainConfig:
             raise ValueError(f"min_lr {self.min_lr} is above learning_rate {self.learning_rate}; lower it")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"dtype is {self.dtype!r}; it must be auto, float32 or bfloat16")
-
-
-MODEL_KEYS = [field.name for field in fields(MDMConfig) if hasattr(TrainConfig, field.name)]
 
 
 def token_batches(folder: str, meta: dict, cfg: TrainConfig):
@@ -173,7 +172,7 @@ def write_file(path, write):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
-        raise ValueError(f"cannot write {path} ({error}); make room, then run it again") from error
+        raise ValueError(f"cannot write {path} ({error}); make room, or choose another place") from error
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -349,15 +348,16 @@ def start_run(cfg: TrainConfig, set_by: dict):
     for path in (os.path.join(cfg.out_dir, name) for name in ("ckpt.pt", "best.pt", "log.jsonl")):
         if os.path.exists(path) and not resumes:
             raise ValueError(f"{path} exists; continue with --init_from=resume, or set another --out_dir")
-    sources = {}  # of settings that the run has to have, {source: {key: value}}
-    model_config = {}
+    sources, model_config = {}, {}  # sources of settings that the run has to have: {source: {key: value}}
     if cfg.preset is not None:
         shape = asdict(MDMConfig.preset(cfg.preset))
         sources[f"preset {cfg.preset}"] = {k: shape[k] for k in ("n_layer", "n_head", "n_embd", "mlp_hidden")}
-    if cfg.init_from != "scratch":
+    if cfg.init_from not in (None, "scratch"):
         path = cfg.out_dir if resumes else cfg.init_from
         saved = load_checkpoint(path)
-        model_config = saved["model_config"]
+        if resumes and "optimizer" not in saved:
+            raise ValueError(f"{path} has no optimizer state to resume; take its weights: --init_from={path}")
+        model_config = asdict(MDMConfig(**saved["model_config"]))
         fixed = {key: model_config[key] for key in MODEL_KEYS}
         if resumes:
             fixed = saved["run_config"] | {"out_dir": cfg.out_dir, "init_from": "resume"}
@@ -376,7 +376,7 @@ def start_run(cfg: TrainConfig, set_by: dict):
     meta = load_meta(os.path.join(cfg.data_dir, cfg.dataset))
     model_config = model_config | {key: getattr(cfg, key) for key in MODEL_KEYS}
     config = MDMConfig(**model_config | {"vocab_size": meta["vocab_size"]})
-    if cfg.init_from == "scratch":
+    if cfg.init_from in (None, "scratch"):
         return cfg, meta, MDM(config, cfg.seed), None
     old, new = saved["model_config"]["vocab_size"], meta["vocab_size"]
     trained_on = saved["meta"] or meta

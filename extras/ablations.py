@@ -3,13 +3,15 @@
     python -m extras.ablations out/ablation --baseline=0-sinks --plot
 
 A row is a kind of run, FOLDER/NAME-SEED, with the settings in which it differs from others. Its numbers are
-means over seeds ± standard errors (nan for one seed): the last validation loss (nats per token), and how much
-more that is than the baseline's with the same seeds, which saw the same texts and masks.
+means over seeds ± standard errors (nan for one seed): the validation loss (nats per token) at the last step
+that all seeds have, and how much more that is than the baseline's with the same seeds, which saw the same
+texts and masks; "-" where data, validation or step are others.
 
     python -m extras.ablations anchor config/ablation.py --n_sink=0 --out_dir=out/ablation/anchor-0
 
 trains like train.py, but the first token of a text is never hidden. In the built-in problems this is the
-end-of-text in front of each: an anchor that is always there, at a fixed place, and is no sink."""
+end-of-text in front of each: an anchor that is always there, at a fixed position, and is no sink. (eval.py
+does not know of it, and hides this token, too.)"""
 
 import json
 import os
@@ -21,6 +23,8 @@ import numpy as np
 
 import configurator
 from train import MAY_CHANGE, TrainConfig, start_run, token_batches, train, write_file
+
+VALIDATION = ("data", "block_size", "eval_seqs", "epochs", "anchor")  # settings that its loss depends on
 
 
 @dataclass
@@ -41,10 +45,10 @@ def read_run(path):
         settings |= {key: last["config"].get(key) for key in ("max_steps", "train_flops", "epochs")}
         data = " ".join(sha256[:8] for sha256 in (last["data_sha256"] or {}).values())
         commit = (last["commit"] or "none")[:8] + "-dirty" * str(last["commit"]).endswith("-dirty")
-        settings |= {"last step": max(losses), "commit": commit, "data": data}
+        settings |= {"commit": commit, "data": data}
         return path.parent.name.removesuffix(f"-{first['seed']}"), first["seed"], settings, losses
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-        raise ValueError(f"{path} is no log of train.py with a validation ({error!r}); move it") from error
+        raise ValueError(f"{path} is no log of train.py ({error!r}); move it") from error
 
 
 def group(paths):
@@ -52,6 +56,9 @@ def group(paths):
     rows = {}
     for path in paths:
         name, seed, settings, losses = read_run(path)
+        if not losses:
+            print(f"left out {path}: it has no validation yet")
+            continue
         wanted, seeds = rows.setdefault(name, (settings, {}))
         for key in settings | wanted:
             if settings.get(key) != wanted.get(key):
@@ -99,17 +106,19 @@ def main():
     every = dict.fromkeys(key for settings, _ in rows.values() for key in settings)
     differ = [key for key in every if len({str(settings.get(key)) for settings, _ in rows.values()}) > 1]
     width = max(map(len, rows))
-    print(f"{'':<{width}}  seeds{'validation loss':>18}{f'more than {baseline}':>21}  settings")
+    print(f"{'':<{width}}  seeds    step{'validation loss':>18}{f'more than {baseline}':>21}  settings")
     wanted, first = rows[baseline]
+    last = max(set.intersection(*map(set, first.values())))
     for name, (settings, seeds) in rows.items():
         steps = sorted(set.intersection(*map(set, seeds.values())))  # that all seeds have
         mean, error = mean_and_error([[losses[step] for step in steps] for losses in seeds.values()])
         more = []
-        if all(settings.get(key) == wanted.get(key) for key in ("data", "last step", "epochs", "anchor")):
-            more = [seeds[seed][steps[-1]] - first[seed][steps[-1]] for seed in seeds if seed in first]
+        if steps[-1] == last and all(settings.get(key) == wanted.get(key) for key in VALIDATION):
+            more = [seeds[seed][last] - first[seed][last] for seed in seeds if seed in first]
         more = "{:.4f} ± {:.4f}".format(*mean_and_error(more)) if more else "-"
         shown = " ".join(f"{key}={settings[key]}" for key in differ if settings.get(key) is not None)
-        print(f"{name:<{width}}{len(seeds):>7}{f'{mean[-1]:.4f} ± {error[-1]:.4f}':>18}{more:>21}  {shown}")
+        loss = f"{mean[-1]:.4f} ± {error[-1]:.4f}"
+        print(f"{name:<{width}}{len(seeds):>7}{steps[-1]:>8}{loss:>18}{more:>21}  {shown}")
         if axes:
             axes.plot(steps[1:], mean[1:], ".-", label=name)  # without the first, the loss of random weights
             axes.fill_between(steps[1:], (mean - error)[1:], (mean + error)[1:], alpha=0.3)

@@ -17,7 +17,7 @@ import torch
 import configurator
 from model import MDM, PRESETS, MDMConfig, load_checkpoint
 from prepare_data import load_tokenizer, make_tokenizer
-from train import TrainConfig, write_file
+from train import MODEL_KEYS, TrainConfig, write_file
 
 
 @dataclass
@@ -33,7 +33,15 @@ class ConvertConfig:
     to: str | None = None  # export: the folder to write
 
 
-# ---------- Reading weights
+# ---------- Reading
+
+
+def read_json(path):
+    try:
+        with open(path) as file:
+            return json.load(file)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); take another copy") from error
 
 
 class Weights(dict):
@@ -54,7 +62,7 @@ def read_weights(source):
     try:
         if os.path.isdir(source):
             index = f"{source}/model.safetensors.index.json"  # of several files
-            files = set(json.load(open(index))["weight_map"].values()) if os.path.exists(index) else []
+            files = set(read_json(index)["weight_map"].values()) if os.path.exists(index) else []
             paths = [f"{source}/{name}" for name in sorted(files) or ["model.safetensors"]]
         for path in paths:
             if path.endswith(".safetensors"):
@@ -72,13 +80,15 @@ def fill(model, tensors):
     """The model, filled from tuples (name, *tensors that are its rows). Raises ValueError unless they fit."""
     missing = dict(model.named_parameters())
     for name, *parts in tensors:
-        rows, parameter = 0, missing.pop(name, torch.empty(0))
+        if name not in missing:
+            raise ValueError(f"the model has no {name}, or it comes twice: the weights are of another model")
+        rows, parameter = 0, missing.pop(name)
         for part in parts:
-            place = parameter.data[rows : rows + len(part)]
+            target = parameter.data[rows : rows + len(part)]
             rows += len(part)
-            if place.shape != part.shape:
+            if target.shape != part.shape:
                 raise ValueError(f"{name} {tuple(part.shape)} does not fit into {tuple(parameter.shape)}")
-            place.copy_(part)
+            target.copy_(part)
         if rows != len(parameter):
             raise ValueError(f"{name} has {rows} rows; wanted {len(parameter)}")
     if missing:
@@ -105,8 +115,9 @@ def from_smdm(state_dict, n_head: int | None = None, block_size: int = 2048) -> 
     sizes = {(layers, width): heads for layers, heads, width in PRESETS.values()}
     known = sizes.get((n_layer, C), n_head)
     if known is None or n_head not in (None, known):
-        shape = f"{n_layer} layers of width {C} have {known or 'an unknown number'}"
-        raise ValueError(f"n_head is {n_head}; {shape}")
+        shape = f"{n_layer} layers of width {C}"
+        wanted = f"{shape} have {known}" if known else f"model.py's table has no {shape}: set it"
+        raise ValueError(f"n_head is {n_head}; {wanted}")
     gated, hidden = "transformer.h.0.attn.gate.weight" in names, len(state_dict[names[w1]])
     config = MDMConfig(block_size, V, n_layer, known, C, hidden, len(wte) - V - 1, gated_attention=gated)
 
@@ -143,12 +154,20 @@ QWEN2 = {  # name in a layer: our name
 def from_qwen2(hf, weights, vocab_size, eot_id, n_sink=1, gated_attention=False, block_size=2048) -> MDM:
     """The MDM that starts from a Qwen2 model: hf its config.json, weights {name: tensor}. It computes the
     same logits, if the same causal mask is applied. vocab_size: tokens to keep of the padded vocabulary."""
-    shape = {"n_layer": hf["num_hidden_layers"], "n_embd": hf["hidden_size"]}
-    shape |= {"n_head": hf["num_attention_heads"], "n_kv_head": hf["num_key_value_heads"], "qkv_bias": True}
-    shape |= {"mlp_hidden": hf["intermediate_size"], "norm_eps": hf["rms_norm_eps"]}
-    shape |= {"rope_base": hf.get("rope_theta") or hf["rope_parameters"]["rope_theta"]}
-    arm = {"n_sink": n_sink, "gated_attention": gated_attention}
-    config = MDMConfig(block_size=block_size, vocab_size=vocab_size, **shape, **arm)
+    config = MDMConfig(
+        block_size=block_size,
+        vocab_size=vocab_size,
+        n_layer=hf["num_hidden_layers"],
+        n_head=hf["num_attention_heads"],
+        n_embd=hf["hidden_size"],
+        mlp_hidden=hf["intermediate_size"],
+        n_sink=n_sink,
+        gated_attention=gated_attention,
+        n_kv_head=hf["num_key_value_heads"],
+        qkv_bias=True,
+        rope_base=hf.get("rope_theta") or hf["rope_parameters"]["rope_theta"],
+        norm_eps=hf["rms_norm_eps"],
+    )
 
     def tensors():
         wte = weights["model.embed_tokens.weight"][:vocab_size]
@@ -236,11 +255,13 @@ def smdm(cfg):
 
 
 def qwen2(cfg):
-    with open(f"{cfg.source}/config.json") as file:
-        hf = json.load(file)
+    hf = read_json(f"{cfg.source}/config.json")
     if hf.get("model_type") != "qwen2":
         kind = hf.get("architectures") or hf.get("model_type")
         raise ValueError(f"{cfg.source} holds {kind}; wanted a Qwen2 or Qwen2.5 model")
+    rope_type = hf.get("rope_parameters", {}).get("rope_type", "default")
+    if hf.get("rope_scaling") or hf.get("use_sliding_window") or rope_type != "default":
+        raise ValueError(f"{cfg.source} scales its positions, or attends to a window: not supported")
     spec = make_tokenizer(f"{cfg.source}/tokenizer.json")
     V, rows, arm = spec["vocab_size"], hf["vocab_size"], (cfg.n_sink, cfg.gated_attention, cfg.block_size)
     if V > rows:
@@ -249,14 +270,17 @@ def qwen2(cfg):
     return from_qwen2(hf, read_weights(cfg.source), V, load_tokenizer(spec).eot_token, *arm), spec
 
 
+READERS = {"smdm": smdm, "qwen2": qwen2}
+
+
 def convert(cfg):
     """A released model becomes a checkpoint, with train.py's defaults as its run_config."""
     try:
-        model, spec = smdm(cfg) if cfg.action == "smdm" else qwen2(cfg)
+        model, spec = READERS[cfg.action](cfg)
     except KeyError as error:
         raise ValueError(f"{cfg.source} lacks {error}: a file is missing, or is of another model") from error
     meta = {"name": cfg.source, "tokenizer": spec, "documents": 0} if spec else None
-    shape = {key: value for key, value in asdict(model.config).items() if hasattr(TrainConfig, key)}
+    shape = {key: getattr(model.config, key) for key in MODEL_KEYS}
     save(cfg.out_dir, model, meta, asdict(TrainConfig(dataset="none", out_dir=cfg.out_dir, **shape)), 0)
 
 
@@ -266,40 +290,38 @@ def export(cfg):
     checkpoint, results = load_checkpoint(cfg.source), {}
     folder = cfg.source if os.path.isdir(cfg.source) else os.path.dirname(cfg.source) or "."
     if os.path.exists(f"{folder}/results.json"):
-        with open(f"{folder}/results.json") as file:
-            results = json.load(file)
+        results = read_json(f"{folder}/results.json")
     config = {"architectures": ["MDM"], **checkpoint["model_config"]}
     rest = {key: checkpoint[key] for key in ("meta", "run_config", "step")}
     files = {"config.json": json.dumps(config, indent=1), "training.json": json.dumps(rest, indent=1)}
     files["README.md"] = card(checkpoint, results)
     if checkpoint["meta"]:
         files["tokenizer.json"] = tokenizer_json(checkpoint["meta"]["tokenizer"])
-    os.makedirs(cfg.to)
-    save_file(checkpoint["model"], f"{cfg.to}/model.safetensors", metadata={"format": "pt"})
+    new = f"{cfg.to}.tmp"  # it gets its name when all is there
+    os.makedirs(new)
+    save_file(checkpoint["model"], f"{new}/model.safetensors", metadata={"format": "pt"})
     for name, text in files.items():
-        with open(f"{cfg.to}/{name}", "w") as file:
+        with open(f"{new}/{name}", "w") as file:
             file.write(text)
+    os.rename(new, cfg.to)
     print(f"wrote {cfg.to}: model.safetensors, {', '.join(files)}")
 
 
 def import_back(cfg):
-    with open(f"{cfg.source}/config.json") as file:
-        config = json.load(file)
+    config, rest = read_json(f"{cfg.source}/config.json"), read_json(f"{cfg.source}/training.json")
     if config.pop("architectures", None) != ["MDM"]:
         raise ValueError(f"{cfg.source} was not written by export; wanted a config.json with MDM")
-    with open(f"{cfg.source}/training.json") as file:
-        rest = json.load(file)
     model, weights = MDM(MDMConfig(**config)), read_weights(cfg.source)
     save(cfg.out_dir, fill(model, ((name, weights[name]) for name in weights)), **rest)
 
 
-ACTIONS = {"smdm": convert, "qwen2": convert, "export": export, "import": import_back}
+ACTIONS = {**dict.fromkeys(READERS, convert), "export": export, "import": import_back}
 
 
 def main():
     cfg, _ = configurator.parse(ConvertConfig, positional="action")
     if cfg.action not in ACTIONS:
-        raise ValueError(f"cannot {cfg.action!r}; wanted {', '.join(ACTIONS)}")
+        raise ValueError(f"the action is {cfg.action!r}; wanted {', '.join(ACTIONS)}")
     target = "to" if cfg.action == "export" else "out_dir"
     if cfg.source is None or getattr(cfg, target) is None:
         raise ValueError(f"{cfg.action} wants --source and --{target}; --help explains them")

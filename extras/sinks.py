@@ -33,7 +33,7 @@ COLUMNS = {  # of the table: unit, meaning
     "top": ("x even", "attention to the position that gets the most; an even share is 1"),
     "moves": ("% steps", "steps at which another position than before gets the most"),
     "norm": ("x median", "norm of that position's value vector; 1 is the median of the others"),
-    "sink": ("x even", "attention to the sink tokens"),
+    "sink": ("x even", "attention to the sink token, or to each of several"),
     "heads": ("% heads", "heads in which one position gets more than {} of the attention: the sink rate"),
     "on_sink": ("% steps", "steps at which a sink token gets the most"),
     "distance": ("tokens", "how far the position with the most attention moves in a step"),
@@ -64,7 +64,8 @@ class SinksConfig:
 
     def __post_init__(self):
         if self.limit < 2 or self.mc_num < 1 or self.seed < 0:
-            raise ValueError(f"limit, mc_num and seed must be at least 2, 1 and 0; got {self}")
+            got = f"{self.limit}, {self.mc_num} and {self.seed}"
+            raise ValueError(f"limit, mc_num and seed must be at least 2, 1 and 0; got {got}")
         self.columns = ",".join(COLUMNS) if self.columns == "all" else self.columns
         for column in self.columns.split(","):
             if column not in COLUMNS:
@@ -73,7 +74,7 @@ class SinksConfig:
 
 class Run:
     """A trained model, and validation sequences x0 (n, T) of which it is to write the hidden tokens (n, T).
-    Raises ValueError if one has none. look_at adds prompts, layers and first."""
+    Raises ValueError if a text has no hidden token. look_at adds prompts, layers and first."""
 
     def __init__(self, name, cfg, device):
         self.name = name
@@ -132,7 +133,8 @@ def follow(mass, norms, rate, hidden, config):
     """The position that gets the most attention in one layer, and COLUMNS: {name: a number for each step}.
 
     mass, norms (steps, S) and rate (steps,) of measure; hidden (steps, T) tells which tokens are [MASK].
-    Content has the positions 0, 1, ...; all sinks count as one position, -1 in front or T at the end."""
+    Content has the positions 0, 1, ...; a sink -1 in front or T at the end. Of several sinks each competes
+    alone, and from one to another is no move."""
     n_sink, (steps, S) = config.n_sink, mass.shape
     positions = np.arange(S) - n_sink
     positions[:n_sink] = -1 if config.sink_position == "front" else S - n_sink
@@ -151,7 +153,7 @@ def follow(mass, norms, rate, hidden, config):
         "masks": (mass * is_mask).sum(axis=1) / is_mask.mean(axis=1),
     }
     if n_sink:
-        values |= {"sink": mass[:, :n_sink].sum(axis=1) * S, "on_sink": top < n_sink}
+        values |= {"sink": mass[:, :n_sink].mean(axis=1) * S, "on_sink": top < n_sink}
     return {key: np.round(array.astype(float), 6).tolist() for key, array in values.items()}
 
 
@@ -172,7 +174,7 @@ def look_at(run, cfg):
     """Writes the texts. run.prompts has what the file gets of each, run.layers the averages of each layer,
     run.first the first text's states (steps, T) before each step, and what measure makes of them."""
     run.prompts, config = [], run.model.config
-    for index in tqdm(range(len(run.x0)), desc=run.name, unit="text"):
+    for index in tqdm(range(len(run.x0)), desc=run.name, unit="text", disable=None):
         x = torch.where(run.hidden[index], config.mask_id, run.x0[index])[None]
         states, seed = [x], seed_for(cfg.seed, index)
         rule = cfg.steps, cfg.temperature, cfg.remasking
@@ -192,16 +194,18 @@ def print_table(runs, columns):
     names, head, units, rows = "      ", "      ", "layer ", {}
     for run in runs:
         group = [column for column in columns if column in run.layers[0]]
-        names += f"  {run.name:^{10 * len(group)}}"
-        head += "  " + "".join(f"{column:>10}" for column in group)
-        units += "  " + "".join(f"{COLUMNS[column][0]:>10}" for column in group)
+        width = max(10 * len(group), len(run.name))
+        names += f"  {run.name:^{width}}"
+        head += "  " + "".join(f"{column:>10}" for column in group).rjust(width)
+        units += "  " + "".join(f"{COLUMNS[column][0]:>10}" for column in group).rjust(width)
         for number, layer in enumerate(run.layers):
-            rows[number] = rows.get(number, f"{number:>5} ") + "  "
+            cells = ""
             for column in group:
                 mean, error = layer[column], layer[f"{column}_se"]
                 percent = COLUMNS[column][0][0] == "%"
                 cell = f"{100 * mean:.0f}±{100 * error:.0f}" if percent else f"{mean:.1f}±{error:.1f}"
-                rows[number] += f"{cell:>10}"
+                cells += f"{cell:>10}"
+            rows[number] = rows.get(number, f"{number:>5} ") + "  " + cells.rjust(width)
     print("", names.rstrip(), head, units, *rows.values(), sep="\n")
 
 
@@ -298,8 +302,8 @@ def draw_maps(Figure, runs, layer):
 
 
 def draw_paths(Figure, runs):
-    """The position that gets the most attention at each step, a row for each layer, a column for each run. A
-    sink has its own line at the bottom; hidden tokens are grey."""
+    """The position that gets the most attention at each step: a row for each layer that all runs have, a
+    column for each run. A sink has its own line at the bottom; hidden tokens are grey."""
     n_layer = min(len(run.layers) for run in runs)
     figure = Figure(figsize=(4.8 * len(runs), 1 + 1.6 * n_layer), layout="constrained")
     axes = figure.subplots(n_layer, len(runs), squeeze=False)
@@ -309,9 +313,9 @@ def draw_paths(Figure, runs):
         for layer, panel in enumerate(column):
             positions = np.array(run.prompts[0]["layers"][layer]["position"])
             positions[(positions < 0) | (positions == T)] = bottom = -T / 8
-            extent = (-0.5, n_steps - 0.5, -0.5, T - 0.5)
+            extent = (0.5, n_steps + 0.5, -0.5, T - 0.5)
             panel.imshow(hidden.T, cmap="Greys", vmax=4, aspect="auto", origin="lower", extent=extent)
-            panel.plot(positions, drawstyle="steps-mid", color="tab:red")
+            panel.plot(range(1, n_steps + 1), positions, drawstyle="steps-mid", color="tab:red")
             panel.set(ylim=(1.6 * bottom, T), ylabel=f"layer {layer}")
             panel.set_yticks(*ticks(T, bottom if run.model.config.n_sink else None))
         column[0].set_title(run.title)
@@ -351,11 +355,11 @@ def draw_norms(Figure, runs):
 # ---------- The first text as an animated SVG
 
 
-def discrete(attribute, values, n_steps, seconds=24):
+def discrete(attribute, values, n_steps):
     """values [(step, value)] of an SVG attribute over a loop, the last seventh of which shows the end."""
     times = ";".join(f"{step / n_steps * 6 / 7:.4f}" for step, _ in values)
     values = ";".join(value for _, value in values)
-    when = f'keyTimes="{times}" calcMode="discrete" dur="{seconds}s" repeatCount="indefinite"'
+    when = f'keyTimes="{times}" calcMode="discrete" dur="24s" repeatCount="indefinite"'
     return f'attributeName="{attribute}" values="{values}" {when}/>'
 
 
@@ -363,17 +367,17 @@ STYLE = """text{font:12px monospace;fill:#e6edf3}.title{font-weight:bold;font-si
 .token{fill:#30363d}.given{fill:#1f3a5f}.sink{fill:#238636}.marker{fill:#ff7b72}"""
 
 
-def draw_animation(runs, layer, width=940):
+def draw_animation(runs, layer):
     """An SVG that replays the first text of each run: a box for each token, dim while it is hidden and bright
     when it is written, and a marker over the position that gets most attention. It has no script, plays in an
     <img>, and shows the last step where animation is off."""
-    parts, top = [], 0
+    parts, top, width = [], 0, 940
     for run in runs:
         states, prompt, config = run.first[0], run.prompts[0], run.model.config
         n_steps, positions = len(states), prompt["layers"][layer]["position"]
         moves = sum(prompt["layers"][layer]["moves"])
         note = f"layer {layer}: the token with most attention changes at {moves:.0f} of {n_steps - 1} steps"
-        parts.append(f'<text class="title" x="12" y="{top + 26}">{run.title}</text>')
+        parts.append(f'<text class="title" x="12" y="{top + 26}">{html.escape(run.title)}</text>')
         parts.append(f'<text class="note" x="{width - 12}" y="{top + 26}" text-anchor="end">{note}</text>')
         texts = [readable(run.tokenizer, token).strip() or "␣" for token in prompt["tokens"]]
         sink = -1 if config.sink_position == "front" else len(texts)  # its position, as in follow
@@ -397,7 +401,7 @@ def draw_animation(runs, layer, width=940):
             parts.append(f"<text {middle}>{html.escape(text)}{shown}</text>")
             x += size + 4
         path = [(step, centers[int(position)]) for step, position in enumerate(positions)]
-        path = [place for place, before in zip(path, [(0, "")] + path) if place[1] != before[1]]
+        path = [stop for stop, before in zip(path, [(0, "")] + path) if stop[1] != before[1]]
         marker = f'<path class="marker" d="M-7-12H7L0 0Z" transform="translate({path[-1][1]})">'
         moves = discrete("transform", path, n_steps)
         parts.append(f'{marker}<animateTransform type="translate" {moves}</path>')
@@ -424,8 +428,14 @@ def main():
         raise ValueError(f"layer is {cfg.layer}; the layers are 0 to {n_layer - 1}")
     if cfg.changes and not any(run.model.config.n_sink for run in runs):
         raise ValueError(f"no sinks to change in {', '.join(names)}; train a model with n_sink=1")
-    labels = [Path(name).name if os.path.isdir(name) else "-".join(Path(name).parts[-2:]) for name in names]
-    folder = Path(cfg.to or "out/sinks/" + "+".join(labels))
+    if os.path.isdir(cfg.animate or ""):
+        raise ValueError(f"animate is {cfg.animate}, a folder; wanted the path of an .svg file")
+    if len({run.title for run in runs}) < len(runs):
+        for run in runs:
+            run.title = f"{run.name}, {run.title}"
+    folder = Path(
+        cfg.to or "out/sinks/" + "+".join("-".join(Path(name).resolve().parts[-2:]) for name in names)
+    )
     if cfg.json or cfg.plot:
         folder.mkdir(parents=True, exist_ok=True)
     if cfg.animate:

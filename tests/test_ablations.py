@@ -47,14 +47,14 @@ def test_means_and_paired_differences(tmp_path, call):
     write_log(tmp_path / "c", {0: 9.0, 10: 5.0}, seed=2, n_sink=4)
     write_log(tmp_path / "d-1", {0: 9.0, 10: 4.0}, seed=7, n_sink=2)  # the first row has no such seed
     assert call() == [
-        "a 3 5.3000 ± 0.1732 0.0000 ± 0.0000 n_sink=0",
-        "b-1 3 5.0000 ± 0.1155 -0.3000 ± 0.0577 n_sink=1",
-        "c 1 5.0000 ± nan -0.6000 ± nan n_sink=4",
-        "d-1 1 4.0000 ± nan - n_sink=2",
+        "a 3 10 5.3000 ± 0.1732 0.0000 ± 0.0000 n_sink=0",
+        "b-1 3 10 5.0000 ± 0.1155 -0.3000 ± 0.0577 n_sink=1",
+        "c 1 10 5.0000 ± nan -0.6000 ± nan n_sink=4",
+        "d-1 1 10 4.0000 ± nan - n_sink=2",
     ]
     assert call("--baseline=b-1")[:2] == [
-        "a 3 5.3000 ± 0.1732 0.3000 ± 0.0577 n_sink=0",
-        "b-1 3 5.0000 ± 0.1155 0.0000 ± 0.0000 n_sink=1",
+        "a 3 10 5.3000 ± 0.1732 0.3000 ± 0.0577 n_sink=0",
+        "b-1 3 10 5.0000 ± 0.1155 0.0000 ± 0.0000 n_sink=1",
     ]
     with pytest.raises(ValueError, match="no run is named b; wanted one of a, b-1, c, d-1"):
         call("--baseline=b")
@@ -64,7 +64,7 @@ def test_a_resumed_run(tmp_path, call):
     """It has the last row of a step, and the settings of its first start, but its last length."""
     write_log(tmp_path / "a-0", {0: 9.0, 20: 7.0}, {10: 6.0, 20: 5.0}, seed=0)
     write_log(tmp_path / "a-1", {0: 9.0, 20: 5.5}, seed=1, max_steps=9000)
-    assert call() == ["a 2 5.2500 ± 0.2500 0.0000 ± 0.0000"]
+    assert call() == ["a 2 20 5.2500 ± 0.2500 0.0000 ± 0.0000"]
 
 
 def test_what_is_compared(tmp_path, call):
@@ -78,11 +78,13 @@ def test_what_is_compared(tmp_path, call):
         ({"data": "20e" * 20}, "-", "data=20e20e20"),
         ({"extra": {"epochs": 10}}, "-", "epochs=10"),
         ({"extra": {"anchor": True}}, "-", "anchor=True"),
-        ({"losses": {0: 9.0, 10: 6.0}}, "-", "last step=10"),
+        ({"block_size": 32}, "-", "block_size=32"),
+        ({"eval_seqs": 99}, "-", "eval_seqs=99"),
+        ({"losses": {0: 9.0, 10: 6.0}}, "-", ""),
     ):
         losses = settings.get("losses", {0: 9.0, 20: 6.0})
         write_log(tmp_path / "b", losses, **base | {k: v for k, v in settings.items() if k != "losses"})
-        assert call()[1] == f"b 1 6.0000 ± nan {more} {shown}"
+        assert call()[1] == f"b 1 {max(losses)} 6.0000 ± nan {more} {shown}".strip()
 
 
 def test_curves(tmp_path, call, monkeypatch):
@@ -118,7 +120,7 @@ def test_errors(tmp_path, call):
         "|"
     ):
         (tmp_path / "a-3" / "log.jsonl").write_text(text + "\n")
-        with pytest.raises(ValueError, match="a-3/log.jsonl is no log of train.py with a validation"):
+        with pytest.raises(ValueError, match="a-3/log.jsonl is no log of train.py"):
             call()
 
 

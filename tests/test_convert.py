@@ -17,6 +17,7 @@ import eval
 import prepare_data
 import sample
 import sft_gsm8k
+import train
 from extras import convert, sinks
 from model import MDM
 from prepare_data import load_tokenizer, make_tokenizer
@@ -111,13 +112,15 @@ def test_smdm_bad_input(tmp_path):
         "no SMDM state dict: .* but no lm_head.weight": {wte: weights[wte]},
         "wte has 99 rows for 96 tokens": weights | {wte: torch.zeros(99, 64)},
         "SMDM has no grouped queries": weights | {qkv: torch.zeros(128, 64)},
-        "x.weight .* does not fit into .0,.": weights | {"transformer.x.weight": torch.zeros(2)},
+        "the model has no x.weight, or it comes twice": weights | {"transformer.x.weight": torch.zeros(2)},
         "no weights for blocks.1.attn.qkv.weight": {k: weights[k] for k in weights if k != qkv},
     }
     for message, state_dict in others.items():
         with pytest.raises(ValueError, match=message):
             convert.from_smdm(state_dict, n_head)
-    with pytest.raises(ValueError, match="n_head is None; 3 layers of width 64 have an unknown number"):
+    with pytest.raises(
+        ValueError, match="n_head is None; model.py's table has no 3 layers of width 64: set it"
+    ):
         convert.from_smdm(weights)
     (tmp_path / "x.bin").write_bytes(b"no weights")
     write_smdm(tmp_path / "x.pth", weights)
@@ -131,7 +134,7 @@ def test_smdm_bad_input(tmp_path):
         (["smdm", f"--source={tmp_path}/none.pth"], "none.pth cannot be read"),
         (["smdm"], "smdm wants --source and --out_dir"),
         (["export", f"--source={tmp_path}"], "export wants --source and --to"),
-        (["llama"], "cannot 'llama'; wanted smdm, qwen2, export, import"),
+        (["llama"], "the action is 'llama'; wanted smdm, qwen2, export, import"),
     ):
         where = [f"--out_dir={tmp_path / 'out'}", "--n_head=4"] if "--source" in str(argv) else []
         with pytest.raises(ValueError, match=message):
@@ -243,6 +246,12 @@ def test_attention_maps_with_grouped_queries(sink_attention, monkeypatch):
         torch.testing.assert_close((weights @ v)[:, :, -output.size(2) :], output, atol=1e-5, rtol=1e-5)
 
 
+def test_the_table_counts_grouped_queries():
+    """Norms, projections and MLP; not biases and gates, as the vanilla model has none."""
+    model = make_model(n_sink=0, n_head=4, n_kv_head=2, n_embd=32)
+    assert model.config.table_params() == model.num_params()
+
+
 def test_biases_start_at_zero():
     model = MDM(convert.MDMConfig(block_size=8, vocab_size=5, n_head=2, n_embd=8, n_layer=1, qkv_bias=True))
     assert not model.blocks[0].attn.qkv.bias.any() and model.blocks[0].norm_1.weight.all()
@@ -277,6 +286,11 @@ def test_qwen2_bad_input(qwen, tmp_path):
         assert not (tmp_path / "out").exists()
 
     refuses("config.json", "config.json")
+    refuses("config.json is damaged", "config.json", "{")
+    for key, value in {"use_sliding_window": True, "rope_scaling": {"type": "yarn"}}.items():
+        refuses(
+            "scales its positions, or attends to a window", "config.json", json.dumps(config | {key: value})
+        )
     other = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
     refuses("holds .*LlamaForCausalLM.*; wanted a Qwen2", "config.json", json.dumps(other))
     refuses("cannot be read", shard)
@@ -323,6 +337,8 @@ def test_out_and_back_is_the_same(tmp_path, variant):
         assert file.metadata() == {"format": "pt"} and set(file.keys()) == checkpoint["model"].keys()
     card = (tmp_path / "folder" / "README.md").read_text()
     assert "Trained on x for 7 steps." in card and "task-1, step 7, commit abc: acc 0.5000 ± 0.2500" in card
+    with pytest.raises(ValueError, match="has no optimizer state to resume; take its weights: --init_from="):
+        call(train.main, "--init_from=resume", f"--out_dir={tmp_path / 'back'}")
     with pytest.raises(ValueError, match="folder exists; set another --to"):
         call(convert.main, "export", f"--source={tmp_path / 'run'}", f"--to={tmp_path / 'folder'}")
 
@@ -348,5 +364,6 @@ def test_the_exported_tokenizer(name, tmp_path):
 def test_import_bad_input(tmp_path):
     pytest.importorskip("safetensors")
     (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "training.json").write_text("{}")
     with pytest.raises(ValueError, match="was not written by export"):
         call(convert.main, "import", f"--source={tmp_path}", f"--out_dir={tmp_path / 'out'}")

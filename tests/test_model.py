@@ -202,6 +202,9 @@ def test_bad_input():
     for key, value in bad.items():
         with pytest.raises(ValueError, match=f"{key}.*{value}"):
             MDMConfig(**{**TINY, key: value})
+    for n_kv_head in (0, -1, 3):
+        with pytest.raises(ValueError, match=f"n_head 4 is not a multiple of n_kv_head {n_kv_head}"):
+            MDMConfig(n_kv_head=n_kv_head)
     with pytest.raises(ValueError, match="even width"):
         MDMConfig(n_embd=10, n_head=2)
     with pytest.raises(ValueError, match="no preset '7B'; there are 6M, 19M"):

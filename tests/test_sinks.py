@@ -100,7 +100,7 @@ def test_a_known_sink_is_followed(flags, at, positions, monkeypatch):
         wanted["hidden"] = float(row >= n and hidden[step, row - n])
         wanted["norm"] = 3 / np.median(np.delete(row_norms, row))
         if n:
-            wanted |= {"sink": sum(shares[:n]) * S, "on_sink": float(row < n)}
+            wanted |= {"sink": sum(shares[:n]) * S / n, "on_sink": float(row < n)}
         assert {"position", "moves", "distance", "heads", *wanted} == values.keys()
         assert {key: values[key][step] for key in wanted} == pytest.approx(wanted, abs=1e-5)
 
@@ -190,9 +190,10 @@ def test_the_table(folder, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sinks, "measure", spy)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sinks, "load_trained", lambda path, device: load_trained(tmp_path / path, device))
-    options = ["--limit=3", "--prompt_length=8", "--steps=4", "--head_threshold=0.06", "--json"]
+    options, two = ["--limit=3", "--prompt_length=8", "--steps=4"], f"{tmp_path.name}-vanilla"
+    options += ["--head_threshold=0.06", "--json"]
     call(monkeypatch, "sink/ckpt.pt", "vanilla", "vanilla", *options)
-    file = json.loads((tmp_path / "out/sinks/sink-ckpt.pt+vanilla+vanilla/sinks.json").read_text())
+    file = json.loads((tmp_path / f"out/sinks/sink-ckpt.pt+{two}+{two}/sinks.json").read_text())
     out = capsys.readouterr().out
     runs = file["runs"]
     assert file["settings"]["steps"] == 4 and precisions == {"highest"} and vanilla.is_dir()
@@ -332,7 +333,8 @@ def test_pictures(folder, monkeypatch):
     sinks.look_at(run, SinksConfig())
     shares = [layer["sink"] for layer in run.layers]
     assert layers[:2] == [int(np.argmax(shares)), 0] and abs(np.diff(shares)) > 0.01
-    for path in ("out/sinks/sink+vanilla", "there", "out/sinks/vanilla"):
+    here = folder.parent.name
+    for path in (f"out/sinks/{here}-sink+{here}-vanilla", "there", f"out/sinks/{here}-vanilla"):
         for name in ("maps", "paths", "norms"):
             image = (folder.parent / path / f"{name}.png").read_bytes()
             width, height = (int.from_bytes(image[start : start + 4], "big") for start in (16, 20))

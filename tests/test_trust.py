@@ -299,7 +299,7 @@ def test_disk_full(data_dir, tmp_path, capsys):
         err = error_of(capsys, lambda: go(*resume, "--max_steps=5"))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert err.startswith(f"error: cannot write {tmp_path}/") and "; make room, then" in err
+    assert err.startswith(f"error: cannot write {tmp_path}/") and "; make room, or" in err
     assert (tmp_path / "ckpt.pt").read_bytes() == before and not list(tmp_path.glob("*.tmp"))
     go(*resume, "--max_steps=5")
     assert load_checkpoint(tmp_path)["step"] == 5
