@@ -2,7 +2,7 @@
 #   python prepare_data.py wikitext2 --tokenizer=gpt2 --vocab_size=4096
 #   python train.py config/wikitext2.py
 #   python train.py config/wikitext2.py --n_sink=0 --out_dir=out/wikitext2-vanilla
-#   python -m extras.sinks out/wikitext2 out/wikitext2-vanilla --plot=True
+#   python -m extras.sinks out/wikitext2 out/wikitext2-vanilla --plot
 # Cost: 5,000 steps of 2,048 tokens = 10.2M tokens, 57 minutes for each on one core.
 # Result, with a BPE of 4,096 tokens trained on the corpus: validation bounds of 5.07 and 5.06 nats per token;
 # docs/sinks.md has the rest.
