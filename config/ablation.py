@@ -1,7 +1,7 @@
 # The paper's ablations (Tables 3 to 5) in small: each arm for the same steps, with the same batches and
 # masks for the same seed.
 #   python prepare_data.py
-#   python train.py config/ablation.py --n_sink=2 --seed=1 --out_dir=out/ablation/2-sinks-1  # one arm, one seed
+#   python train.py config/ablation.py --n_sink=2 --seed=1 --out_dir=out/ablation/2-sinks-1  # one run
 #   python -m extras.ablations out/ablation  # the table of all that is there
 # docs/sinks.md has the loop over arms and seeds. Cost: 2,000 steps of 1,024 tokens, two minutes on one core.
 # Result: a validation loss of 0.726 without a sink and 0.685 with one, five seeds each.

@@ -2,10 +2,10 @@
 
     python -m extras.ablations out/ablation --baseline=0-sinks --plot
 
-A row is a kind of run, FOLDER/NAME-SEED, with the settings in which it differs from others. Its numbers are
-means over seeds ± standard errors (nan for one seed): the validation loss (nats per token) at the last step
-that all seeds have, and how much more that is than the baseline's with the same seeds, which saw the same
-texts and masks; "-" where data, validation or step are others.
+A row is a kind of run, FOLDER/NAME-SEED, with the settings in which it differs from the baseline. Its
+numbers are means over seeds ± standard errors (nan for one seed): the validation loss (nats per token) at the
+last step that all seeds have, and how much more that is than the baseline's with the same seeds, which saw
+the same texts and masks; "-" where data, validation or step are others.
 
     python -m extras.ablations anchor config/ablation.py --n_sink=0 --out_dir=out/ablation/anchor-0
 
@@ -24,7 +24,7 @@ import numpy as np
 import configurator
 from train import MAY_CHANGE, TrainConfig, start_run, token_batches, train, write_file
 
-VALIDATION = ("data", "block_size", "eval_seqs", "epochs", "anchor")  # settings that its loss depends on
+VALIDATION = {"data", "block_size", "eval_seqs", "epochs", "anchor"}  # settings that its loss depends on
 
 
 @dataclass
@@ -103,20 +103,19 @@ def main():
     if baseline not in rows:
         raise ValueError(f"no run is named {baseline}; wanted one of {', '.join(rows)}")
     axes = configurator.need("matplotlib.figure", "matplotlib").Figure().subplots() if cfg.plot else None
-    every = dict.fromkeys(key for settings, _ in rows.values() for key in settings)
-    differ = [key for key in every if len({str(settings.get(key)) for settings, _ in rows.values()}) > 1]
     width = max(map(len, rows))
-    print(f"{'':<{width}}  seeds    step{'validation loss':>18}{f'more than {baseline}':>21}  settings")
+    print(f"{'':<{width}}  seeds    step{'validation loss':>18}{f'more than {baseline}':>21}  other settings")
     wanted, first = rows[baseline]
     last = max(set.intersection(*map(set, first.values())))
     for name, (settings, seeds) in rows.items():
         steps = sorted(set.intersection(*map(set, seeds.values())))  # that all seeds have
         mean, error = mean_and_error([[losses[step] for step in steps] for losses in seeds.values()])
+        other = [k for k in settings | wanted if (settings.get(k) or None) != (wanted.get(k) or None)]
         more = []
-        if steps[-1] == last and all(settings.get(key) == wanted.get(key) for key in VALIDATION):
+        if steps[-1] == last and not set(other) & VALIDATION:
             more = [seeds[seed][last] - first[seed][last] for seed in seeds if seed in first]
         more = "{:.4f} ± {:.4f}".format(*mean_and_error(more)) if more else "-"
-        shown = " ".join(f"{key}={settings[key]}" for key in differ if settings.get(key) is not None)
+        shown = " ".join(f"{key}={settings.get(key)}" for key in other)
         loss = f"{mean[-1]:.4f} ± {error[-1]:.4f}"
         print(f"{name:<{width}}{len(seeds):>7}{steps[-1]:>8}{loss:>18}{more:>21}  {shown}")
         if axes:

@@ -47,14 +47,14 @@ def test_means_and_paired_differences(tmp_path, call):
     write_log(tmp_path / "c", {0: 9.0, 10: 5.0}, seed=2, n_sink=4)
     write_log(tmp_path / "d-1", {0: 9.0, 10: 4.0}, seed=7, n_sink=2)  # the first row has no such seed
     assert call() == [
-        "a 3 10 5.3000 ± 0.1732 0.0000 ± 0.0000 n_sink=0",
+        "a 3 10 5.3000 ± 0.1732 0.0000 ± 0.0000",
         "b-1 3 10 5.0000 ± 0.1155 -0.3000 ± 0.0577 n_sink=1",
         "c 1 10 5.0000 ± nan -0.6000 ± nan n_sink=4",
         "d-1 1 10 4.0000 ± nan - n_sink=2",
     ]
     assert call("--baseline=b-1")[:2] == [
         "a 3 10 5.3000 ± 0.1732 0.3000 ± 0.0577 n_sink=0",
-        "b-1 3 10 5.0000 ± 0.1155 0.0000 ± 0.0000 n_sink=1",
+        "b-1 3 10 5.0000 ± 0.1155 0.0000 ± 0.0000",
     ]
     with pytest.raises(ValueError, match="no run is named b; wanted one of a, b-1, c, d-1"):
         call("--baseline=b")
@@ -78,6 +78,7 @@ def test_what_is_compared(tmp_path, call):
         ({"data": "20e" * 20}, "-", "data=20e20e20"),
         ({"extra": {"epochs": 10}}, "-", "epochs=10"),
         ({"extra": {"anchor": True}}, "-", "anchor=True"),
+        ({"extra": {"anchor": False}}, "1.0000 ± nan", ""),
         ({"block_size": 32}, "-", "block_size=32"),
         ({"eval_seqs": 99}, "-", "eval_seqs=99"),
         ({"losses": {0: 9.0, 10: 6.0}}, "-", ""),
