@@ -39,9 +39,9 @@ def test_ways_of_sink(monkeypatch, capsys):
     """Each has the parameters and the attention of its name; the mask and the split give the same loss."""
     has_mask, attention = [], F.scaled_dot_product_attention
 
-    def spy(q, k, v, attn_mask=None):
+    def spy(q, k, v, attn_mask=None, **options):
         has_mask.append(attn_mask is not None)
-        return attention(q, k, v, attn_mask=attn_mask)
+        return attention(q, k, v, attn_mask=attn_mask, **options)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
     rows, models = run(monkeypatch, capsys, "sink")
