@@ -100,5 +100,5 @@ def run(main):
         file = os.path.relpath(inspect.trace()[-1].filename, os.path.dirname(os.path.abspath(__file__)))
         if isinstance(error, ValueError) and os.path.dirname(file) not in ("", "extras"):
             raise
-        print("error:", " ".join(str(error).split()), file=sys.stderr)
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")  # in one piece, beside other processes
         sys.exit(2)
