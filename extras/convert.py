@@ -44,6 +44,12 @@ def read_json(path):
         raise ValueError(f"{path} is damaged ({error}); take another copy") from error
 
 
+def read_pickle(path):
+    """{name: tensor} of a .pth or .bin file. The file is mapped: what is not used is not read."""
+    weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    return weights.get("model", weights)
+
+
 class Weights(dict):
     """{name of a tensor: its file}. weights[name] reads the tensor, and nothing is kept."""
 
@@ -52,8 +58,7 @@ class Weights(dict):
         if path.endswith(".safetensors"):
             with configurator.need("safetensors").safe_open(path, "pt") as file:
                 return file.get_tensor(name)
-        weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return weights.get("model", weights)[name]
+        return read_pickle(path)[name]
 
 
 def read_weights(source):
@@ -69,8 +74,7 @@ def read_weights(source):
                 with configurator.need("safetensors").safe_open(path, "pt") as file:
                     weights.update(dict.fromkeys(file.keys(), path))
             else:
-                tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-                weights.update(dict.fromkeys(tensors.get("model", tensors), path))
+                weights.update(dict.fromkeys(read_pickle(path), path))
         return weights
     except Exception as error:  # each format fails in its own way
         raise ValueError(f"{source} cannot be read: {str(error)[:200]}") from error
