@@ -61,6 +61,7 @@ class MDMConfig:
     n_sink: int = 1  # 0 = vanilla MDM, 1 = the paper's sink token
     sink_position: str = "front"  # rotary positions of the sinks: front or end of the sequence
     sink_zero_value: bool = False  # force the sinks' value vectors to zero (the paper's Table 5)
+    sink_attends_all: bool = False  # the sinks attend to all tokens: registers (arXiv 2309.16588)
     gated_attention: bool = False  # multiply the attention output by sigmoid(X W_g) (arXiv 2505.06708)
     sink_attention: str = "mask"  # mask (Eq. 5-6 literally) or split (the same result without a mask)
     n_kv_head: int | None = None  # heads of keys and values, each for a group of queries; None: n_head
@@ -135,7 +136,7 @@ class Attention(nn.Module):
         (B, S, C), n_sink = x.shape, self.config.n_sink
         q, k, v = self.heads(x, cos, sin)
         gqa = self.config.n_kv_head < self.config.n_head  # grouped queries
-        if n_sink and self.config.sink_attention == "split":
+        if n_sink and self.config.sink_attention == "split" and not self.config.sink_attends_all:
             # Content queries attend to every key. A sink attends to one, itself: that softmax is 1, and its
             # output is its own value. No mask is needed, and the fastest kernels stay available.
             y = F.scaled_dot_product_attention(q[:, :, n_sink:], k, v, enable_gqa=gqa)
@@ -221,7 +222,8 @@ class MDM(nn.Module):
         positions = torch.arange(n_sink + T, device=xt.device)
         if n_sink:
             x = torch.cat((self.sink.expand(B, -1, -1), x), dim=1)  # (B, S, C): the sinks are the first rows
-            if self.config.sink_attention == "mask":  # content sees every key, a sink only itself
+            if self.config.sink_attention == "mask" and not self.config.sink_attends_all:
+                # content sees every key, a sink only itself
                 attn_mask = (positions >= n_sink)[:, None] | (positions[:, None] == positions)
             if self.config.sink_position == "end":  # attention knows the order from these angles alone
                 positions = positions.roll(n_sink)  # sinks T, T + 1, ...; content 0, 1, ...

@@ -32,7 +32,7 @@ from prepare_data import load_meta, open_locked
 OF_DATA_OR_QWEN = {"vocab_size", "n_kv_head", "qkv_bias", "rope_base", "norm_eps"}  # no settings of a run
 MODEL_KEYS = [field.name for field in fields(MDMConfig) if field.name not in OF_DATA_OR_QWEN]
 MAY_CHANGE = {"data_dir", "max_steps", "train_flops", "epochs", "eval_interval", "log_interval", "wandb"}
-MAY_CHANGE |= {"device", "compile", "sink_attention"}  # on resume; all other keys keep their values
+MAY_CHANGE |= {"keep_all", "device", "compile", "sink_attention"}  # on resume; others keep their values
 
 
 @dataclass
@@ -51,6 +51,7 @@ class TrainConfig:
     n_sink: int = 1  # sink tokens: 0 = vanilla MDM, 1 = the paper's, 2 and 4 its ablation
     sink_position: str = "front"  # rotary positions of the sinks: front or end
     sink_zero_value: bool = False  # force the sinks' value vectors to zero
+    sink_attends_all: bool = False  # the sinks attend to all tokens: registers
     gated_attention: bool = False  # the gated-attention baseline
     sink_attention: str = "mask"  # mask: Eq. 5-6 literally; split: the same without a mask, for fast kernels
     batch_size: int = 16  # sequences per optimizer step, over all processes
@@ -67,6 +68,7 @@ class TrainConfig:
     beta2: float = 0.95  # decay of the mean of their squares
     grad_clip: float = 1.0  # largest norm of the gradient; 0 = off
     eval_interval: int = 500  # steps between validations, each of which saves a checkpoint
+    keep_all: bool = False  # also keep the checkpoint of each validation, as STEP.pt
     eval_seqs: int = 512  # validation sequences, with fixed masks
     log_interval: int = 100  # steps between log lines; the loss is the mean over these steps
     wandb: str | None = None  # project name: also log to Weights & Biases
@@ -84,8 +86,6 @@ class TrainConfig:
             if isinstance(value, (int, float)) and not least <= value <= most:
                 raise ValueError(f"{name} is {value}; it must lie between {least} and {most}")
         self.min_lr = self.learning_rate / 10 if self.min_lr is None else self.min_lr
-        if self.min_lr > self.learning_rate:
-            raise ValueError(f"min_lr {self.min_lr} is above learning_rate {self.learning_rate}; lower it")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"dtype is {self.dtype!r}; it must be auto, float32 or bfloat16")
 
@@ -137,7 +137,6 @@ def setup_distributed(device: str = "auto"):
 
 
 def autocast(device, dtype: str):
-    """The context in which forward passes run in dtype."""
     auto = dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(False)  # not emulated
     return torch.autocast(device.type, torch.bfloat16, enabled=auto or dtype == "bfloat16")
 
@@ -292,7 +291,8 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
                 if bound < best_val_loss:
                     best_val_loss = bound
                     save("best.pt", validated=True)
-                save("ckpt.pt", validated=True)
+                for name in ("ckpt.pt", f"{step}.pt")[: 1 + cfg.keep_all]:
+                    save(name, validated=True)
                 log_time, log_step = time.time(), step  # a validation does not count in tokens/s
             if step == max_steps:
                 break

@@ -5,26 +5,18 @@
 A row is a kind of run, FOLDER/NAME-SEED, with the settings in which it differs from the baseline. Its
 numbers are means over seeds ± standard errors (nan for one seed): the validation loss (nats per token) at the
 last step that all seeds have, and how much more that is than the baseline's with the same seeds, which saw
-the same texts and masks; "-" where data, validation or step are others.
-
-    python -m extras.ablations anchor config/ablation.py --n_sink=0 --out_dir=out/ablation/anchor-0
-
-trains like train.py, but the first token of a text is never hidden. In the built-in problems this is the
-end-of-text in front of each: an anchor that is always there, at a fixed position, and is no sink. (eval.py
-does not know of it, and hides this token, too.)"""
+the same texts and masks; "-" where data, validation or step are others."""
 
 import json
-import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 import configurator
-from train import MAY_CHANGE, TrainConfig, start_run, token_batches, train, write_file
+from train import MAY_CHANGE, write_file
 
-VALIDATION = {"data", "block_size", "eval_seqs", "epochs", "anchor"}  # settings that its loss depends on
+VALIDATION = {"data", "block_size", "eval_seqs", "epochs"}  # settings that its loss depends on
 
 
 @dataclass
@@ -74,27 +66,7 @@ def mean_and_error(values):  # (seeds, ...): over the seeds
     return np.mean(values, axis=0), np.std(values, axis=0) / np.sqrt(len(values) - 1 or np.nan)
 
 
-@dataclass
-class AnchorConfig(TrainConfig):
-    anchor: bool = True  # the first token of a text is never hidden
-
-
-def train_anchored(argv):
-    cfg, set_by = configurator.parse(AnchorConfig, argv)
-    cfg, meta, model, resume = start_run(cfg, set_by)
-    get_batch = token_batches(os.path.join(cfg.data_dir, cfg.dataset), meta, cfg)
-
-    def anchored(split, index):
-        x0, maskable = get_batch(split, index)
-        maskable[:, 0] = not cfg.anchor
-        return x0, maskable
-
-    train(cfg, model, anchored, meta, resume)
-
-
 def main():
-    if sys.argv[1:2] == ["anchor"]:
-        return train_anchored(sys.argv[2:])
     cfg, _ = configurator.parse(AblationsConfig, positional="folder")
     rows = group(sorted(Path(cfg.folder).glob("*/log.jsonl")))
     if not rows:

@@ -109,7 +109,7 @@ def attention_maps(model, xt):
         if attn_mask is not None:
             scores = scores.masked_fill(~attn_mask, -math.inf)
         weights, norms = scores.softmax(dim=-1), v.norm(dim=-1).mean(dim=1)
-        if config.sink_attention == "split":  # a sink attends to itself alone
+        if config.sink_attention == "split" and not config.sink_attends_all:  # a sink attends to itself
             weights[:, :, : config.n_sink] = torch.eye(x.size(1), device=x.device)[: config.n_sink]
         yield weights, norms
 

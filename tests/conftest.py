@@ -21,6 +21,7 @@ VARIANTS = {
     "4 sinks": {"n_sink": 4},
     "2 sinks at the end": {"n_sink": 2, "sink_position": "end"},
     "zero value": {"n_sink": 1, "sink_zero_value": True},
+    "2 registers": {"n_sink": 2, "sink_attends_all": True},
 }
 
 

@@ -6,11 +6,7 @@ from dataclasses import asdict
 
 import numpy as np
 import pytest
-import torch
 
-import model
-import train as train_module
-from eval import validation
 from extras import ablations
 from train import TrainConfig
 
@@ -77,8 +73,6 @@ def test_what_is_compared(tmp_path, call):
         ({"commit": "c" * 40 + "-dirty"}, "1.0000 ± nan", "commit=cccccccc-dirty"),
         ({"data": "20e" * 20}, "-", "data=20e20e20"),
         ({"extra": {"epochs": 10}}, "-", "epochs=10"),
-        ({"extra": {"anchor": True}}, "-", "anchor=True"),
-        ({"extra": {"anchor": False}}, "1.0000 ± nan", ""),
         ({"block_size": 32}, "-", "block_size=32"),
         ({"eval_seqs": 99}, "-", "eval_seqs=99"),
         ({"losses": {0: 9.0, 10: 6.0}}, "-", ""),
@@ -123,38 +117,3 @@ def test_errors(tmp_path, call):
         (tmp_path / "a-3" / "log.jsonl").write_text(text + "\n")
         with pytest.raises(ValueError, match="a-3/log.jsonl is no log of train.py"):
             call()
-
-
-def test_an_anchor_is_never_hidden(data_dir, tmp_path, monkeypatch):
-    """Neither in training nor in validation. Without it, the run is that of train.py. Zero steps measure a
-    model that there is."""
-    batches, flags = [], ["--n_layer=1", "--n_embd=16", "--n_head=2", "--max_steps=2", "--eval_seqs=16"]
-    flags += [f"--data_dir={data_dir}", "--device=cpu"]
-
-    def run(name, *more):
-        batches.clear()
-        argv = ["ablations.py", "anchor", *flags, *more, f"--out_dir={tmp_path / name}"]
-        monkeypatch.setattr(sys, "argv", argv)
-        ablations.main()
-        rows = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
-        return [row["val_loss"] for row in rows if "val_loss" in row]
-
-    def mask_tokens(x0, p_mask, maskable, *rest):
-        batches.append(maskable)
-        return original(x0, p_mask, maskable, *rest)
-
-    for module in (model, train_module):
-        original = module.mask_tokens
-        monkeypatch.setattr(module, "mask_tokens", mask_tokens)
-    anchored = run("anchored")
-    assert len(batches) == 2 + 2 and not any(maskable[:, 0].any() for maskable in batches)
-    assert all(maskable[:, 1:].all() for maskable in batches)
-    plain = run("plain", "--anchor=False")
-    assert all(maskable.all() for maskable in batches)
-    monkeypatch.setattr(sys, "argv", ["train.py", *flags, f"--out_dir={tmp_path / 'train'}"])
-    train_module.main()
-    rows = [json.loads(line) for line in (tmp_path / "train" / "log.jsonl").read_text().splitlines()]
-    assert plain == [row["val_loss"] for row in rows if "val_loss" in row] != anchored
-    assert run("measured", f"--init_from={tmp_path / 'anchored'}", "--max_steps=0") == anchored[-1:]
-    checkpoint = torch.load(tmp_path / "anchored" / "ckpt.pt", weights_only=True)
-    assert validation(checkpoint, None, 4)[1] == 4  # extras.sinks can look at it

@@ -27,7 +27,8 @@ def oracle(model, xt):
     if c.n_sink:
         x[:, is_sink] = w["sink"]
     bias = torch.zeros(S, S, dtype=torch.float64)
-    bias[is_sink[:, None] & ~torch.eye(S, dtype=torch.bool)] = -math.inf
+    if not c.sink_attends_all:
+        bias[is_sink[:, None] & ~torch.eye(S, dtype=torch.bool)] = -math.inf
     frequency = 10000.0 ** (-2 * torch.arange(d // 2, dtype=torch.float64) / d)
     turn = torch.exp(1j * torch.arange(S)[:, None] * frequency)
 
@@ -90,7 +91,10 @@ def test_every_sink_changes_every_logit(flags):
         assert ((model(xt) - before).abs().amax(-1) > 1e-4).all()
 
 
-@pytest.mark.parametrize("flags", [{"n_sink": 0}, {"n_sink": 2}, {"gated_attention": True}, *SINKS[2:]])
+FLAGS = [{"n_sink": 0}, {"n_sink": 2}, {"gated_attention": True}, {"sink_attends_all": True}, *SINKS[2:]]
+
+
+@pytest.mark.parametrize("flags", FLAGS)
 def test_every_flag_changes_the_logits(flags):
     """Models of one seed share their weights: a difference is the flag's."""
     plain, flagged = MDM(MDMConfig(**TINY)), MDM(MDMConfig(**{**TINY, **flags}))

@@ -1,0 +1,15 @@
+#!/bin/sh
+# Trains the models of docs/results.md, one process per core. Stop it at any time and start it again: finished
+# runs are skipped, the others resume.
+export OMP_NUM_THREADS=1
+for seed in 0 1 2; do
+    echo vanilla-$seed --seed=$seed --n_sink=0
+    echo sink-$seed --seed=$seed --n_sink=1
+    echo gate-$seed --seed=$seed --n_sink=0 --gated_attention=True
+    echo register-$seed --seed=$seed --n_sink=1 --sink_attends_all=True
+done | xargs -P "$(nproc)" -L 1 sh -c '
+    out=out/stories/$0
+    [ -e $out/done ] && exit
+    if [ -e $out/ckpt.pt ]; then resume=--init_from=resume; else rm -rf $out; fi
+    echo "$0 $resume"
+    python train.py config/stories.py --out_dir=$out "$@" $resume >> out/stories/$0.txt && touch $out/done'
