@@ -10,6 +10,6 @@ for seed in 0 1 2; do
 done | xargs -P "$(nproc)" -L 1 sh -c '
     out=out/stories/$0
     [ -e $out/done ] && exit
-    if [ -e $out/ckpt.pt ]; then resume=--init_from=resume; else rm -rf $out; fi
-    echo "$0 $resume"
-    python train.py config/stories.py --out_dir=$out "$@" $resume >> out/stories/$0.txt && touch $out/done'
+    if [ -e $out/ckpt.pt ]; then how=resume; else how=scratch; rm -rf $out; mkdir -p $out; fi
+    echo "$0: $how, see $out/output.txt"
+    python train.py config/stories.py --init_from=$how --out_dir=$out "$@" >> $out/output.txt && touch $out/done'
