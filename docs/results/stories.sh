@@ -7,7 +7,7 @@ for seed in 0 1 2; do
     echo sink-$seed --seed=$seed --n_sink=1
     echo gate-$seed --seed=$seed --n_sink=0 --gated_attention=True
     echo register-$seed --seed=$seed --n_sink=1 --sink_attends_all=True
-done | xargs -P "$(nproc)" -L 1 sh -c '
+done | xargs -P "$(getconf _NPROCESSORS_ONLN)" -L 1 sh -c '
     out=out/stories/$0
     [ -e $out/done ] && exit
     if [ -e $out/ckpt.pt ]; then how=resume; else how=scratch; rm -rf $out; mkdir -p $out; fi
