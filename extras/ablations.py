@@ -5,7 +5,8 @@
 A row is a kind of run, FOLDER/NAME-SEED, with the settings in which it differs from the baseline. Its
 numbers are means over seeds ± standard errors (nan for one seed): the validation loss (nats per token) at the
 last step that all seeds have, and how much more that is than the baseline's with the same seeds, which saw
-the same texts and masks; "-" where data, validation or step are others."""
+the same texts and masks; "-" where data, validation or step are others. Below, means and standard errors of
+what extras.sinks --measure wrote beside the logs, at the last step."""
 
 import json
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ import numpy as np
 import configurator
 from train import MAY_CHANGE, write_file
 
+COLORS = {"sink": "tab:red", "hidden": "0.5", "end-of-text": "tab:green", "punctuation": "tab:blue"}
+COLORS["other"] = "0.8"  # of the kinds of keys
 VALIDATION = {"data", "block_size", "eval_seqs", "epochs"}  # settings that its loss depends on
 
 
@@ -23,7 +26,7 @@ VALIDATION = {"data", "block_size", "eval_seqs", "epochs"}  # settings that its 
 class AblationsConfig:
     folder: str = "out/ablation"  # the runs are FOLDER/NAME-SEED/log.jsonl
     baseline: str | None = None  # the row that others are compared with; None: the first
-    plot: bool = False  # draw the validation losses into FOLDER/curves.png; needs matplotlib
+    plot: bool = False  # draw curves.png and attention.png into FOLDER; needs matplotlib
 
 
 def read_run(path):
@@ -66,38 +69,107 @@ def mean_and_error(values):  # (seeds, ...): over the seeds
     return np.mean(values, axis=0), np.std(values, axis=0) / np.sqrt(len(values) - 1 or np.nan)
 
 
+def read_measured(path):
+    """Yields (table, row, step, values) for the lines of measured.jsonl, if extras.sinks has written it."""
+    for line in path.read_text().splitlines() if path.exists() else []:
+        values = json.loads(line)
+        yield values.pop("table"), values.pop("row"), values.pop("step", None), values
+
+
+def print_tables(tables):
+    """Means over seeds ± standard errors, of {table: {(name, row): {step: [values of each seed]}}} at the
+    last step. A list has a number for each head."""
+    for table, rows in tables.items():
+        last = {key: list(steps.values())[-1] for key, steps in rows.items()}
+        columns = dict.fromkeys(column for seeds in last.values() for column in seeds[0])
+        print(f"\n{table:<28}" + "".join(f"{column:>16}" for column in columns))
+        for (name, row), seeds in last.items():
+            cells = ""
+            for column in columns:
+                values = [np.mean(values[column]) for values in seeds if column in values]
+                cells += f"{'{:.3g} ± {:.1g}'.format(*mean_and_error(values)) if values else '-':>16}"
+            print(f"{name:<14}{row:<14}{cells}")
+
+
+def draw_curves(figure, rows, first):
+    """Validation losses, and how much more they are than the baseline's with the same seeds."""
+    panels = figure.subplots(1, 2)
+    for name, (_, seeds) in rows.items():
+        steps = sorted(set.intersection(*map(set, seeds.values())))[1:]  # without that of random weights
+        losses = np.array([[seeds[seed][step] for step in steps] for seed in seeds])
+        before = [[first.get(seed, {}).get(step, np.nan) for step in steps] for seed in seeds]
+        for axes, values in zip(panels, (losses, losses - before)):
+            mean, error = mean_and_error(values)
+            axes.plot(steps, mean, ".-", label=name)
+            axes.fill_between(steps, mean - error, mean + error, alpha=0.3)
+    panels[0].set(xlabel="step", ylabel="validation loss (nats per token)")
+    panels[1].set(xlabel="step", ylabel="more than the baseline with the same seed")
+    panels[0].legend()
+
+
+def draw_attention(figure, rows):
+    """What each kind of key gets over training: a row for each name, a column for each layer. Thick lines are
+    means over heads and seeds; thin ones are the single heads' attention to the sink."""
+    names, layers = (list(dict.fromkeys(part)) for part in zip(*rows))
+    panels = figure.subplots(len(names), len(layers), sharex=True, sharey=True, squeeze=False)
+    for (name, layer), steps in rows.items():
+        axes = panels[names.index(name), layers.index(layer)]
+        for kind, color in COLORS.items():
+            if kind in steps[0][0]:
+                heads = np.array([[values[kind] for values in seeds] for seeds in steps.values()])
+                heads = heads.reshape(len(steps), -1)  # (steps, seeds * heads)
+                axes.plot(list(steps), heads.mean(axis=1), color=color, label=kind)
+                axes.plot(list(steps), heads, color=color, linewidth=0.4, alpha=0.6 * (kind == "sink"))
+        axes.set_title(f"{name}, {layer}", fontsize="medium")
+    figure.supxlabel("step")
+    figure.supylabel("attention (1 is an even share)")
+    legends = [axes.get_legend_handles_labels() for axes in panels.flat]
+    handles = {label: handle for legend in legends for handle, label in zip(*legend)}
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles))
+
+
 def main():
     cfg, _ = configurator.parse(AblationsConfig, positional="folder")
-    rows = group(sorted(Path(cfg.folder).glob("*/log.jsonl")))
+    paths = sorted(Path(cfg.folder).glob("*/log.jsonl"))
+    rows = group(paths)
     if not rows:
         raise ValueError(f"there is no {cfg.folder}/*/log.jsonl; train with --out_dir={cfg.folder}/NAME-SEED")
     baseline = cfg.baseline or next(iter(rows))
     if baseline not in rows:
         raise ValueError(f"no run is named {baseline}; wanted one of {', '.join(rows)}")
-    axes = configurator.need("matplotlib.figure", "matplotlib").Figure().subplots() if cfg.plot else None
+    Figure = configurator.need("matplotlib.figure", "matplotlib").Figure if cfg.plot else None
     width = max(map(len, rows))
     print(f"{'':<{width}}  seeds    step{'validation loss':>18}{f'more than {baseline}':>21}  other settings")
     wanted, first = rows[baseline]
     last = max(set.intersection(*map(set, first.values())))
     for name, (settings, seeds) in rows.items():
         steps = sorted(set.intersection(*map(set, seeds.values())))  # that all seeds have
-        mean, error = mean_and_error([[losses[step] for step in steps] for losses in seeds.values()])
+        mean, error = mean_and_error([losses[steps[-1]] for losses in seeds.values()])
         other = [k for k in settings | wanted if (settings.get(k) or None) != (wanted.get(k) or None)]
         more = []
         if steps[-1] == last and not set(other) & VALIDATION:
             more = [seeds[seed][last] - first[seed][last] for seed in seeds if seed in first]
         more = "{:.4f} ± {:.4f}".format(*mean_and_error(more)) if more else "-"
         shown = " ".join(f"{key}={settings.get(key)}" for key in other)
-        loss = f"{mean[-1]:.4f} ± {error[-1]:.4f}"
+        loss = f"{mean:.4f} ± {error:.4f}"
         print(f"{name:<{width}}{len(seeds):>7}{steps[-1]:>8}{loss:>18}{more:>21}  {shown}")
-        if axes:
-            axes.plot(steps[1:], mean[1:], ".-", label=name)  # without the first, the loss of random weights
-            axes.fill_between(steps[1:], (mean - error)[1:], (mean + error)[1:], alpha=0.3)
-    if axes:
-        axes.set(xlabel="step", ylabel="validation loss (nats per token)")
-        axes.legend()
-        write_file(f"{cfg.folder}/curves.png", axes.figure.savefig)
-        print(f"wrote {cfg.folder}/curves.png")
+
+    tables = {}
+    for path in paths:
+        for table, row, step, values in read_measured(path.with_name("measured.jsonl")):
+            steps = tables.setdefault(table, {}).setdefault((read_run(path)[0], row), {})
+            steps.setdefault(step, []).append(values)
+    print_tables(tables)
+    figures = {}
+    if cfg.plot:
+        figures["curves.png"] = Figure(figsize=(10, 4), layout="constrained")
+        draw_curves(figures["curves.png"], rows, first)
+    if cfg.plot and "attention" in tables:
+        figures["attention.png"] = Figure(figsize=(10, 1.5 + 2 * len(rows)), layout="constrained")
+        draw_attention(figures["attention.png"], tables["attention"])
+    for name, figure in figures.items():
+        write_file(f"{cfg.folder}/{name}", figure.savefig)
+        print(f"wrote {cfg.folder}/{name}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Where attention goes while a text is denoised, with and without a sink token (the paper, 4.4 and A.3).
 
     python -m extras.sinks out/arithmetic out/arithmetic-vanilla             # a table, runs side by side
-    python -m extras.sinks out/arithmetic out/arithmetic-vanilla --plot      # and three pictures
+    python -m extras.sinks out/arithmetic out/arithmetic-vanilla --plot      # and two pictures
     python -m extras.sinks out/arithmetic --changes                          # the loss with other sinks
+    python -m extras.sinks out/stories/* --measure                           # for extras.ablations
     python -m extras.sinks out/a out/b --animate=moving_sink.svg --layer=1   # the first text, step by step
 
 Each model fills in the hidden tokens of the same validation texts. At every step, attention is recomputed
@@ -15,17 +16,20 @@ import itertools
 import json
 import math
 import os
+import re
+import string
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
 import configurator
 from eval import validation
-from model import generate, seed_for
+from model import MDM, generate, mask_tokens, noise_levels, seed_for
 from sample import load_trained, readable
 from train import made_by, mean_and_error, setup_distributed, validate, write_file
 
@@ -35,10 +39,6 @@ COLUMNS = {  # of the table: unit, meaning
     "norm": ("x median", "norm of that position's value vector; 1 is the median of the others"),
     "sink": ("x even", "attention to the sink token, or to each of several"),
     "heads": ("% heads", "heads in which one position gets more than {} of the attention: the sink rate"),
-    "on_sink": ("% steps", "steps at which a sink token gets the most"),
-    "distance": ("tokens", "how far the position with the most attention moves in a step"),
-    "hidden": ("% steps", "steps at which a hidden token gets the most"),
-    "masks": ("x even", "attention to all hidden tokens together; their even share is 1"),
 }
 
 
@@ -50,13 +50,13 @@ class SinksConfig:
     temperature: float = 0.1  # 0: the likeliest token; 1: the model's distribution
     remasking: str = "confidence"  # confidence, or random: the exact reverse process
     head_threshold: float = 0.3  # a head has a sink if one position gets more of its attention than this
-    columns: str = "top,moves,norm,sink,heads"  # of the table; all: every one
     json: bool = False  # write sinks.json: all settings, and the numbers of every text, layer and step
-    plot: bool = False  # draw maps.png, paths.png and norms.png; needs matplotlib
+    plot: bool = False  # draw maps.png and paths.png; needs matplotlib
     to: str | None = None  # folder of these files; None: out/sinks/ and the names of the runs
     layer: int | None = None  # of maps.png and the animation; None: where the sink token gets most
     animate: str | None = None  # write an animated .svg of the first text to this path
     changes: bool = False  # the validation loss with changed sinks, on the sequences used in training
+    measure: bool = False  # write RUN/measured.jsonl: all this in numbers, and attention along training
     mc_num: int = 8  # with changes: random maskings of each sequence
     data: str | None = None  # a prepared folder; None: the data of training
     seed: int = 0  # of the random draws
@@ -66,10 +66,6 @@ class SinksConfig:
         if self.limit < 2 or self.mc_num < 1 or self.seed < 0:
             got = f"{self.limit}, {self.mc_num} and {self.seed}"
             raise ValueError(f"limit, mc_num and seed must be at least 2, 1 and 0; got {got}")
-        self.columns = ",".join(COLUMNS) if self.columns == "all" else self.columns
-        for column in self.columns.split(","):
-            if column not in COLUMNS:
-                raise ValueError(f"there is no column {column!r}; wanted all, or some of {','.join(COLUMNS)}")
 
 
 class Run:
@@ -82,15 +78,15 @@ class Run:
         run_config = self.checkpoint["run_config"]
         get_batch, n, _ = validation(self.checkpoint, cfg.data, cfg.limit)
         batches = [get_batch("val", index) for index in range(math.ceil(n / run_config["micro_batch_size"]))]
-        self.x0, maskable = (torch.cat(tensors)[:n] for tensors in zip(*batches))
+        self.x0, self.maskable = (torch.cat(tensors)[:n] for tensors in zip(*batches))
         T, length = self.x0.size(1), cfg.prompt_length
         if length is None:  # the question of a fine-tuned model is not maskable
             length = 0 if "epochs" in run_config else T // 4
-        self.hidden = maskable & (torch.arange(T) >= length)
+        self.hidden = self.maskable & (torch.arange(T) >= length)
         if not self.hidden.any(dim=1).all():
             raise ValueError(f"prompt_length {length} leaves {name} nothing to write of {T} tokens; lower it")
-        n = self.model.config.n_sink
-        self.title = {0: "without a sink token", 1: "with a sink token"}.get(n, f"with {n} sink tokens")
+        n, word = self.model.config.n_sink, "register" if self.model.config.sink_attends_all else "sink token"
+        self.title = {0: "without a sink token", 1: f"with a {word}"}.get(n, f"with {n} {word}s")
 
 
 @torch.no_grad()
@@ -129,28 +125,23 @@ def measure(model, states, threshold):
     return [torch.cat(tensors, dim=1).double().numpy() for tensors in zip(*parts)]
 
 
-def follow(mass, norms, rate, hidden, config):
+def follow(mass, norms, rate, config):
     """The position that gets the most attention in one layer, and COLUMNS: {name: a number for each step}.
 
-    mass, norms (steps, S) and rate (steps,) of measure; hidden (steps, T) tells which tokens are [MASK].
-    Content has the positions 0, 1, ...; a sink -1 in front or T at the end. Of several sinks each competes
-    alone, and from one to another is no move."""
+    mass, norms (steps, S) and rate (steps,) of measure. Content has the positions 0, 1, ...; a sink -1 in
+    front or T at the end. Of several sinks each competes alone, and from one to another is no move. on_sink:
+    a sink gets the most."""
     n_sink, (steps, S) = config.n_sink, mass.shape
     positions = np.arange(S) - n_sink
     positions[:n_sink] = -1 if config.sink_position == "front" else S - n_sink
     every, top = np.arange(steps), mass.argmax(axis=1)
     others = np.where(np.arange(S) == top[:, None], np.nan, norms)
-    is_mask = np.pad(hidden, ((0, 0), (n_sink, 0)))  # (steps, S)
-    distance = abs(np.diff(positions[top]))  # since the step before: one value less
     values = {
         "position": positions[top],
         "top": mass[every, top] * S,
-        "moves": distance > 0,
+        "moves": np.diff(positions[top]) != 0,  # since the step before: one value less
         "norm": norms[every, top] / np.nanmedian(others, axis=1),
         "heads": rate,
-        "distance": distance,
-        "hidden": is_mask[every, top],
-        "masks": (mass * is_mask).sum(axis=1) / is_mask.mean(axis=1),
     }
     if n_sink:
         values |= {"sink": mass[:, :n_sink].mean(axis=1) * S, "on_sink": top < n_sink}
@@ -162,7 +153,7 @@ def summarize(prompts):
     layers = []
     for records in zip(*(prompt["layers"] for prompt in prompts)):
         layer = {}
-        for key in [key for key in COLUMNS if key in records[0]]:
+        for key in [key for key in records[0] if key != "position"]:
             averages = [np.mean(record[key] or [0]) for record in records]  # one step has no moves
             layer[key] = float(np.mean(averages))
             layer[f"{key}_se"] = float(np.std(averages, ddof=1) / math.sqrt(len(averages)))
@@ -180,20 +171,20 @@ def look_at(run, cfg):
         rule = cfg.steps, cfg.temperature, cfg.remasking
         generate(run.model, x, *rule, seeds=[seed], on_step=states.append)
         states, text = torch.cat(states[:-1]), states[-1][0]
-        measured, hidden = measure(run.model, states, cfg.head_threshold), (states == config.mask_id).numpy()
-        layers = [follow(*arrays, hidden, config) for arrays in zip(*measured)]
-        steps = hidden.sum(axis=0).tolist()  # a token is hidden in the first so many states
+        measured = measure(run.model, states, cfg.head_threshold)
+        layers = [follow(*arrays, config) for arrays in zip(*measured)]
+        steps = (states == config.mask_id).sum(dim=0).tolist()  # each is hidden in the first so many states
         run.prompts.append({"tokens": text.tolist(), "steps": steps, "layers": layers})
         if index == 0:
             run.first = states, *measured
     run.layers = summarize(run.prompts)
 
 
-def print_table(runs, columns):
+def print_table(runs):
     """A row for each layer, a group of columns for each run."""
     names, head, units, rows = "      ", "      ", "layer ", {}
     for run in runs:
-        group = [column for column in columns if column in run.layers[0]]
+        group = [column for column in COLUMNS if column in run.layers[0]]
         width = max(10 * len(group), len(run.name))
         names += f"  {run.name:^{width}}"
         head += "  " + "".join(f"{column:>10}" for column in group).rjust(width)
@@ -264,6 +255,80 @@ def changed_bounds(run, cfg):
     return rows
 
 
+# ---------- In numbers, for extras.ablations
+
+KINDS = ["sink", "hidden", "end-of-text", "punctuation", "other"]  # of keys
+
+
+@torch.no_grad()
+def attention_by_kind(run, cfg, device):
+    """Yields a row for each checkpoint STEP.pt that train.py has kept, and each layer: what the keys of each
+    kind get of each head's attention (1 is an even share), and how often one key gets more than the
+    threshold. The texts have the same tokens hidden each time, at evenly spread noise levels."""
+    config, x0 = run.model.config, run.x0
+    t = (torch.arange(len(x0)) + 0.5) / len(x0)
+    noise = torch.rand(x0.shape, generator=torch.Generator().manual_seed(cfg.seed))
+    xt, masked = mask_tokens(x0, noise_levels(t[:, None]), run.maskable, config.mask_id, noise)
+    kind_of = {}
+    for token in x0.unique().tolist():
+        text = run.tokenizer.decode([token]).strip()
+        kind_of[token] = KINDS.index("other" if text.strip(string.punctuation) or not text else "punctuation")
+    kind_of[run.tokenizer.eot_token] = KINDS.index("end-of-text")
+    kinds = x0.clone().apply_(kind_of.get).masked_fill(masked, KINDS.index("hidden"))
+    kinds = F.pad(kinds, (config.n_sink, 0), value=KINDS.index("sink"))
+    is_kind = F.one_hot(kinds, len(KINDS)).float().to(device)  # (n, S, kinds)
+    even = is_kind.mean(dim=(0, 1))
+    for path in sorted(Path(run.name).glob("[0-9]*.pt"), key=lambda path: int(path.stem)):
+        model = MDM.from_checkpoint(path).to(device)
+        for layer, (weights, _) in enumerate(attention_maps(model, xt)):
+            by_head = weights[:, :, config.n_sink :].mean(dim=2)  # (n, H, S)
+            shares = (by_head @ is_kind).mean(dim=0) / even  # (H, kinds)
+            row = {"table": "attention", "step": int(path.stem), "row": f"layer {layer}"}
+            row |= {kind: numbers(shares[:, i]) for i, kind in enumerate(KINDS) if even[i] > 0}
+            yield row | {"rate": numbers((by_head.amax(dim=2) > cfg.head_threshold).float().mean(dim=0))}
+
+
+def numbers(tensor):
+    return tensor.double().round(decimals=3).tolist()  # short ones, for a small file
+
+
+def words_of(tokens, tokenizer):
+    text = tokenizer.decode([token for token in tokens if token != tokenizer.eot_token])
+    return re.findall(r"[a-z]+(?:'[a-z]+)*", text.lower())
+
+
+def count_words(texts, known):
+    """Of texts, lists of words: their number, and the shares of known words, of 4-grams that the same text
+    has had before, and of distinct pairs of words."""
+    words, pairs, fours, new_fours = [], [], 0, 0
+    for text in texts:
+        words += text
+        pairs += zip(text, text[1:])
+        fours += max(0, len(text) - 3)
+        new_fours += len(set(zip(text, text[1:], text[2:], text[3:])))
+    counts = {"words": len(words), "known": sum(word in known for word in words) / len(words)}
+    return counts | {"repeated": 1 - new_fours / fours, "distinct": len(set(pairs)) / len(pairs)}
+
+
+def measure_run(run, cfg, changes, device):
+    """Yields the rows of measured.jsonl: what was written in numbers, beside the held-out texts; the table;
+    the changed sinks; attention_by_kind."""
+    run_config = run.checkpoint["run_config"]
+    folder = cfg.data or os.path.join(run_config["data_dir"], run_config["dataset"])
+    tokens = np.memmap(f"{folder}/train.bin", run.checkpoint["meta"]["dtype"], mode="r")[: 10**7]
+    known = set(words_of(tokens.tolist(), run.tokenizer))
+    written = [prompt["tokens"] for prompt in run.prompts]
+    for name, texts in (("written", written), ("held out", run.x0.tolist())):
+        counts = count_words([words_of(text, run.tokenizer) for text in texts], known)
+        yield {"table": "texts", "row": name, **counts}
+    for number, layer in enumerate(run.layers):
+        means = {key: layer[key] for key in layer if not key.endswith("_se")}
+        yield {"table": "denoising", "row": f"layer {number}", **means}
+    for row in changes or []:
+        yield {"table": "changes", "row": row["change"], "more": row["more"]}
+    yield from attention_by_kind(run, cfg, device)
+
+
 # ---------- Pictures of the first text
 
 
@@ -321,34 +386,6 @@ def draw_paths(Figure, runs):
         column[0].set_title(run.title)
         column[-1].set_xlabel("denoising step")
     figure.supylabel("position with the most attention")
-    return figure
-
-
-def draw_norms(Figure, runs):
-    """Norms of value vectors at eight steps, by kind of token (the paper's Figure 1)."""
-    figure = Figure(figsize=(4.8 * len(runs), 4.2), layout="constrained")
-    axes, legend = figure.subplots(1, len(runs), sharey=True, squeeze=False)[0], {}
-    for panel, run in zip(axes, runs):
-        (states, mass, norms, _), n_sink, n_layer = run.first, run.model.config.n_sink, len(run.layers)
-        steps = np.linspace(0, len(states) - 1, 8).astype(int)
-        hidden = (states[steps] == run.model.config.mask_id).numpy()  # (8, T)
-        content = norms[:, steps, n_sink:]  # (n_layer, 8, T)
-        top = mass[:, steps, n_sink:].argmax(axis=2)[..., None]
-        groups = [
-            ("visible tokens", content[:, ~hidden], "0.6", 2),
-            ("hidden tokens", content[:, hidden], "tab:orange", 2),
-            ("most attention in the text", np.take_along_axis(content, top, axis=2), "tab:red", 14),
-        ]
-        if n_sink:  # the same at every step
-            heights = norms[:, 0, :n_sink].mean(axis=1)
-            legend["sink token"] = panel.bar(range(n_layer), heights, color="lightblue")
-        for label, values, color, size in groups:
-            values = values.reshape(n_layer, -1)
-            x = np.arange(n_layer)[:, None] + np.linspace(-0.3, 0.3, values.shape[1])  # from step to step
-            legend[label] = panel.scatter(x, values, s=size, color=color, linewidths=0)
-        panel.set(title=run.title, xlabel="layer", ylabel="norm of the value vector", xticks=range(n_layer))
-    panel.set_ylim(bottom=0)
-    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=2, markerscale=2)
     return figure
 
 
@@ -428,6 +465,8 @@ def main():
         raise ValueError(f"layer is {cfg.layer}; the layers are 0 to {n_layer - 1}")
     if cfg.changes and not any(run.model.config.n_sink for run in runs):
         raise ValueError(f"no sinks to change in {', '.join(names)}; train a model with n_sink=1")
+    if cfg.measure and not all(map(os.path.isdir, names)):
+        raise ValueError(f"measure writes into the folders of runs; got {', '.join(names)}")
     if os.path.isdir(cfg.animate or ""):
         raise ValueError(f"animate is {cfg.animate}, a folder; wanted the path of an .svg file")
     if len({run.title for run in runs}) < len(runs):
@@ -443,17 +482,20 @@ def main():
 
     for run in runs:
         look_at(run, cfg)
-    columns = cfg.columns.split(",")
     for start in range(0, len(runs), 2):
-        print_table(runs[start : start + 2], columns)
+        print_table(runs[start : start + 2])
     print(f"\nMeans over the denoising steps, ± standard error over {len(runs[0].prompts)} texts.")
-    for column in columns:
-        print(f"{column}: {COLUMNS[column][1].format(cfg.head_threshold)}")
+    for column, (_, meaning) in COLUMNS.items():
+        print(f"{column}: {meaning.format(cfg.head_threshold)}")
     print("", *map(sentence, runs), sep="\n")
     results = []
     for run in runs:
         rows = changed_bounds(run, cfg) if cfg.changes and run.model.config.n_sink else None
         facts = {"run": run.name, "step": run.checkpoint["step"], "n_sink": run.model.config.n_sink}
+        if cfg.measure:
+            lines = [json.dumps(row) + "\n" for row in measure_run(run, cfg, rows, device)]
+            write_file(f"{run.name}/measured.jsonl", lambda file: file.write("".join(lines).encode()))  # noqa: B023
+            print(f"wrote {run.name}/measured.jsonl")
         results.append({**facts, "layers": run.layers, "changes": rows, "prompts": run.prompts})
 
     files = {}
@@ -469,7 +511,6 @@ def main():
     if cfg.plot:
         files[folder / "maps.png"] = draw_maps(Figure, runs, layer).savefig
         files[folder / "paths.png"] = draw_paths(Figure, runs).savefig
-        files[folder / "norms.png"] = draw_norms(Figure, runs).savefig
     for path, write in files.items():
         write_file(path, write)
         print(f"wrote {path}")

@@ -86,32 +86,28 @@ def test_a_known_sink_is_followed(flags, at, positions, monkeypatch):
     monkeypatch.setattr(model.blocks[0].attn.qkv, "forward", lambda x: qkv)
     hidden = torch.tensor([[0, 1, 1, 1], [0, 1, 1, 0], [0, 0, 1, 0], [0, 0, 0, 1]], dtype=torch.bool)
     mass, norms, rate = measure(model, torch.where(hidden, 5, 1), 0.6)
-    values = follow(mass[0], norms[0], rate[0], hidden.numpy(), model.config)
+    values = follow(mass[0], norms[0], rate[0], model.config)
 
     assert values["position"] == positions and values["moves"] == [0, 1, 1]
-    assert values["distance"] == abs(np.diff(positions)).tolist()
     assert (measure(model, torch.where(hidden, 5, 1), 0.3)[2] == 1).all()
     assert values["heads"] == [0.5] * 4  # 9 / (8 + S) is above the threshold, 4 / (3 + S) is not
     for step, row in enumerate(at):
         shares = [np.where(np.arange(S) == row, factor, 1) / (factor + S - 1) for factor in (9, 4)]
         shares = (shares[0] + shares[1]) / 2
         row_norms = np.where(np.arange(S) == row, 3, 10 + np.arange(S))  # means over heads
-        masks = shares[n:][hidden[step]]
-        wanted = {"top": shares[row] * S, "masks": sum(masks) / (len(masks) / S)}
-        wanted["hidden"] = float(row >= n and hidden[step, row - n])
-        wanted["norm"] = 3 / np.median(np.delete(row_norms, row))
+        wanted = {"top": shares[row] * S, "norm": 3 / np.median(np.delete(row_norms, row))}
         if n:
             wanted |= {"sink": sum(shares[:n]) * S / n, "on_sink": float(row < n)}
-        assert {"position", "moves", "distance", "heads", *wanted} == values.keys()
+        assert {"position", "moves", "heads", *wanted} == values.keys()
         assert {key: values[key][step] for key in wanted} == pytest.approx(wanted, abs=1e-5)
 
 
 def test_summary():
     """Two prompts of one layer: means over steps, then over prompts. The second is written in one step."""
-    first = {"position": [3, 4, 4], "top": [0.5, 0.7, 0.9], "moves": [0, 1], "hidden": [1, 0, 0]}
-    second = {"position": [2], "top": [0.3], "moves": [], "hidden": [1]}
+    first = {"position": [3, 4, 4], "top": [0.5, 0.7, 0.9], "moves": [0, 1]}
+    second = {"position": [2], "top": [0.3], "moves": []}
     (layer,) = sinks.summarize([{"layers": [first]}, {"layers": [second]}])
-    for key, a, b in (("top", 0.7, 0.3), ("moves", 0.5, 0), ("hidden", 1 / 3, 1)):
+    for key, a, b in (("top", 0.7, 0.3), ("moves", 0.5, 0)):
         wanted = (a + b) / 2, abs(a - b) / 2  # a standard deviation of |a - b| / sqrt(2), over sqrt(2)
         assert (layer[key], layer[f"{key}_se"]) == pytest.approx(wanted)
 
@@ -161,7 +157,7 @@ def test_the_states_are_those_of_the_sampler(folder, options, monkeypatch):
     for layer, (weights, wanted) in enumerate(attention_maps(model, states)):  # all states together
         np.testing.assert_allclose(mass[layer], weights[:, :, 1:].mean(dim=(1, 2)), atol=1e-6)
         np.testing.assert_allclose(norms[layer], wanted, atol=1e-5)
-        values = follow(mass[layer], norms[layer], rate[layer], hidden.numpy(), model.config)
+        values = follow(mass[layer], norms[layer], rate[layer], model.config)
         assert run.prompts[0]["layers"][layer] == values
 
 
@@ -218,7 +214,7 @@ def test_the_table(folder, monkeypatch, capsys, tmp_path):
                 wanted.append(f"{100 * mean:.0f}±{100 * error:.0f}" if percent else f"{mean:.1f}±{error:.1f}")
         assert row == wanted
     assert runs[0]["layers"][0]["heads"] > 0 and "more than 0.06 of the attention" in out
-    call(monkeypatch, "sink", "--limit=2", "--columns=all", "--steps", "2")
+    call(monkeypatch, "sink", "--limit=2", "--steps", "2")
     assert capsys.readouterr().out.splitlines()[2].split() == list(COLUMNS)
 
 
@@ -245,7 +241,7 @@ REFUSED = [
     (["{vanilla}", "--changes=True"], "no sinks to change in .*vanilla"),
     (["{sink}", "--limit=1"], "must be at least 2"),
     (["--limit=2", "{sink}"], "no run is named"),
-    (["{sink}", "--columns=top,share"], "there is no column 'share'; wanted all, or some of top,moves,"),
+    (["{sink}/ckpt.pt", "--measure"], "measure writes into the folders of runs; got .*sink/ckpt.pt"),
     (["{sink}", "{other}"], "other has other validation sequences than .*sink; look at it alone"),
 ]
 
@@ -312,6 +308,68 @@ def test_bounds_of_changed_sinks(folder, monkeypatch, capsys):
         assert line in " ".join(out)
 
 
+# ---------- In numbers
+
+
+def test_words_are_counted():
+    """Of 11 words 10 are known. Of 5 4-grams one is repeated: what another text has had does not count. Of 9
+    pairs 3 are distinct."""
+    decode = lambda self, ids: "".join("Ab' c."[i] for i in ids)  # noqa: E731
+    tokenizer = type("Tokenizer", (), {"eot_token": 9, "decode": decode})()
+    assert sinks.words_of([0, 1, 9, 2, 1, 3, 4, 5, 3, 4], tokenizer) == ["ab'b", "c", "c"]
+    counts = sinks.count_words(["a b a b a b".split(), "a b a b c".split(), []], {"a", "b"})
+    assert counts == {"words": 11, "known": 10 / 11, "repeated": pytest.approx(1 / 5), "distinct": 3 / 9}
+
+
+def test_attention_by_kind(folder, monkeypatch):
+    """By hand for two kept checkpoints, in order of their steps: the attention of all content queries, text
+    by text, head by head; the same hidden tokens each time. And the other rows of the file."""
+    checkpoint = torch.load(folder / "ckpt.pt", weights_only=True)
+    for step in (1000, 20):
+        checkpoint["model"]["blocks.0.attn.qkv.weight"] *= 2
+        torch.save(checkpoint, folder / f"{step}.pt")
+    options = ["--changes", "--mc_num=1", "--limit=4", "--steps=3", "--head_threshold=0.1"]
+    call(monkeypatch, folder, "--measure", *options)
+    rows = [json.loads(line) for line in (folder / "measured.jsonl").read_text().splitlines()]
+    found = [row for row in rows if row["table"] == "attention"]
+    keys = [(20, "layer 0"), (20, "layer 1"), (1000, "layer 0"), (1000, "layer 1")]
+    assert [(row["step"], row["row"]) for row in found] == keys
+    run, seen = Run(str(folder), SinksConfig(limit=4), "cpu"), []
+    monkeypatch.setattr(
+        sinks, "attention_maps", lambda model, xt: seen.append(xt) or attention_maps(model, xt)
+    )
+    assert list(sinks.attention_by_kind(run, SinksConfig(limit=4, head_threshold=0.1), "cpu")) == found
+    assert len(seen) == 2 and torch.equal(*seen)
+    masks = seen[0] == run.model.config.mask_id
+    assert torch.equal(torch.where(masks, run.x0, seen[0]), run.x0)
+    shares = masks.float().mean(dim=1)
+    assert shares[0] < 0.4 and shares[-1] > 0.6  # from little to much noise
+    for row in found:
+        model = load_trained(folder / f"{row['step']}.pt", "cpu")[0]
+        weights, _ = list(attention_maps(model, seen[0]))[int(row["row"][-1])]
+        for head in (0, 1):
+            got, number = dict.fromkeys(sinks.KINDS, 0.0), dict.fromkeys(sinks.KINDS, 0)
+            above = 0
+            for text in range(4):
+                mean = weights[text, head, 1:].mean(dim=0).tolist()
+                above += max(mean) > 0.1
+                names = ["sink"]
+                for token in seen[0][text].tolist():
+                    word = "" if token == run.model.config.mask_id else run.tokenizer.decode([token]).strip()
+                    name = "punctuation" if word and all(c in "!?.,:;+-*=<>#'()/" for c in word) else "other"
+                    name = "end-of-text" if token == run.tokenizer.eot_token else name
+                    names.append("hidden" if token == run.model.config.mask_id else name)
+                for name, value in zip(names, mean, strict=True):
+                    got[name] += value / 4
+                    number[name] += 1 / 4 / 25
+            for name in sinks.KINDS:
+                assert row[name][head] == pytest.approx(got[name] / number[name], abs=1e-3)
+            assert row["rate"][head] == above / 4
+    tables = [row["table"] for row in rows]
+    assert tables == ["texts"] * 2 + ["denoising"] * 2 + ["changes"] * len(CHANGES) + ["attention"] * 4
+    assert rows[1]["known"] == 1 and rows[1]["words"] > 30  # the held-out problems have no new words
+
+
 # ---------- Pictures
 
 
@@ -336,7 +394,7 @@ def test_pictures(folder, monkeypatch):
     assert layers[:2] == [int(np.argmax(shares)), 0] and abs(np.diff(shares)) > 0.01
     here = folder.parent.name
     for path in (f"out/sinks/{here}-sink+{here}-vanilla", "there", f"out/sinks/{here}-vanilla"):
-        for name in ("maps", "paths", "norms"):
+        for name in ("maps", "paths"):
             image = (folder.parent / path / f"{name}.png").read_bytes()
             width, height = (int.from_bytes(image[start : start + 4], "big") for start in (16, 20))
             assert image[:4] == b"\x89PNG" and 300 <= height <= 1000 and 400 <= width <= 1200
@@ -401,9 +459,9 @@ def test_what_the_pictures_show(folder):
     for run in runs:
         sinks.look_at(run, SinksConfig())
     maps = sinks.draw_maps(Figure, runs, 1).axes
-    paths, clouds = (draw(Figure, runs).axes for draw in (sinks.draw_paths, sinks.draw_norms))
+    paths = sinks.draw_paths(Figure, runs).axes
     for column, run in enumerate(runs):
-        (states, mass, norms, _), n = run.first, run.model.config.n_sink
+        states, n = run.first[0], run.model.config.n_sink
         hidden = (states == run.model.config.mask_id).numpy()
         title = "with a sink token" if n else "without a sink token"
         for row, step in enumerate((2, 15)):  # of the 18 steps 0 to 17
@@ -426,11 +484,3 @@ def test_what_the_pictures_show(folder):
             assert np.array_equal(panel.images[0].get_array(), hidden.T)
             labels = dict(zip(panel.get_yticks(), [label.get_text() for label in panel.get_yticklabels()]))
             assert labels.get(-3) == ("sink" if n else None)
-        steps = np.linspace(0, 17, 8).astype(int)
-        content = norms[:, steps, n:]
-        top = [[norms[i, s, n + mass[i, s, n:].argmax()] for s in steps] for i in (0, 1)]
-        wanted = [content[:, ~hidden[steps]], content[:, hidden[steps]], np.array(top)]
-        for values, cloud in zip(wanted, clouds[column].collections, strict=True):
-            np.testing.assert_allclose(cloud.get_offsets()[:, 1], values.ravel(), atol=1e-6)
-        bars = [bar.get_height() for bar in clouds[column].patches]
-        np.testing.assert_allclose(bars, norms[:, 5, 0] if n else [])
