@@ -119,7 +119,8 @@ def draw_attention(figure, rows):
                 heads = np.array([[values[kind] for values in seeds] for seeds in steps.values()])
                 heads = heads.reshape(len(steps), -1)  # (steps, seeds * heads)
                 axes.plot(list(steps), heads.mean(axis=1), color=color, label=kind)
-                axes.plot(list(steps), heads, color=color, linewidth=0.4, alpha=0.6 * (kind == "sink"))
+                if kind == "sink":
+                    axes.plot(list(steps), heads, color=color, linewidth=0.4, alpha=0.6)
         axes.set_title(f"{name}, {layer}", fontsize="medium")
     figure.supxlabel("step")
     figure.supylabel("attention (1 is an even share)")

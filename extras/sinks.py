@@ -490,7 +490,8 @@ def main():
     print("", *map(sentence, runs), sep="\n")
     results = []
     for run in runs:
-        rows = changed_bounds(run, cfg) if cfg.changes and run.model.config.n_sink else None
+        changes = cfg.changes or cfg.measure
+        rows = changed_bounds(run, cfg) if changes and run.model.config.n_sink else None
         facts = {"run": run.name, "step": run.checkpoint["step"], "n_sink": run.model.config.n_sink}
         if cfg.measure:
             lines = [json.dumps(row) + "\n" for row in measure_run(run, cfg, rows, device)]

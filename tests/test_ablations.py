@@ -82,21 +82,64 @@ def test_what_is_compared(tmp_path, call):
         assert call()[1] == f"b 1 {max(losses)} 6.0000 ± nan {more} {shown}".strip()
 
 
-def test_curves(tmp_path, call, monkeypatch):
-    """Means in a band of standard errors, at the steps that all seeds have, without the first."""
+def write_measured(folder, *rows):
+    keys = "table", "step", "row"
+    lines = [json.dumps({k: v for k, v in zip(keys, row) if v is not None} | row[3]) for row in rows]
+    (folder / "measured.jsonl").write_text("".join(line + "\n" for line in lines))
+
+
+def test_tables_of_what_was_measured(tmp_path, call):
+    """At the last step; a list is of heads. A column that a run lacks, and a run without the file."""
+    for seed, known, sink in ((0, 0.9, [3, 5]), (1, 0.8, [1, 1])):
+        folder = tmp_path / f"a-x-{seed}"
+        write_log(folder, {0: 9.0}, seed=seed)
+        texts, early = ("texts", None, "written", {"known": known}), {"sink": [0, 99], "rate": [0, 0]}
+        attention = ("attention", 2, "layer 0", early), ("attention", 10, "layer 0", early | {"sink": sink})
+        write_measured(folder, texts, *attention)
+    write_log(tmp_path / "b", {0: 9.0})
+    write_measured(tmp_path / "b", ("texts", None, "written", {"repeated": 0.1234}))
+    write_log(tmp_path / "c", {0: 9.0})
+    assert call()[3:] == [
+        "",
+        "texts known repeated",
+        "a-x written 0.85 ± 0.05 -",
+        "b written - 0.123 ± nan",
+        "",
+        "attention sink rate",
+        "a-x layer 0 2.5 ± 2 0 ± 0",
+    ]
+
+
+def test_pictures(tmp_path, call, monkeypatch):
+    """Losses: means in a band of standard errors, at the steps that all seeds have, without the first; and
+    the same of differences to the baseline. Attention: means, and single heads for the sink."""
+    pytest.importorskip("matplotlib")
     write_log(tmp_path / "a-0", {0: 9.0, 10: 6.0, 20: 5.0, 30: 4.0}, seed=0)
     write_log(tmp_path / "a-1", {0: 9.0, 20: 5.4, 30: 4.2}, seed=1)
     write_log(tmp_path / "b-0", {0: 9.0, 30: 3.0}, n_sink=0)
-    figures = []
-    monkeypatch.setattr(ablations, "write_file", lambda path, write: figures.append((path, write.__self__)))
-    assert call("--plot")[-1] == f"wrote {tmp_path}/curves.png"
-    ((path, figure),) = figures
-    axes = figure.axes[0]
-    assert path == f"{tmp_path}/curves.png" and [line.get_label() for line in axes.lines] == ["a", "b"]
-    np.testing.assert_allclose(axes.lines[0].get_xydata(), [[20, 5.2], [30, 4.1]])
-    np.testing.assert_allclose(axes.lines[1].get_xydata(), [[30, 3.0]])
-    band = axes.collections[0].get_paths()[0].vertices.round(6)
+    figures = {}
+    monkeypatch.setattr(ablations, "write_file", lambda path, write: figures.update({path: write.__self__}))
+    assert call("--plot")[-1] == f"wrote {tmp_path}/curves.png" and len(figures) == 1
+    losses, differences = figures[f"{tmp_path}/curves.png"].axes
+    assert [line.get_label() for line in losses.lines] == ["a", "b"]
+    np.testing.assert_allclose(losses.lines[0].get_xydata(), [[20, 5.2], [30, 4.1]])
+    np.testing.assert_allclose(losses.lines[1].get_xydata(), [[30, 3.0]])
+    np.testing.assert_allclose(differences.lines[0].get_xydata(), [[20, 0], [30, 0]])
+    np.testing.assert_allclose(differences.lines[1].get_xydata(), [[30, -1.0]])
+    band = losses.collections[0].get_paths()[0].vertices.round(6)
     assert set(map(tuple, band)) == {(20, 5.0), (20, 5.4), (30, 4.0), (30, 4.2)}
+
+    for seed in (0, 1):
+        values = {"sink": [1 + seed, 2], "hidden": [3, 5], "rate": [0, 1]}
+        rows = [("attention", step, f"layer {layer}", values) for layer in (0, 1) for step in (0, 10)]
+        write_measured(tmp_path / f"a-{seed}", *rows)
+    assert call("--plot")[-1] == f"wrote {tmp_path}/attention.png"
+    panels = figures[f"{tmp_path}/attention.png"].axes
+    assert [panel.get_title() for panel in panels] == ["a, layer 0", "a, layer 1"]
+    lines = {tuple(line.get_ydata()) for line in panels[1].lines}
+    assert lines == {(1.75, 1.75), (1, 1), (2, 2), (4, 4)}  # of 1, 2, 2, 2 for the sink, and of 3, 5
+    assert len(panels[1].lines) == 6
+    assert panels[1].lines[0].get_xdata().tolist() == [0, 10]
 
 
 def test_errors(tmp_path, call):

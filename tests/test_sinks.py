@@ -328,7 +328,7 @@ def test_attention_by_kind(folder, monkeypatch):
     for step in (1000, 20):
         checkpoint["model"]["blocks.0.attn.qkv.weight"] *= 2
         torch.save(checkpoint, folder / f"{step}.pt")
-    options = ["--changes", "--mc_num=1", "--limit=4", "--steps=3", "--head_threshold=0.1"]
+    options = ["--mc_num=1", "--limit=4", "--steps=3", "--head_threshold=0.1"]
     call(monkeypatch, folder, "--measure", *options)
     rows = [json.loads(line) for line in (folder / "measured.jsonl").read_text().splitlines()]
     found = [row for row in rows if row["table"] == "attention"]
