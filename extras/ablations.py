@@ -9,6 +9,7 @@ the same texts and masks; "-" where data, validation or step are others. Below, 
 what extras.sinks --measure wrote beside the logs, at the last step."""
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ VALIDATION = {"data", "block_size", "eval_seqs", "epochs"}  # settings that its 
 class AblationsConfig:
     folder: str = "out/ablation"  # the runs are FOLDER/NAME-SEED/log.jsonl
     baseline: str | None = None  # the row that others are compared with; None: the first
-    plot: bool = False  # draw curves.png and attention.png into FOLDER; needs matplotlib
+    plot: bool = False  # draw curves.png, attention.png and heads.png into FOLDER; needs matplotlib
 
 
 def read_run(path):
@@ -69,18 +70,24 @@ def mean_and_error(values):  # (seeds, ...): over the seeds
     return np.mean(values, axis=0), np.std(values, axis=0) / np.sqrt(len(values) - 1 or np.nan)
 
 
-def read_measured(path):
-    """Yields (table, row, step, values) for the lines of measured.jsonl, if extras.sinks has written it."""
-    for line in path.read_text().splitlines() if path.exists() else []:
-        values = json.loads(line)
-        yield values.pop("table"), values.pop("row"), values.pop("step", None), values
+def read_measured(paths):
+    """{table: {(name, row): {step: {seed: values}}}} of what extras.sinks --measure wrote beside logs."""
+    tables = {}
+    for path in paths:
+        (name, seed, *_), measured = read_run(path), path.with_name("measured.jsonl")
+        for line in measured.read_text().splitlines() if measured.exists() else []:
+            values = json.loads(line)
+            table, row, step = values.pop("table"), values.pop("row"), values.pop("step", None)
+            steps = tables.setdefault(table, {}).setdefault((name, row), {})
+            steps.setdefault(step, {})[seed] = values
+    return tables
 
 
 def print_tables(tables):
-    """Means over seeds ± standard errors, of {table: {(name, row): {step: [values of each seed]}}} at the
-    last step. A list has a number for each head."""
+    """Means over seeds ± standard errors, of {table: {(name, row): {step: {seed: values}}}} at the last step.
+    A list has a number for each head."""
     for table, rows in tables.items():
-        last = {key: list(steps.values())[-1] for key, steps in rows.items()}
+        last = {key: list(list(steps.values())[-1].values()) for key, steps in rows.items()}
         columns = dict.fromkeys(column for seeds in last.values() for column in seeds[0])
         print(f"\n{table:<28}" + "".join(f"{column:>16}" for column in columns))
         for (name, row), seeds in last.items():
@@ -115,18 +122,43 @@ def draw_attention(figure, rows):
     for (name, layer), steps in rows.items():
         axes = panels[names.index(name), layers.index(layer)]
         for kind, color in COLORS.items():
-            if kind in steps[0][0]:
-                heads = np.array([[values[kind] for values in seeds] for seeds in steps.values()])
-                heads = heads.reshape(len(steps), -1)  # (steps, seeds * heads)
+            heads = []
+            for seeds in steps.values():
+                heads.append(np.ravel([values[kind] for values in seeds.values() if kind in values]))
+            heads = np.array(heads)  # (steps, seeds * heads)
+            if heads.size:
                 axes.plot(list(steps), heads.mean(axis=1), color=color, label=kind)
-                if kind == "sink":
-                    axes.plot(list(steps), heads, color=color, linewidth=0.4, alpha=0.6)
+            if kind == "sink":
+                axes.plot(list(steps), heads, color=color, linewidth=0.4, alpha=0.6)
         axes.set_title(f"{name}, {layer}", fontsize="medium")
     figure.supxlabel("step")
     figure.supylabel("attention (1 is an even share)")
     legends = [axes.get_legend_handles_labels() for axes in panels.flat]
     handles = {label: handle for legend in legends for handle, label in zip(*legend)}
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles))
+
+
+def sinks_at_the_end(rows):
+    """{(name, seed): attention of each head to the sink at the last step, (n_layer, H)}."""
+    sinks = {}
+    for (name, _), steps in rows.items():
+        for seed, values in list(steps.values())[-1].items():
+            if "sink" in values:
+                sinks.setdefault((name, seed), []).append(values["sink"])
+    return sinks
+
+
+def draw_heads(figure, sinks):
+    """A panel for each name and seed."""
+    names = list(dict.fromkeys(name for name, _ in sinks))
+    columns = math.ceil(len(sinks) / len(names))
+    panels = figure.subplots(len(names), columns, sharex=True, sharey=True, squeeze=False)
+    for axes, ((name, seed), heads) in zip(panels.flat, sinks.items()):
+        image = axes.imshow(heads, vmin=0, vmax=np.max(list(sinks.values())), cmap="magma")
+        axes.set_title(f"{name}, seed {seed}", fontsize="medium")
+    figure.supxlabel("head")
+    figure.supylabel("layer")
+    figure.colorbar(image, ax=panels, label="attention to the sink (1 is an even share)")
 
 
 def main():
@@ -155,19 +187,18 @@ def main():
         loss = f"{mean:.4f} ± {error:.4f}"
         print(f"{name:<{width}}{len(seeds):>7}{steps[-1]:>8}{loss:>18}{more:>21}  {shown}")
 
-    tables = {}
-    for path in paths:
-        for table, row, step, values in read_measured(path.with_name("measured.jsonl")):
-            steps = tables.setdefault(table, {}).setdefault((read_run(path)[0], row), {})
-            steps.setdefault(step, []).append(values)
+    tables = read_measured(paths)
     print_tables(tables)
-    figures = {}
+    figures, sinks = {}, sinks_at_the_end(tables.get("attention", {}))
     if cfg.plot:
         figures["curves.png"] = Figure(figsize=(10, 4), layout="constrained")
         draw_curves(figures["curves.png"], rows, first)
     if cfg.plot and "attention" in tables:
         figures["attention.png"] = Figure(figsize=(10, 1.5 + 2 * len(rows)), layout="constrained")
         draw_attention(figures["attention.png"], tables["attention"])
+    if sinks and cfg.plot:
+        figures["heads.png"] = Figure(figsize=(8, 5), layout="constrained")
+        draw_heads(figures["heads.png"], sinks)
     for name, figure in figures.items():
         write_file(f"{cfg.folder}/{name}", figure.savefig)
         print(f"wrote {cfg.folder}/{name}")

@@ -129,13 +129,19 @@ def test_pictures(tmp_path, call, monkeypatch):
     band = losses.collections[0].get_paths()[0].vertices.round(6)
     assert set(map(tuple, band)) == {(20, 5.0), (20, 5.4), (30, 4.0), (30, 4.2)}
 
+    others = {"hidden": [3, 5], "rate": [0, 1]}
     for seed in (0, 1):
-        values = {"sink": [1 + seed, 2], "hidden": [3, 5], "rate": [0, 1]}
+        values = {"sink": [1 + seed, 2]} | others
         rows = [("attention", step, f"layer {layer}", values) for layer in (0, 1) for step in (0, 10)]
         write_measured(tmp_path / f"a-{seed}", *rows)
-    assert call("--plot")[-1] == f"wrote {tmp_path}/attention.png"
+    write_measured(tmp_path / "b-0", ("attention", 0, "layer 1", others))
+    assert call("--plot")[-1] == f"wrote {tmp_path}/heads.png" and len(figures) == 3
+    *panels, colors = figures[f"{tmp_path}/heads.png"].axes
+    assert [panel.get_title() for panel in panels] == ["a, seed 0", "a, seed 1"]
+    assert panels[1].images[0].get_array().tolist() == [[2, 2], [2, 2]] and colors.get_ylim() == (0, 2)
     panels = figures[f"{tmp_path}/attention.png"].axes
-    assert [panel.get_title() for panel in panels] == ["a, layer 0", "a, layer 1"]
+    assert [panel.get_title() for panel in panels] == ["a, layer 0", "a, layer 1", "", "b, layer 1"]
+    assert len(panels[3].lines) == 1  # no sink
     lines = {tuple(line.get_ydata()) for line in panels[1].lines}
     assert lines == {(1.75, 1.75), (1, 1), (2, 2), (4, 4)}  # of 1, 2, 2, 2 for the sink, and of 3, 5
     assert len(panels[1].lines) == 6
