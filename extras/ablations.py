@@ -94,7 +94,9 @@ def print_tables(tables):
             cells = ""
             for column in columns:
                 values = [np.mean(values[column]) for values in seeds if column in values]
-                cells += f"{'{:.3g} ± {:.1g}'.format(*mean_and_error(values)) if values else '-':>16}"
+                digits = 3 if values and max(values) < 100 else 0
+                mean, error = mean_and_error(values) if values else (0, 0)
+                cells += f"{f'{mean:.{digits}f} ± {error:.{digits}f}' if values else '-':>16}"
             print(f"{name:<14}{row:<14}{cells}")
 
 
@@ -132,6 +134,7 @@ def draw_attention(figure, rows):
                 axes.plot(list(steps), heads, color=color, linewidth=0.4, alpha=0.6)
         axes.set_title(f"{name}, {layer}", fontsize="medium")
     figure.supxlabel("step")
+    panels[0, 0].set_yscale("log")  # and with it all others
     figure.supylabel("attention (1 is an even share)")
     legends = [axes.get_legend_handles_labels() for axes in panels.flat]
     handles = {label: handle for legend in legends for handle, label in zip(*legend)}

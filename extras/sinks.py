@@ -278,7 +278,10 @@ def attention_by_kind(run, cfg, device):
     kinds = F.pad(kinds, (config.n_sink, 0), value=KINDS.index("sink"))
     is_kind = F.one_hot(kinds, len(KINDS)).float().to(device)  # (n, S, kinds)
     even = is_kind.mean(dim=(0, 1))
-    for path in sorted(Path(run.name).glob("[0-9]*.pt"), key=lambda path: int(path.stem)):
+    paths = sorted(Path(run.name).glob("[0-9]*.pt"), key=lambda path: int(path.stem))
+    if not paths:
+        print(f"{run.name} has no checkpoints STEP.pt; to follow attention, train with --keep_all=True")
+    for path in paths:
         model = MDM.from_checkpoint(path).to(device)
         for layer, (weights, _) in enumerate(attention_maps(model, xt)):
             by_head = weights[:, :, config.n_sink :].mean(dim=2)  # (n, H, S)

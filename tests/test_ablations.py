@@ -102,11 +102,11 @@ def test_tables_of_what_was_measured(tmp_path, call):
     assert call()[3:] == [
         "",
         "texts known repeated",
-        "a-x written 0.85 ± 0.05 -",
+        "a-x written 0.850 ± 0.050 -",
         "b written - 0.123 ± nan",
         "",
         "attention sink rate",
-        "a-x layer 0 2.5 ± 2 0 ± 0",
+        "a-x layer 0 2.500 ± 1.500 0.000 ± 0.000",
     ]
 
 
