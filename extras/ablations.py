@@ -9,7 +9,6 @@ the same texts and masks; "-" where data, validation or step are others. Below, 
 what extras.sinks --measure wrote beside the logs, at the last step."""
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,8 +17,8 @@ import numpy as np
 import configurator
 from train import MAY_CHANGE, write_file
 
-COLORS = {"sink": "tab:red", "hidden": "0.5", "end-of-text": "tab:green", "punctuation": "tab:blue"}
-COLORS["other"] = "0.8"  # of the kinds of keys
+KINDS = ["sink", "hidden", "end-of-text", "punctuation", "other"]  # of keys
+COLORS = dict(zip(KINDS, ["tab:red", "0.5", "tab:green", "tab:blue", "tab:orange"]))
 VALIDATION = {"data", "block_size", "eval_seqs", "epochs"}  # settings that its loss depends on
 
 
@@ -27,7 +26,7 @@ VALIDATION = {"data", "block_size", "eval_seqs", "epochs"}  # settings that its 
 class AblationsConfig:
     folder: str = "out/ablation"  # the runs are FOLDER/NAME-SEED/log.jsonl
     baseline: str | None = None  # the row that others are compared with; None: the first
-    plot: bool = False  # draw curves.png, attention.png and heads.png into FOLDER; needs matplotlib
+    plot: bool = False  # draw curves.png, attention.png and rates.png into FOLDER; needs matplotlib
 
 
 def read_run(path):
@@ -83,21 +82,26 @@ def read_measured(paths):
     return tables
 
 
+def last_of(steps):
+    """The values of each seed at the last step that most seeds have."""
+    return list(max(steps.items(), key=lambda item: (len(item[1]), item[0] or 0))[1].values())
+
+
 def print_tables(tables):
     """Means over seeds ± standard errors, of {table: {(name, row): {step: {seed: values}}}} at the last step.
     A list has a number for each head."""
     for table, rows in tables.items():
-        last = {key: list(list(steps.values())[-1].values()) for key, steps in rows.items()}
-        columns = dict.fromkeys(column for seeds in last.values() for column in seeds[0])
+        columns = dict.fromkeys(column for steps in rows.values() for column in last_of(steps)[0])
         print(f"\n{table:<28}" + "".join(f"{column:>16}" for column in columns))
-        for (name, row), seeds in last.items():
+        for (name, row), steps in rows.items():
             cells = ""
             for column in columns:
-                values = [np.mean(values[column]) for values in seeds if column in values]
-                digits = 3 if values and max(values) < 100 else 0
-                mean, error = mean_and_error(values) if values else (0, 0)
-                cells += f"{f'{mean:.{digits}f} ± {error:.{digits}f}' if values else '-':>16}"
-            print(f"{name:<14}{row:<14}{cells}")
+                values, cell = [np.mean(values[column]) for values in last_of(steps) if column in values], "-"
+                if values:
+                    digits = 3 if max(values) < 100 else 0
+                    cell = "{:.{digits}f} ± {:.{digits}f}".format(*mean_and_error(values), digits=digits)
+                cells += f"{cell:>16}"
+            print(f"{name:<13} {row:<14}{cells}")
 
 
 def draw_curves(figure, rows, first):
@@ -116,52 +120,45 @@ def draw_curves(figure, rows, first):
     panels[0].legend()
 
 
+def of_heads(steps, key):
+    """Steps, and an array (steps, seeds * heads)."""
+    most = max(map(len, steps.values()))
+    steps = {step: seeds for step, seeds in steps.items() if len(seeds) == most}
+    return list(steps), [np.ravel([values[key] for values in seeds.values()]) for seeds in steps.values()]
+
+
 def draw_attention(figure, rows):
-    """What each kind of key gets over training: a row for each name, a column for each layer. Thick lines are
-    means over heads and seeds; thin ones are the single heads' attention to the sink."""
+    """What each kind of key gets over training: a row for each name, a column for each layer. Solid lines are
+    means over heads and seeds, dotted ones the head of any seed that gives the most."""
     names, layers = (list(dict.fromkeys(part)) for part in zip(*rows))
     panels = figure.subplots(len(names), len(layers), sharex=True, sharey=True, squeeze=False)
     for (name, layer), steps in rows.items():
         axes = panels[names.index(name), layers.index(layer)]
-        for kind, color in COLORS.items():
-            heads = []
-            for seeds in steps.values():
-                heads.append(np.ravel([values[kind] for values in seeds.values() if kind in values]))
-            heads = np.array(heads)  # (steps, seeds * heads)
-            if heads.size:
-                axes.plot(list(steps), heads.mean(axis=1), color=color, label=kind)
-            if kind == "sink":
-                axes.plot(list(steps), heads, color=color, linewidth=0.4, alpha=0.6)
+        for kind in [kind for kind in COLORS if kind in last_of(steps)[0]]:
+            x, heads = of_heads(steps, kind)
+            axes.plot(x, np.mean(heads, axis=1), color=COLORS[kind], label=kind)
+            axes.plot(x, np.max(heads, axis=1), ":", color=COLORS[kind])
         axes.set_title(f"{name}, {layer}", fontsize="medium")
-    figure.supxlabel("step")
     panels[0, 0].set_yscale("log")  # and with it all others
+    panels[0, 0].set_ylim(bottom=0.3)
+    figure.supxlabel("step")
     figure.supylabel("attention (1 is an even share)")
     legends = [axes.get_legend_handles_labels() for axes in panels.flat]
     handles = {label: handle for legend in legends for handle, label in zip(*legend)}
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=len(handles))
 
 
-def sinks_at_the_end(rows):
-    """{(name, seed): attention of each head to the sink at the last step, (n_layer, H)}."""
-    sinks = {}
-    for (name, _), steps in rows.items():
-        for seed, values in list(steps.values())[-1].items():
-            if "sink" in values:
-                sinks.setdefault((name, seed), []).append(values["sink"])
-    return sinks
-
-
-def draw_heads(figure, sinks):
-    """A panel for each name and seed."""
-    names = list(dict.fromkeys(name for name, _ in sinks))
-    columns = math.ceil(len(sinks) / len(names))
-    panels = figure.subplots(len(names), columns, sharex=True, sharey=True, squeeze=False)
-    for axes, ((name, seed), heads) in zip(panels.flat, sinks.items()):
-        image = axes.imshow(heads, vmin=0, vmax=np.max(list(sinks.values())), cmap="magma")
-        axes.set_title(f"{name}, seed {seed}", fontsize="medium")
-    figure.supxlabel("head")
-    figure.supylabel("layer")
-    figure.colorbar(image, ax=panels, label="attention to the sink (1 is an even share)")
+def draw_rates(figure, rows):
+    """The sink rate of each layer over training: solid the mean over heads and seeds, dotted the highest."""
+    names = list(dict.fromkeys(name for name, _ in rows))
+    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    for (name, layer), steps in rows.items():
+        axes, (x, heads) = panels[names.index(name)], of_heads(steps, "rate")
+        (line,) = axes.plot(x, np.mean(heads, axis=1), label=layer)
+        axes.plot(x, np.max(heads, axis=1), ":", color=line.get_color())
+        axes.set(title=name, xlabel="step")
+    panels[0].set_ylabel("sink rate: share of texts in which\none key passes the threshold")
+    panels[0].legend()
 
 
 def main():
@@ -192,16 +189,15 @@ def main():
 
     tables = read_measured(paths)
     print_tables(tables)
-    figures, sinks = {}, sinks_at_the_end(tables.get("attention", {}))
+    figures = {}
     if cfg.plot:
         figures["curves.png"] = Figure(figsize=(10, 4), layout="constrained")
         draw_curves(figures["curves.png"], rows, first)
     if cfg.plot and "attention" in tables:
         figures["attention.png"] = Figure(figsize=(10, 1.5 + 2 * len(rows)), layout="constrained")
         draw_attention(figures["attention.png"], tables["attention"])
-    if sinks and cfg.plot:
-        figures["heads.png"] = Figure(figsize=(8, 5), layout="constrained")
-        draw_heads(figures["heads.png"], sinks)
+        figures["rates.png"] = Figure(figsize=(10, 3.2), layout="constrained")
+        draw_rates(figures["rates.png"], tables["attention"])
     for name, figure in figures.items():
         write_file(f"{cfg.folder}/{name}", figure.savefig)
         print(f"wrote {cfg.folder}/{name}")

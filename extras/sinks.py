@@ -56,7 +56,7 @@ class SinksConfig:
     layer: int | None = None  # of maps.png and the animation; None: where the sink token gets most
     animate: str | None = None  # write an animated .svg of the first text to this path
     changes: bool = False  # the validation loss with changed sinks, on the sequences used in training
-    measure: bool = False  # write RUN/measured.jsonl: all this in numbers, and attention along training
+    measure: bool = False  # write RUN/measured.jsonl: texts, tables, attention at each kept checkpoint
     mc_num: int = 8  # with changes: random maskings of each sequence
     data: str | None = None  # a prepared folder; None: the data of training
     seed: int = 0  # of the random draws
@@ -296,8 +296,13 @@ def numbers(tensor):
 
 
 def words_of(tokens, tokenizer):
-    text = tokenizer.decode([token for token in tokens if token != tokenizer.eot_token])
-    return re.findall(r"[a-z]+(?:'[a-z]+)*", text.lower())
+    words, story = [], []
+    for token in [*tokens, tokenizer.eot_token]:
+        story.append(token)
+        if token == tokenizer.eot_token:  # words do not reach over it
+            words += re.findall(r"[a-z]+(?:'[a-z]+)*", tokenizer.decode(story[:-1]).lower())
+            story = []
+    return words
 
 
 def count_words(texts, known):
@@ -309,8 +314,9 @@ def count_words(texts, known):
         pairs += zip(text, text[1:])
         fours += max(0, len(text) - 3)
         new_fours += len(set(zip(text, text[1:], text[2:], text[3:])))
-    counts = {"words": len(words), "known": sum(word in known for word in words) / len(words)}
-    return counts | {"repeated": 1 - new_fours / fours, "distinct": len(set(pairs)) / len(pairs)}
+    known = sum(word in known for word in words) / max(1, len(words))
+    repeated, distinct = 1 - new_fours / max(1, fours), len(set(pairs)) / max(1, len(pairs))
+    return {"words": len(words), "known": known, "repeated": repeated, "distinct": distinct}
 
 
 def measure_run(run, cfg, changes, device):

@@ -135,17 +135,23 @@ def test_pictures(tmp_path, call, monkeypatch):
         rows = [("attention", step, f"layer {layer}", values) for layer in (0, 1) for step in (0, 10)]
         write_measured(tmp_path / f"a-{seed}", *rows)
     write_measured(tmp_path / "b-0", ("attention", 0, "layer 1", others))
-    assert call("--plot")[-1] == f"wrote {tmp_path}/heads.png" and len(figures) == 3
-    *panels, colors = figures[f"{tmp_path}/heads.png"].axes
-    assert [panel.get_title() for panel in panels] == ["a, seed 0", "a, seed 1"]
-    assert panels[1].images[0].get_array().tolist() == [[2, 2], [2, 2]] and colors.get_ylim() == (0, 2)
+    assert call("--plot")[-1] == f"wrote {tmp_path}/rates.png" and len(figures) == 3
+    panels = figures[f"{tmp_path}/rates.png"].axes
+    assert [panel.get_title() for panel in panels] == ["a", "b"]
+    assert [line.get_ydata().tolist() for line in panels[0].lines[:2]] == [[0.5, 0.5], [1, 1]]  # of 0, 1
     panels = figures[f"{tmp_path}/attention.png"].axes
     assert [panel.get_title() for panel in panels] == ["a, layer 0", "a, layer 1", "", "b, layer 1"]
-    assert len(panels[3].lines) == 1  # no sink
-    lines = {tuple(line.get_ydata()) for line in panels[1].lines}
-    assert lines == {(1.75, 1.75), (1, 1), (2, 2), (4, 4)}  # of 1, 2, 2, 2 for the sink, and of 3, 5
-    assert len(panels[1].lines) == 6
+    means_and_highest = [line.get_ydata().tolist() for line in panels[1].lines]  # of 1, 2, 2, 2 and 3, 5
+    assert means_and_highest == [[1.75, 1.75], [2, 2], [4, 4], [5, 5]] and len(panels[3].lines) == 2
     assert panels[1].lines[0].get_xdata().tolist() == [0, 10]
+
+
+def test_the_last_step_that_all_seeds_have(tmp_path, call):
+    for seed, steps in ((0, (0, 10, 20)), (1, (10,))):
+        write_log(tmp_path / f"a-{seed}", {0: 9.0}, seed=seed)
+        rows = [("attention", step, "layer 0", {"sink": [step, seed]}) for step in steps]
+        write_measured(tmp_path / f"a-{seed}", *rows)
+    assert call()[-1] == "a layer 0 5.250 ± 0.250"
 
 
 def test_errors(tmp_path, call):
