@@ -1,6 +1,6 @@
 #!/bin/sh
 # Trains the models of docs/results.md, one process per core. Stop it at any time and start it again: finished
-# runs are skipped, the others resume.
+# runs are skipped, the others resume. The pictures need matplotlib.
 export OMP_NUM_THREADS=1
 for seed in 0 1 2; do
     echo vanilla-$seed --seed=$seed --n_sink=0
