@@ -152,6 +152,9 @@ def test_the_last_step_that_all_seeds_have(tmp_path, call):
         rows = [("attention", step, "layer 0", {"sink": [step, seed]}) for step in steps]
         write_measured(tmp_path / f"a-{seed}", *rows)
     assert call()[-1] == "a layer 0 5.250 ± 0.250"
+    rows = {0: {0: {"sink": [1, 2]}}, 10: {0: {"sink": [3, 4]}, 1: {"sink": [5, 6]}}}
+    steps, heads = ablations.of_heads(rows, "sink")  # for the pictures
+    assert steps == [10] and heads[0].tolist() == [3, 4, 5, 6] and len(heads) == 1
 
 
 def test_errors(tmp_path, call):
