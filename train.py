@@ -86,6 +86,8 @@ class TrainConfig:
             if isinstance(value, (int, float)) and not least <= value <= most:
                 raise ValueError(f"{name} is {value}; it must lie between {least} and {most}")
         self.min_lr = self.learning_rate / 10 if self.min_lr is None else self.min_lr
+        if self.min_lr > self.learning_rate:
+            raise ValueError(f"min_lr {self.min_lr} is above learning_rate {self.learning_rate}; lower it")
         if self.dtype not in ("auto", "float32", "bfloat16"):
             raise ValueError(f"dtype is {self.dtype!r}; it must be auto, float32 or bfloat16")
 

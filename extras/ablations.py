@@ -46,11 +46,11 @@ def read_run(path):
         raise ValueError(f"{path} is no log of train.py ({error!r}); move it") from error
 
 
-def group(paths):
-    """{name: (settings, {seed: losses})}. Raises ValueError if a name has several settings."""
+def group(runs):
+    """{name: (settings, {seed: losses})} of {path: what read_run gives}. Raises ValueError if a name has
+    several settings."""
     rows = {}
-    for path in paths:
-        name, seed, settings, losses = read_run(path)
+    for path, (name, seed, settings, losses) in runs.items():
         if not losses:
             print(f"left out {path}: it has no validation yet")
             continue
@@ -69,11 +69,15 @@ def mean_and_error(values):  # (seeds, ...): over the seeds
     return np.mean(values, axis=0), np.std(values, axis=0) / np.sqrt(len(values) - 1 or np.nan)
 
 
-def read_measured(paths):
+def shared_steps(seeds):
+    return sorted(set.intersection(*map(set, seeds.values())))  # those that all seeds have
+
+
+def read_measured(runs):
     """{table: {(name, row): {step: {seed: values}}}} of what extras.sinks --measure wrote beside logs."""
     tables = {}
-    for path in paths:
-        (name, seed, *_), measured = read_run(path), path.with_name("measured.jsonl")
+    for path, (name, seed, *_) in runs.items():
+        measured = path.with_name("measured.jsonl")
         for line in measured.read_text().splitlines() if measured.exists() else []:
             values = json.loads(line)
             table, row, step = values.pop("table"), values.pop("row"), values.pop("step", None)
@@ -108,7 +112,7 @@ def draw_curves(figure, rows, first):
     """Validation losses, and how much more they are than the baseline's with the same seeds."""
     panels = figure.subplots(1, 2)
     for name, (_, seeds) in rows.items():
-        steps = sorted(set.intersection(*map(set, seeds.values())))[1:]  # without that of random weights
+        steps = shared_steps(seeds)[1:]  # without that of random weights
         losses = np.array([[seeds[seed][step] for step in steps] for seed in seeds])
         before = [[first.get(seed, {}).get(step, np.nan) for step in steps] for seed in seeds]
         for axes, values in zip(panels, (losses, losses - before)):
@@ -163,8 +167,8 @@ def draw_rates(figure, rows):
 
 def main():
     cfg, _ = configurator.parse(AblationsConfig, positional="folder")
-    paths = sorted(Path(cfg.folder).glob("*/log.jsonl"))
-    rows = group(paths)
+    runs = {path: read_run(path) for path in sorted(Path(cfg.folder).glob("*/log.jsonl"))}
+    rows = group(runs)
     if not rows:
         raise ValueError(f"there is no {cfg.folder}/*/log.jsonl; train with --out_dir={cfg.folder}/NAME-SEED")
     baseline = cfg.baseline or next(iter(rows))
@@ -174,9 +178,9 @@ def main():
     width = max(map(len, rows))
     print(f"{'':<{width}}  seeds    step{'validation loss':>18}{f'more than {baseline}':>21}  other settings")
     wanted, first = rows[baseline]
-    last = max(set.intersection(*map(set, first.values())))
+    last = shared_steps(first)[-1]
     for name, (settings, seeds) in rows.items():
-        steps = sorted(set.intersection(*map(set, seeds.values())))  # that all seeds have
+        steps = shared_steps(seeds)
         mean, error = mean_and_error([losses[steps[-1]] for losses in seeds.values()])
         other = [k for k in settings | wanted if (settings.get(k) or None) != (wanted.get(k) or None)]
         more = []
@@ -187,7 +191,7 @@ def main():
         loss = f"{mean:.4f} ± {error:.4f}"
         print(f"{name:<{width}}{len(seeds):>7}{steps[-1]:>8}{loss:>18}{more:>21}  {shown}")
 
-    tables = read_measured(paths)
+    tables = read_measured(runs)
     print_tables(tables)
     figures = {}
     if cfg.plot:

@@ -145,6 +145,8 @@ def test_learning_rate():
     rates = [get_lr(step, 10, 1.0, 0.1, 4) for step in (0, 1, 4, 7, 10, 11)]
     assert rates == pytest.approx([0, 0.25, 1, 0.55, 0.1, 0.1])  # 7 is half-way
     assert TrainConfig(learning_rate=1e-5).min_lr == pytest.approx(1e-6)
+    with pytest.raises(ValueError, match="min_lr 0.0001 is above learning_rate 1e-05"):
+        TrainConfig(learning_rate=1e-5, min_lr=1e-4)
 
 
 def test_weight_decay_is_on_every_tensor(tmp_path):

@@ -14,4 +14,5 @@ done | xargs -P "$(getconf _NPROCESSORS_ONLN)" -L 1 sh -c '
     echo "$0: $how, see $out/output.txt"
     python train.py config/stories.py --init_from=$how --out_dir=$out "$@" >> $out/output.txt &&
     python -m extras.sinks $out --measure --limit=64 --prompt_length=0 --remasking=random --temperature=1 \
-        --steps=128 --mc_num=1 >> $out/output.txt && touch $out/done' && python -m extras.ablations out/stories --baseline=vanilla --plot
+        --steps=128 --mc_num=1 >> $out/output.txt && touch $out/done' &&
+python -m extras.ablations out/stories --baseline=vanilla --plot
