@@ -46,9 +46,9 @@ class SFTConfig(TrainConfig):
 
 
 def load_examples(folder, meta, split, block_size):
-    """Tokens of a split; its examples (n, 3): where prompt and response begin, and where the response ends;
-    how many are left out, because they do not fit into block_size with an end-of-text. Raises ValueError if
-    the data set holds no problems, if its files do not agree, or if no example fits."""
+    """Tokens of a split; its examples (n, 4): the stage, 0 or 1, where prompt and response begin, and where
+    the response ends; how many are left out, because they do not fit into block_size with an end-of-text.
+    Raises ValueError if the data set holds no problems, its files do not agree, or a stage has no example."""
     path = os.path.join(folder, f"{split}_cuts.npy")
     if not os.path.exists(path):
         raise ValueError(f"{folder} holds no problems; run: python prepare_data.py gsm8k (or arithmetic)")
@@ -56,10 +56,11 @@ def load_examples(folder, meta, split, block_size):
     question, thoughts, answer, end = np.load(path).T  # (problems,) each: where they begin, and the end
     if end.max() > len(tokens) or (tokens[end - 1] != meta["eot_id"]).any():
         raise ValueError(f"{path} and {split}.bin do not belong together; prepare the data set again")
-    to_thoughts, to_answer = [question, thoughts, answer], [question, answer, end - 1]
+    zero = np.zeros_like(end)
+    to_thoughts, to_answer = [zero, question, thoughts, answer], [zero + 1, question, answer, end - 1]
     examples = np.concatenate((to_thoughts, to_answer), axis=1).T
-    fits = examples[:, 2] - examples[:, 0] < block_size
-    if not fits.any():
+    fits = examples[:, 3] - examples[:, 1] < block_size
+    if not fits.reshape(2, -1).any(axis=1).all():
         raise ValueError(f"no example of {path} fits into block_size {block_size}; raise it")
     return tokens, examples[fits], int((~fits).sum())
 
@@ -67,7 +68,7 @@ def load_examples(folder, meta, split, block_size):
 def example_batches(folder, meta, cfg):
     """get_batch for fine-tuning, and {split: what load_examples returns}. Training takes the examples in an
     order drawn from (seed, epoch), each once an epoch for any number of processes. Validation takes eval_seqs
-    examples, spread evenly over those of the first stage and then of the second."""
+    examples: half of them spread evenly over the first stage, then the others over the second."""
     B, T = cfg.micro_batch_size, cfg.block_size
     data = {split: load_examples(folder, meta, split, T) for split in ("train", "val")}
 
@@ -80,8 +81,14 @@ def example_batches(folder, meta, cfg):
         n = len(examples)
         x0, maskable = torch.full((B, T), meta["eot_id"]), torch.ones(B, T, dtype=torch.bool)
         for row, i in enumerate(range(index * B, (index + 1) * B)):
-            chosen = order(i // n)[i % n] if split == "train" else i * n // cfg.eval_seqs % n
-            start, response, end = examples[chosen]
+            if split == "train":
+                chosen = order(i // n)[i % n]
+            else:
+                half = (cfg.eval_seqs + 1) // 2
+                stage, number = divmod(i % cfg.eval_seqs, half)
+                of_stage = np.flatnonzero(examples[:, 0] == stage)
+                chosen = of_stage[number * len(of_stage) // half]
+            _, start, response, end = examples[chosen]
             x0[row, : end - start] = torch.from_numpy(tokens[start:end].astype(np.int64))
             maskable[row, : response - start] = False
         return x0, maskable

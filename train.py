@@ -187,12 +187,19 @@ def get_lr(step, max_steps, peak, floor, warmup_steps):
     return floor + 0.5 * (1 + math.cos(math.pi * progress)) * (peak - floor)
 
 
+def spread_levels(n):
+    """n noise levels t, (n,) float64: the midpoints of n equal parts of (0, 1), so that their mean is 1/2, in
+    the order of the golden ratio, so that any run of texts in a row has high, middle and low ones."""
+    golden = torch.arange(n, dtype=torch.float64) * (math.sqrt(5) - 1) / 2 % 1
+    return (golden.argsort().argsort().double() + 0.5) / n
+
+
 @torch.no_grad()
 def validate(model, get_batch, B, n_seqs, dtype="auto", mc_num=1, rank=0, world_size=1):
     """The bound on -log p of n_seqs validation texts: nats per maskable token, its standard error, nats and
     tokens of each text. get_batch makes B at once. A text has fixed noise and mc_num evenly spread levels."""
     device = next(model.parameters()).device
-    t = torch.arange(n_seqs, dtype=torch.float64) * (math.sqrt(5) - 1) / 2 % 1 / mc_num  # by the golden ratio
+    t = spread_levels(n_seqs) / mc_num
     sums = torch.zeros(2, n_seqs, dtype=torch.float64)  # nats, tokens
     for index in range(rank, math.ceil(n_seqs / B), world_size):
         rows = range(index * B, min(n_seqs, (index + 1) * B))
@@ -212,11 +219,15 @@ def validate(model, get_batch, B, n_seqs, dtype="auto", mc_num=1, rank=0, world_
 
 
 def mean_and_error(nats, tokens, t):
-    """Nats per token and its standard error, from nats and tokens (N,) of texts at noise levels t (N,). t is
-    spread evenly: the error comes from differences of neighbours in t; the first and the last count twice."""
-    mean = nats.sum() / tokens.sum()
-    squares = ((nats - mean * tokens)[t.argsort()] / tokens.mean()).diff().square()
-    variance = (squares.sum() + squares[0] + squares[-1]) / 2 / (len(t) + 1)
+    """Nats per token and its standard error, from nats and tokens (N,) of texts at noise levels t (N,). The
+    levels are no chance, so the error comes from differences of neighbours in t; the first and the last of
+    them count twice. Both halves of the texts are taken alone: in fine-tuning they are the two stages."""
+    mean, squares = nats.sum() / tokens.sum(), []
+    residuals = (nats - mean * tokens) / tokens.mean()
+    for half in torch.arange(len(t)).tensor_split(2):
+        differences = residuals[half][t[half].argsort()].diff().square()
+        squares += [differences, differences[:1], differences[-1:]]
+    variance = torch.cat(squares).mean() / 2
     return mean.item(), (variance / len(t)).sqrt().item()
 
 

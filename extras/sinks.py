@@ -31,7 +31,7 @@ import configurator
 from eval import validation
 from model import MDM, generate, mask_tokens, noise_levels, seed_for
 from sample import load_trained, readable
-from train import made_by, mean_and_error, setup_distributed, validate, write_file
+from train import made_by, mean_and_error, setup_distributed, spread_levels, validate, write_file
 
 COLUMNS = {  # of the table: unit, meaning
     "top": ("x even", "attention to the position that gets the most; an even share is 1"),
@@ -243,13 +243,14 @@ def changed_bounds(run, cfg):
     run_config, rows, unchanged = run.checkpoint["run_config"], [], None
     get_batch, n, _ = validation(run.checkpoint, cfg.data, run_config["eval_seqs"])
     B = run_config["micro_batch_size"]
-    t = torch.arange(n, dtype=torch.float64) * (math.sqrt(5) - 1) / 2 % 1  # in the order of validate's levels
     print(f"\n{run.name}\n{'sinks changed':<16}{'nats per token':>20}{'more than unchanged':>22}")
     for change in CHANGES:
         model = change_sinks(run.model, change, cfg.seed)
         bound, bound_se, nats, tokens = validate(model, get_batch, B, n, mc_num=cfg.mc_num)
         unchanged = nats if unchanged is None else unchanged
-        more, more_se = mean_and_error(nats - unchanged, tokens, t)  # of the same sequences and masks
+        more, more_se = mean_and_error(
+            nats - unchanged, tokens, spread_levels(n)
+        )  # of the same sequences and masks
         rows.append(dict(change=change, bound=bound, bound_se=bound_se, more=more, more_se=more_se))
         print(f"{change:<16}{f'{bound:.4f} ± {bound_se:.4f}':>20}{f'{more:.4f} ± {more_se:.4f}':>22}")
     return rows

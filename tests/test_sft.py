@@ -101,6 +101,19 @@ def test_validation_is_spread_over_both_stages(few):
     assert texts_of(*get_batch("val", 0)) == [examples(range(21, 26))[i] for i in (0, 2, 5, 7)]
 
 
+def test_validation_has_as_many_examples_of_each_stage(few):
+    """Also where fewer of the second stage fit: the first half of the texts, as train.mean_and_error takes
+    them alone, is of the first stage."""
+    texts = examples(range(21, 26))
+    sizes = sorted(len("".join(text)) for text in texts[5:])
+    get_batch, data = batches(few, micro_batch_size=6, eval_seqs=6, block_size=sizes[-1])
+    assert data["val"][1][:, 0].tolist() == [0] * 5 + [1] * 4
+    for prompt, response in texts_of(*get_batch("val", 0))[:3]:
+        assert (prompt, response) in texts[:5]
+    for prompt, response in texts_of(*get_batch("val", 0))[3:]:
+        assert (prompt, response) in texts[5:]
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_each_example_once_an_epoch(few, world_size):
     """In any micro-batches, over the processes of a step and the end of an epoch, each in a new order."""

@@ -22,7 +22,17 @@ from conftest import ROOT, make_model
 import train as train_module
 from configurator import describe, parse
 from model import MDM, MDMConfig, load_checkpoint, mask_tokens, seed_for, weighted_nll
-from train import TrainConfig, get_lr, load_meta, mean_and_error, start_run, token_batches, train, validate
+from train import (
+    TrainConfig,
+    get_lr,
+    load_meta,
+    mean_and_error,
+    spread_levels,
+    start_run,
+    token_batches,
+    train,
+    validate,
+)
 
 TINY = {
     "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 8, "micro_batch_size": 4,
@@ -216,13 +226,15 @@ def test_compiled_equals_plain(data_dir, tmp_path, way, monkeypatch):
 @torch.no_grad()
 @pytest.mark.parametrize("B, mc_num", [(1, 1), (3, 2), (16, 1)])
 def test_validation_by_hand(monkeypatch, B, mc_num):
-    """The t of row i begin with i times the golden ratio modulo 1, its noise is its own, the mean is over
-    tokens, of which the rows have different numbers. Two processes do the work of one."""
+    """The t of row i begin with the rank of i times the golden ratio modulo 1, its noise is its own, the mean
+    is over tokens, of which the rows have different numbers. Two processes do the work of one."""
     model, x0, expected = make_model(), torch.arange(13 * 16).view(13, 16) * 7 % 11, torch.zeros(13).double()
     maskable = torch.arange(16) >= torch.arange(13)[:, None] * 5 % 14
+    golden = [row * GOLDEN_RATIO % 1 for row in range(13)]
+    levels = [(sorted(golden).index(value) + 0.5) / 13 for value in golden]
     for row in range(13):
         for draw in range(mc_num):
-            p_mask = 0.001 + 0.999 * (row * GOLDEN_RATIO % 1 + draw) / mc_num
+            p_mask = 0.001 + 0.999 * (levels[row] + draw) / mc_num
             noise = torch.rand(16, generator=torch.Generator().manual_seed(seed_for(1234, row, draw)))
             hidden = (noise < p_mask) & maskable[row]
             log_p = model(torch.where(hidden, 11, x0[row])[None])[0].log_softmax(dim=-1)
@@ -237,7 +249,7 @@ def test_validation_by_hand(monkeypatch, B, mc_num):
     torch.testing.assert_close(nats, expected, atol=0, rtol=1e-4)
     assert tokens.tolist() == maskable.sum(dim=1).tolist()
     assert mean == pytest.approx((expected.sum() / maskable.sum()).item(), rel=1e-5)
-    assert error == mean_and_error(nats, tokens, torch.arange(13) * GOLDEN_RATIO % 1)[1]
+    assert error == mean_and_error(nats, tokens, torch.tensor(levels))[1]
     parts = []
     monkeypatch.setattr(train_module.dist, "all_reduce", parts.append)
     for rank in range(2):
@@ -247,22 +259,39 @@ def test_validation_by_hand(monkeypatch, B, mc_num):
 
 
 def test_standard_error_by_hand():
-    """From neighbours in t, the first and the last pair twice, relative to the tokens of the mean row."""
-    nats, tokens, t = torch.tensor([[9.0, 2.0, 5.0, 4.0], [4.0, 2.0, 3.0, 3.0], [0.9, 0.1, 0.5, 0.3]])
-    mean = 20 / 12
-    a, b, c, d = (2 - 2 * mean) / 3, (4 - 3 * mean) / 3, (5 - 3 * mean) / 3, (9 - 4 * mean) / 3
-    variance = (2 * (b - a) ** 2 + (c - b) ** 2 + 2 * (d - c) ** 2) / 2 / 5
-    assert mean_and_error(nats, tokens, t) == pytest.approx((mean, math.sqrt(variance / 4)))
+    """From neighbours in t within each half of the texts, where the first and the last pair count twice,
+    relative to the tokens of the mean row."""
+    nats = torch.tensor([9.0, 2.0, 5.0, 4.0, 7.0])
+    tokens, t = torch.tensor([4.0, 2.0, 3.0, 3.0, 3.0]), torch.tensor([0.9, 0.1, 0.5, 0.3, 0.2])
+    mean = 27 / 15
+    a, b, c, d, e = ((nats - mean * tokens) / 3).tolist()
+    squares = [(c - b) ** 2, (a - c) ** 2, (c - b) ** 2, (a - c) ** 2] + 3 * [(d - e) ** 2]
+    assert mean_and_error(nats, tokens, t) == pytest.approx((mean, math.sqrt(sum(squares) / 7 / 2 / 5)))
 
 
-@pytest.mark.parametrize("N", [16, 64])
-def test_standard_error_is_the_scatter(N):
-    """Of sequences of 1,024 tokens, whose loss rises with t and scatters by 0.4: 0.1 and 0.05."""
-    rng, t, errors = np.random.default_rng(0), torch.arange(N) * GOLDEN_RATIO % 1, []
-    for _ in range(400):
-        nats = 1024 * (1 + 4 * t + 0.4 * torch.from_numpy(rng.normal(size=N)))
-        errors.append(mean_and_error(nats, torch.full((N,), 1024.0), t)[1])
-    assert np.mean(errors) == pytest.approx(0.4 / math.sqrt(N), rel=0.15)
+@pytest.mark.parametrize("n", [1, 2, 16, 33, 512])
+def test_levels_are_the_midpoints_of_equal_parts(n):
+    """So their mean is 1/2, and any texts in a row have levels from everywhere."""
+    levels = spread_levels(n)
+    torch.testing.assert_close(levels.sort().values, (torch.arange(n).double() + 0.5) / n, atol=1e-12, rtol=0)
+    for start in range(n - 7):
+        assert levels[start : start + 8].sort().values.diff().max() < 0.3
+
+
+@pytest.mark.parametrize("N, most", [(16, 1.6), (64, 1.1), (512, 1.05)])
+@pytest.mark.parametrize("step", [0, 5])
+def test_two_standard_errors_cover_the_bound(N, most, step):
+    """Sequences of 1,024 tokens, whose loss rises with t and scatters by 0.4. The second half of them has a
+    loss of its own, as the second stage of fine-tuning has. The bound is the mean over t. With few texts,
+    neighbours differ in t, too: there the error is on the safe side."""
+    rng, t, errors, covered = np.random.default_rng(0), spread_levels(N), [], []
+    trend = 1 + 4 * t + t**2 + step * (torch.arange(N) >= N / 2)
+    for _ in range(1000):
+        nats = 1024 * (trend + 0.4 * torch.from_numpy(rng.normal(size=N)))
+        mean, error = mean_and_error(nats, torch.full((N,), 1024.0), t)
+        errors.append(error * math.sqrt(N) / 0.4)
+        covered.append(abs(mean - (1 + 4 / 2 + 1 / 3 + step / 2)) < 2 * error)
+    assert 0.95 < np.mean(errors) < most and np.mean(covered) > 0.93
 
 
 # ---- data
