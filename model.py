@@ -201,12 +201,16 @@ class MDM(nn.Module):
         C = self.config.n_embd
         for name, p in self.named_parameters():
             generator = torch.Generator().manual_seed(seed_for(seed, *name.encode()))
-            if p.ndim == 1:  # the weight of a norm, or a bias
-                p.fill_(0.0 if name.endswith("bias") else 1.0)
+            if name.endswith(".bias"):
+                p.zero_()
+            elif p.ndim == 1 and ("norm" in name or name == "ln_f.weight"):
+                p.fill_(1.0)
             elif name.endswith(("proj.weight", "w3.weight")):  # they write into the residual stream
                 p.normal_(std=1 / (math.sqrt(C) * self.config.n_layer), generator=generator)
-            else:
+            elif p.ndim == 2 and (name.endswith(".weight") or name == "sink"):
                 p.normal_(std=math.sqrt(2 / (5 * C)), generator=generator)
+            else:  # rather than a guess: a new parameter says here how it starts
+                raise ValueError(f"init_weights has no rule for {name} {tuple(p.shape)}; add one")
 
     def forward(self, xt, masked=None):
         """xt (B, T) ids, mask_id where hidden -> logits (B, T, V), or only where masked (B, T): (N, V)."""
@@ -350,7 +354,8 @@ def generate(model, x, steps, temperature=0.0, remasking="confidence", threshold
     threshold    with 'confidence': keep also every token above this probability (arXiv 2505.22618)
     cfg_scale    w of guided_logits; above 0, a step is two forward passes
     seeds        B integers, one random stream a row: a row does not depend on the rest of the batch
-    eot_id       if given, a row ends with the first such token it writes, and is filled with it from there
+    eot_id       if given, a row ends with the first such token it writes, once nothing is hidden before it:
+                 it fills what is hidden behind it, and tokens that were written there earlier stay
     on_step      called with x (B, T) after every step
     Returns the filled rows (B, T) and each row's forward passes (B,), on the CPU. Raises ValueError."""
     if not (steps >= 1 and 0 <= temperature < math.inf and 0 <= cfg_scale < math.inf):

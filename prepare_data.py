@@ -167,16 +167,22 @@ class HubTokenizer:
 # ---------- Documents: pieces (text, is_end_of_document)
 
 KINDS = regex.compile(r"(?i)(\.parquet|(\.txt|\.jsonl)(\.gz|\.xz|\.zst)?)$")
+HELD_OUT = regex.compile(r"(?i)(?<![a-z])(validation|valid|val|dev|test)(?![a-z])")
 MARKS = {"marked": r"\n?<\|endoftext\|>\n?", "articles": r"(?m)^(?= = [^=\s].* = \n)", "problems": None}
 WORDS = regex.compile(r"(?s).*\S(?:\n(?=\S)|(?= \S))")  # up to a single blank: there tokens begin anew
 
 
+def is_remote(address):
+    return "://" in address or address.startswith("hub:")  # all else is a path, with colons or without
+
+
 def find_files(address, download_dir):
-    """The files to read at a path or URL, in all folders below it; for hub:... the address itself. Prints how
-    many there are, and what is left out. Raises ValueError if there are none."""
+    """The files to read at a path or URL, in all folders below it; for hub:... the address itself. Of a data
+    set in parts, those named test or validation are left out. Prints what is read, and what is left out.
+    Raises ValueError if there are none."""
     if address.startswith("hub:"):
         return [address]
-    path, found, seen = download(address, download_dir) if "://" in address else address, [], set()
+    path, found, seen = download(address, download_dir) if is_remote(address) else address, [], set()
     for folder, folders, names in os.walk(path, followlinks=True):
         if os.path.realpath(folder) in seen:  # a link led here for the second time
             folders.clear()
@@ -189,9 +195,14 @@ def find_files(address, download_dir):
     if not files:
         wanted = "wanted .txt, .jsonl or .parquet files, also as .gz, .xz or .zst, or a folder of them"
         raise ValueError(f"source {path!r} does not exist, or holds no texts; {wanted}")
-    print(f"{path}: reads {sum(map(os.path.getsize, files)):,} bytes, number of files: {len(files):,}")
     if others := sorted(set(found).difference(files)):
         print(f"{path}: leaves out {len(others):,} (hidden, or of another kind): {', '.join(others[:9])}")
+    held_out = [file for file in files if HELD_OUT.search(file[start:])]
+    if 0 < len(held_out) < len(files):
+        files = [file for file in files if file not in held_out]
+        print(f"{path}: leaves out {len(held_out):,}, held out by their names: {', '.join(held_out[:9])}")
+    print(f"{path}: reads {sum(map(os.path.getsize, files)):,} bytes, number of files: {len(files):,}")
+    print(", ".join(files[:9]) + ", ..." * (len(files) > 9))
     return files
 
 
@@ -337,15 +348,24 @@ def download(url, folder):
 # ---------- Writing
 
 
+def whole_lines(file):
+    """What a binary file holds that runs append to: up to its last line end, as a crash may cut a line."""
+    file.seek(0)
+    text = file.read()
+    return text[: text.rfind(b"\n") + 1]
+
+
 def open_locked(path):
-    """path, opened to append, locked until it is closed. Raises ValueError if another run holds the lock."""
+    """path, locked until it is closed, opened to append behind its last whole line. Raises ValueError if
+    another run holds the lock. To open and close path once more in the same process ends the lock."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
-    file = open(path, "a")
+    file = open(path, "a+", encoding="utf-8")
     try:
         if hasattr(os, "lockf"):  # not on Windows
             os.lockf(file.fileno(), os.F_TLOCK, 0)
     except OSError as error:
         raise ValueError(f"{path} is locked by another run ({error}); wait, or set another folder") from error
+    file.truncate(len(whole_lines(file.buffer)))
     return file
 
 
@@ -549,9 +569,9 @@ def write_arithmetic(folder, cfg):
 def main():
     cfg, set_by = configurator.parse(PrepareConfig, positional="name")
     print(configurator.describe(cfg, set_by))
-    start = time.time()
+    start = time.perf_counter()
     meta = prepare(cfg)
-    tokens, spec, seconds = meta["tokens"], meta["tokenizer"], time.time() - start
+    tokens, spec, seconds = meta["tokens"], meta["tokenizer"], time.perf_counter() - start
     print(f"{cfg.data_dir}/{cfg.name}: {spec['name']} vocabulary of {spec['vocab_size']:,}")
     print(f"{tokens['train']:,} training and {tokens['val']:,} validation tokens ({meta['held_out']})")
     print(f"{seconds:.1f} s, {sum(tokens.values()) / seconds:,.0f} tokens/s")

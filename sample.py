@@ -122,11 +122,12 @@ def main():
     model, tokenizer, ckpt = load_trained(cfg.out_dir, device)
     if cfg.question and "epochs" not in ckpt["run_config"]:
         print("note: this model was not fine-tuned to answer; sft_gsm8k.py does that", file=sys.stderr)
-    start = time.time()
+    start = time.perf_counter()
     with autocast(device, cfg.dtype):
         texts, n = ask(cfg, model, tokenizer) if cfg.question else sample(cfg, model, tokenizer, ckpt["meta"])
     print("\n---\n".join(texts))
-    print(f"{len(texts)} texts in {time.time() - start:.2f} s, {n:.1f} forward passes each", file=sys.stderr)
+    seconds = time.perf_counter() - start
+    print(f"{len(texts)} texts in {seconds:.2f} s, {n:.1f} forward passes each", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import atexit
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -27,7 +28,7 @@ import configurator
 from model import MDM, MDMConfig, diffusion_loss, load_checkpoint, mask_tokens, noise_levels, seed_for
 
 from model import weighted_nll  # isort: skip
-from prepare_data import load_meta, open_locked
+from prepare_data import load_meta, open_locked, whole_lines
 
 OF_DATA_OR_QWEN = {"vocab_size", "n_kv_head", "qkv_bias", "rope_base", "norm_eps"}  # no settings of a run
 MODEL_KEYS = [field.name for field in fields(MDMConfig) if field.name not in OF_DATA_OR_QWEN]
@@ -40,7 +41,7 @@ class TrainConfig:
     dataset: str = "arithmetic"  # trains on data_dir/dataset, made by prepare_data.py
     data_dir: str = "data"  # where the data sets are
     out_dir: str | None = None  # checkpoints and log.jsonl go here; None: out/dataset
-    init_from: str | None = "scratch"  # scratch, resume (from out_dir), or a checkpoint to take weights from
+    init_from: str | None = "scratch"  # scratch, resume (from out_dir), auto (either), or weights from a path
     seed: int = 0  # of weights, batches and masks
     preset: str | None = None  # a size of model.py's table, such as 34M, instead of the next four keys
     n_layer: int = 3  # transformer blocks
@@ -88,8 +89,10 @@ class TrainConfig:
         self.min_lr = self.learning_rate / 10 if self.min_lr is None else self.min_lr
         if self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr {self.min_lr} is above learning_rate {self.learning_rate}; lower it")
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise ValueError(f"dtype is {self.dtype!r}; it must be auto, float32 or bfloat16")
+
+
+if absent := set(MODEL_KEYS) - {field.name for field in fields(TrainConfig)}:
+    raise TypeError(f"TrainConfig lacks {', '.join(absent)}, of MDMConfig: add it, or to OF_DATA_OR_QWEN")
 
 
 def token_batches(folder: str, meta: dict, cfg: TrainConfig):
@@ -121,6 +124,9 @@ def token_batches(folder: str, meta: dict, cfg: TrainConfig):
 
 def setup_distributed(device: str = "auto"):
     """(rank, world_size, device) of this process. Joins the processes that torchrun started, if it did."""
+    needed = {"LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+    if "RANK" in os.environ and (absent := needed - os.environ.keys()):
+        raise ValueError(f"RANK is set without {', '.join(sorted(absent))}; use torchrun, or unset RANK")
     if device == "auto":
         has_mps = torch.backends.mps.is_available() and "RANK" not in os.environ  # it has no process groups
         device = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
@@ -139,6 +145,8 @@ def setup_distributed(device: str = "auto"):
 
 
 def autocast(device, dtype: str):
+    if dtype not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"dtype is {dtype!r}; it must be auto, float32 or bfloat16")
     auto = dtype == "auto" and device.type == "cuda" and torch.cuda.is_bf16_supported(False)  # not emulated
     return torch.autocast(device.type, torch.bfloat16, enabled=auto or dtype == "bfloat16")
 
@@ -146,12 +154,18 @@ def autocast(device, dtype: str):
 def flops_utilization(model, T, tokens_per_s):
     """Share of a GPU's dense bfloat16 peak (data sheets), 0 if it is unknown. FLOPs per token (PaLM, app. B):
     6 a weight, 3 of the head, as half of the tokens are hidden, and 12 * n_layer * n_embd * T."""
-    peaks = {"B200": 2250, "H200": 989, "H100": 989, "A100": 312, "L40S": 362, "4090": 165}  # TFLOP/s
+    peaks = {
+        "B200": 2250,
+        "H[12]00": 989,
+        "H[12]00 NVL": 835,
+        "H100 PCIe": 756,
+    }  # TFLOP/s, the last that fits
+    peaks |= {"A100": 312, "L40S": 362, "RTX 4090$": 165}
     config, head = model.config, model.lm_head.weight
     name = torch.cuda.get_device_name(head.device) if head.is_cuda else ""
-    peak = max((1e12 * peak for key, peak in peaks.items() if key in name), default=math.inf)
+    peak = [1e12 * peak for key, peak in peaks.items() if re.search(rf"\b{key}\b", name)] or [math.inf]
     flops = 6 * (model.num_params() + head.numel() / 2) + 12 * config.n_layer * config.n_embd * T
-    return flops * tokens_per_s / peak
+    return flops * tokens_per_s / peak[-1]
 
 
 def made_by() -> dict:
@@ -237,10 +251,14 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
     Ctrl-C or SIGTERM ends the step, saves, exits with 128 + signal; a second Ctrl-C exits at once."""
     rank, world_size, device = setup_distributed(cfg.device)
     B, T, max_steps = cfg.micro_batch_size, cfg.block_size, cfg.max_steps
+    precision = autocast(device, cfg.dtype)
     grad_accum, step_tokens = cfg.batch_size // (B * world_size), cfg.batch_size * T
     if cfg.batch_size % (B * world_size):
-        parts = f"micro_batch_size {B} x {world_size} processes"
-        raise ValueError(f"batch_size {cfg.batch_size} is not a multiple of {parts}; change one of them")
+        fit = [n for n in range(1, cfg.batch_size // B + 1) if cfg.batch_size % (B * n) == 0]
+        parts = f"micro_batch_size {B} x {world_size} processes; change one of them"
+        raise ValueError(
+            f"batch_size {cfg.batch_size} is not a multiple of {parts} (processes that fit: {fit})"
+        )
     if cfg.train_flops is not None:  # C = 6 N D with the N of the table, for every arm the same
         max_steps = int(cfg.train_flops / (6 * model.config.table_params() * step_tokens))
     resume = resume or {"step": 0, "best_val_loss": math.inf, "losses": []}
@@ -249,14 +267,21 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
         raise ValueError(f"the run to resume has made {start} steps, but max_steps is {max_steps}; raise it")
     model.to(device)
     if cfg.compile:
-        model.trunk = torch.compile(model.trunk, dynamic=False)
+        # only for whole micro-batches: a shorter text would compile one more
+        trunk, compiled = model.trunk, torch.compile(model.trunk, dynamic=False)
+        model.trunk = lambda xt: compiled(xt) if xt.shape == (B, T) else trunk(xt)
         model.nll = torch.compile(model.nll, dynamic=True)  # another number of tokens each time
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world_size > 1 else model
     options = {"lr": cfg.learning_rate, "betas": (cfg.beta1, cfg.beta2), "weight_decay": cfg.weight_decay}
     optimizer = torch.optim.AdamW(model.parameters(), **options, fused=device.type in ("cuda", "cpu"))
     if "optimizer" in resume:
         optimizer.load_state_dict(resume["optimizer"])
-    log_file = open_locked(os.path.join(cfg.out_dir, "log.jsonl")) if rank == 0 else None
+    log_path = os.path.join(cfg.out_dir, "log.jsonl")
+    log_file = open_locked(log_path) if rank == 0 else None
+    if rank == 0 and "optimizer" not in resume and (rows := whole_lines(log_file.buffer)):
+        with open(f"{log_path}.old", "ab") as file:
+            file.write(rows)  # of a start that came to no checkpoint
+        log_file.truncate(0)
     bar = tqdm(total=max_steps, initial=start, desc=cfg.out_dir, disable=rank > 0 or None)  # None: on a tty
     names = {"project": cfg.wandb, "name": cfg.out_dir, "id": resume.get("wandb_id"), "resume": "allow"}
     wandb = configurator.need("wandb").init(**names, config=asdict(cfg)) if cfg.wandb and rank == 0 else None
@@ -288,7 +313,7 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
     log(f"{work} on {device}, {torch.get_num_threads()} threads", step=start, processes=world_size, **facts)
     index = start * grad_accum * world_size + rank  # of the micro-batch in the whole run
     x0, maskable = get_batch("train", index)
-    log_time, log_step = time.time(), start
+    log_time, log_step = time.perf_counter(), start
     try:
         for step in range(start, max_steps + 1):
             if stop:  # without a validation that is due: there may be no time for it
@@ -306,7 +331,7 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
                     save("best.pt", validated=True)
                 for name in ("ckpt.pt", f"{step}.pt")[: 1 + cfg.keep_all]:
                     save(name, validated=True)
-                log_time, log_step = time.time(), step  # a validation does not count in tokens/s
+                log_time, log_step = time.perf_counter(), step  # a validation does not count in tokens/s
             if step == max_steps:
                 break
             lr = get_lr(step + 1, max_steps, cfg.learning_rate, cfg.min_lr, round(cfg.warmup * max_steps))
@@ -314,8 +339,8 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
             stats = torch.zeros(3, device=device)  # loss, gradient norm, stop
             for micro in range(grad_accum):
                 ddp.require_backward_grad_sync = micro == grad_accum - 1  # processes add up gradients once
-                torch.manual_seed(seed_for(cfg.seed, index))  # the masks, and dropout if you add some
-                with autocast(device, cfg.dtype):
+                torch.manual_seed(seed_for(cfg.seed, index))  # the masks
+                with precision:
                     loss = diffusion_loss(ddp, x0, maskable, cfg.stratified_t, cfg.random_length) / grad_accum
                 index += world_size
                 x0, maskable = get_batch("train", index)  # the next one, while a GPU works on this one
@@ -331,20 +356,18 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
                 raise ValueError(f"{problem}; start a new run with a lower learning_rate (now {lr:.1e})")
             optimizer.step()
             optimizer.zero_grad()
-            if cfg.compile:  # from now on another shape, such as a shorter text, runs as it is
-                torch.compiler.set_stance("eager_on_recompile")
             done = step + 1  # the rest is reporting
             losses.append(loss)
             bar.update(1)
             if done % cfg.log_interval == 0 or done == max_steps:
-                speed = (done - log_step) * step_tokens / (time.time() - log_time)
+                speed = (done - log_step) * step_tokens / (time.perf_counter() - log_time)
                 remaining = tqdm.format_interval((max_steps - done) * step_tokens / speed)
                 mfu = flops_utilization(model, T, speed / world_size)
                 row = {"loss": sum(losses) / len(losses), "lr": lr, "grad_norm": grad_norm, "mfu": mfu}
                 line = f"loss {row['loss']:.4f}  {speed:,.0f} tokens/s  {remaining} left"
                 line += f"  mfu {mfu:.1%}" if mfu else ""
                 log(line, step=done, tokens=done * step_tokens, tokens_per_s=speed, **row)
-                losses, log_time, log_step = [], time.time(), done
+                losses, log_time, log_step = [], time.perf_counter(), done
     finally:
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
@@ -354,11 +377,21 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
     return model
 
 
-def start_run(cfg: TrainConfig, set_by: dict):
+def start_run(cfg: TrainConfig, set_by: dict | None = None):
     """(cfg, meta, model, checkpoint to resume or None), as init_from and preset want. set_by learns what they
-    set. Raises ValueError where settings, checkpoint, data and out_dir contradict each other."""
+    set; if it is empty, what differs from its default counts as set. Raises ValueError where settings,
+    checkpoint, data and out_dir contradict each other."""
+    set_by = {} if set_by is None else set_by
+    if not set_by:
+        filled_in = {"out_dir": cfg.out_dir, "min_lr": replace(cfg, min_lr=None).min_lr}
+        for key, value in asdict(cfg).items():
+            if value != filled_in.get(key, getattr(type(cfg), key)):
+                set_by[key] = "Python"
+    if cfg.init_from == "auto":
+        found = os.path.exists(os.path.join(cfg.out_dir, "ckpt.pt"))
+        cfg = replace(cfg, init_from="resume" if found else "scratch")
     resumes = cfg.init_from == "resume"
-    for path in (os.path.join(cfg.out_dir, name) for name in ("ckpt.pt", "best.pt", "log.jsonl")):
+    for path in (os.path.join(cfg.out_dir, name) for name in ("ckpt.pt", "best.pt")):
         if os.path.exists(path) and not resumes:
             raise ValueError(f"{path} exists; continue with --init_from=resume, or set another --out_dir")
     sources, model_config = {}, {}  # sources of settings that the run has to have: {source: {key: value}}

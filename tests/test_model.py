@@ -5,12 +5,13 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
 from conftest import TINY, VARIANTS, make_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from model import MDM, MDMConfig, load_checkpoint, weighted_nll
+from model import MDM, Attention, MDMConfig, load_checkpoint, weighted_nll
 
 SINKS = [{"n_sink": 1}, {"n_sink": 4}, {"n_sink": 2, "sink_position": "end"}, {"sink_zero_value": True}]
 
@@ -191,6 +192,27 @@ def test_initialisation():
         else:
             assert p.std().item() == pytest.approx(std, rel=0.05), name
             assert abs(p.mean().item()) < 5 * std / math.sqrt(p.numel()), name
+
+
+def test_a_parameter_of_ones_own_needs_a_rule(monkeypatch):
+    """A vector of zeros would else become ones in silence. Biases and norms have their rules."""
+
+    class Own(Attention):
+        def __init__(self, config, name, value):
+            super().__init__(config)
+            setattr(self, name, value)
+
+    def build(name, value):
+        monkeypatch.setattr("model.Attention", lambda config: Own(config, name, value))
+        return dict(MDM(MDMConfig(**TINY)).named_parameters())
+
+    for value in (nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2, 3)), nn.PReLU(2)):
+        with pytest.raises(ValueError, match=r"init_weights has no rule for blocks.0.attn.scale.*; add one"):
+            build("scale", value)
+    p = build("q_norm", nn.LayerNorm(8))
+    assert (p["blocks.0.attn.q_norm.weight"] == 1).all() and (p["blocks.0.attn.q_norm.bias"] == 0).all()
+    p = build("extra", nn.Linear(16, 16))
+    assert p["blocks.0.attn.extra.weight"].std() > 0 and (p["blocks.0.attn.extra.bias"] == 0).all()
 
 
 def test_counts():

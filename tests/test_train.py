@@ -4,9 +4,11 @@ python -m pytest tests/test_train.py            # seconds
 python -m pytest tests/test_train.py -m slow    # torch.compile
 """
 
+import dataclasses
 import json
 import math
 import os
+import runpy
 import shutil
 import signal
 import subprocess
@@ -24,9 +26,11 @@ from configurator import describe, parse
 from model import MDM, MDMConfig, load_checkpoint, mask_tokens, seed_for, weighted_nll
 from train import (
     TrainConfig,
+    flops_utilization,
     get_lr,
     load_meta,
     mean_and_error,
+    setup_distributed,
     spread_levels,
     start_run,
     token_batches,
@@ -204,20 +208,46 @@ def test_train_flops_go_before_max_steps(data_dir, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["mask", "split"])
 def test_compiled_equals_plain(data_dir, tmp_path, way, monkeypatch):
-    """The trunk, of fixed shape, and the cross-entropy of any number of tokens are compiled; also with some
-    texts cut to a random length."""
-    flags = [f"--sink_attention={way}", "--n_layer=1", "--max_steps=12", "--random_length=0.3"]
-    plain, names, real = run(data_dir, tmp_path / "plain", *flags), [], torch.compile
+    """The trunk, of fixed shape, and the cross-entropy of any number of tokens are compiled. Texts that are cut
+    to a random length run as they are, also if the first one is cut: the trunk is compiled for one shape."""
+    flags = [f"--sink_attention={way}", "--n_layer=1", "--max_steps=12", "--random_length=0.6"]
+    plain, names, shapes, real = run(data_dir, tmp_path / "plain", *flags), [], [], torch.compile
 
     def compile(function, **options):
         names.append(function.__name__)
-        return real(function, **options)
+        compiled = real(function, **options)
+        return lambda *args: shapes.append(args[0].shape) or compiled(*args)
 
     monkeypatch.setattr(torch, "compile", compile)
-    with torch.compiler.set_stance("default"):  # train changes it
-        compiled = run(data_dir, tmp_path / "compiled", *flags, "--compile=True")
-    assert names == ["trunk", "nll"]
+    compiled = run(data_dir, tmp_path / "compiled", *flags, "--compile=True")
+    assert names == ["trunk", "nll"] and {shape for shape in shapes if shape[1] == 16} == {(4, 16)}
+    assert 16 < shapes.count((4, 16)) < 24 + 14  # of 24 micro-batches and 7 validations of 2, some are cut
     torch.testing.assert_close(plain.state_dict(), compiled.state_dict(), atol=1e-3, rtol=0)
+
+
+def test_flops_utilization_knows_a_gpu_by_whole_words(monkeypatch):
+    """And tells PCIe cards and laptops, which are slower, from the others."""
+    weight = SimpleNamespace(is_cuda=True, device="cuda", numel=lambda: 40)
+    model = SimpleNamespace(config=MDMConfig(n_layer=1, n_embd=8), lm_head=SimpleNamespace(weight=weight))
+    model.num_params = lambda: 80
+    known = {
+        "NVIDIA A100-SXM4-80GB": 312,
+        "NVIDIA H100 80GB HBM3": 989,
+        "NVIDIA H100 PCIe": 756,
+        "NVIDIA B200": 2250,
+    }
+    known |= {"NVIDIA H200 NVL": 835, "NVIDIA GeForce RTX 4090": 165}
+    unknown = [
+        "NVIDIA RTX A1000",
+        "NVIDIA GB200",
+        "NVIDIA GeForce RTX 4090 Laptop GPU",
+        "NVIDIA RTX 40900",
+        "L40",
+    ]
+    for name, peak in (known | dict.fromkeys(unknown, math.inf)).items():
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)  # noqa: B023
+        by_hand = (6 * 80 + 3 * 40 + 12 * 8 * 10) * 1e9 / (peak * 1e12)
+        assert flops_utilization(model, 10, 1e9) == pytest.approx(by_hand), name
 
 
 # ---- validation
@@ -339,12 +369,53 @@ def test_bad_data(data_dir):
 # ---- start and resume
 
 
-@pytest.mark.parametrize("name", ["ckpt.pt", "best.pt", "log.jsonl"])
+@pytest.mark.parametrize("name", ["ckpt.pt", "best.pt"])
 def test_scratch_takes_no_out_dir_that_is_in_use(data_dir, tmp_path, name):
     (tmp_path / name).write_bytes(b"old")
     with pytest.raises(ValueError, match=f"{name} exists; continue with --init_from=resume, or set another"):
         run(data_dir, tmp_path)
     assert sorted(os.listdir(tmp_path)) == sorted(["data", name]) and (tmp_path / name).read_bytes() == b"old"
+
+
+def test_a_log_without_a_checkpoint_is_moved_aside(data_dir, tmp_path):
+    """A start that failed before its first checkpoint does not block the folder, and is no part of the run."""
+    (tmp_path / "log.jsonl").write_bytes(b'{"step": 0, "config": {"seed": 7}}\n{"step"')
+    run(data_dir, tmp_path)
+    assert [config["seed"] for _, config in rows(tmp_path, "config")] == [0]
+    assert (tmp_path / "log.jsonl.old").read_text() == '{"step": 0, "config": {"seed": 7}}\n'
+
+
+@pytest.mark.parametrize("rest", [b'{"step": 5, "lo', b"\0\0\0", '{"step": "é'.encode()])
+def test_a_cut_off_line_of_the_log_goes(data_dir, tmp_path, rest):
+    """Counted in bytes, and with any line ends."""
+    run(data_dir, tmp_path, "--max_steps=2")
+    path = tmp_path / "log.jsonl"
+    whole = path.read_bytes().replace(b"\n", b"\r\n")
+    path.write_bytes(whole + rest)
+    go("--init_from=resume", f"--out_dir={tmp_path}", "--max_steps=4")
+    assert path.read_bytes().startswith(whole + b'{"step": 2') and rows(tmp_path, "val_loss")[-1][0] == 4
+
+
+def test_auto_resumes_if_there_is_a_checkpoint(data_dir, tmp_path):
+    for max_steps in (2, 4):
+        run(data_dir, tmp_path, "--init_from=auto", f"--max_steps={max_steps}")
+    starts = [(step, config["init_from"]) for step, config in rows(tmp_path, "config")]
+    assert starts == [(0, "scratch"), (2, "resume")] and load_checkpoint(tmp_path)["step"] == 4
+
+
+def test_what_is_set_from_python_counts(data_dir, tmp_path):
+    """start_run knows it from the defaults: nothing is dropped in silence, as from the command line."""
+    run(data_dir, tmp_path / "a")
+    small = {"data_dir": str(data_dir), "out_dir": "nowhere"}
+    for set_by in (None, {}):
+        with pytest.raises(ValueError, match=r"n_sink=0 \(Python\) contradicts .*a/ckpt.pt, which has 1"):
+            start_run(TrainConfig(init_from=str(tmp_path / "a/ckpt.pt"), n_sink=0, **small), set_by)
+        with pytest.raises(ValueError, match=r"n_layer=2 \(Python\) contradicts preset 6M, which has 6"):
+            start_run(TrainConfig(preset="6M", n_layer=2, **small), set_by)
+        with pytest.raises(ValueError, match=r"min_lr=1e-06 \(Python\) contradicts"):
+            start_run(TrainConfig(init_from="resume", out_dir=str(tmp_path / "a"), min_lr=1e-6), set_by)
+    cfg, *_ = start_run(TrainConfig(init_from="resume", out_dir=str(tmp_path / "a"), max_steps=9))
+    assert (cfg.max_steps, cfg.n_embd, cfg.min_lr) == (9, 16, 1e-4)
 
 
 def test_preset(data_dir):
@@ -408,7 +479,7 @@ def test_resume_refuses_other_data_and_scripts(data_dir, tmp_path):
 
 def test_bad_settings(data_dir, tmp_path):
     messages = {
-        "batch_size=6": "batch_size 6 is not a multiple of micro_batch_size 4 x 1 processes; change one",
+        "batch_size=6": "batch_size 6 is not a multiple of micro_batch_size 4 x 1 processes; change one.*: \\[\\]",
         "dtype=float16": "dtype is 'float16'; it must be auto, float32 or bfloat16",
         "micro_batch_size=0": "micro_batch_size is 0; it must lie between 1",
         "warmup=2": "warmup is 2.0; it must lie between 0 and 1",
@@ -423,6 +494,30 @@ def test_bad_settings(data_dir, tmp_path):
     (tmp_path / "ckpt.pt").touch()
     with pytest.raises(ValueError, match="out_dir .*ckpt.pt' is a file; wanted the folder of a run"):
         run(data_dir, tmp_path / "ckpt.pt")
+
+
+def test_a_field_that_train_lacks_is_named_at_the_import(monkeypatch):
+    extended = dataclasses.make_dataclass("Extended", [("n_extra", int, 0)], bases=(MDMConfig,))
+    monkeypatch.setattr("model.MDMConfig", extended)
+    with pytest.raises(TypeError, match="TrainConfig lacks n_extra, of MDMConfig"):
+        runpy.run_path(train_module.__file__)
+
+
+def test_rank_without_the_rest(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(
+        ValueError, match="RANK is set without LOCAL_RANK, MASTER_ADDR, .*; use torchrun, or unset"
+    ):
+        setup_distributed("cpu")
+
+
+def test_processes_that_fit_are_named(data_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module, "setup_distributed", lambda device: (0, 5, torch.device("cpu")))
+    message = (
+        r"batch_size 24 is not .* 4 x 5 processes; change one of them \(processes that fit: \[1, 2, 3, 6\]"
+    )
+    with pytest.raises(ValueError, match=message):
+        run(data_dir, tmp_path / "a", "--batch_size=24")
 
 
 def test_the_configs_of_the_paper_differ_in_the_variant_only():
@@ -511,7 +606,7 @@ def test_tokens_per_second(data_dir, tmp_path, monkeypatch):
         now += 100 if len(key) == 3 else 1 if key[1] < 12 else 2
 
     on_seed(monkeypatch, work)
-    monkeypatch.setattr(train_module.time, "time", lambda: now)
+    monkeypatch.setattr(train_module.time, "perf_counter", lambda: now)
     run(data_dir, tmp_path, "--log_interval=3")
     go("--init_from=resume", f"--out_dir={tmp_path}", "--max_steps=10")
     assert rows(tmp_path, "tokens_per_s") == [(3, 64), (6, 64), (9, 32), (10, 32)]
