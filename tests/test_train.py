@@ -208,8 +208,8 @@ def test_train_flops_go_before_max_steps(data_dir, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["mask", "split"])
 def test_compiled_equals_plain(data_dir, tmp_path, way, monkeypatch):
-    """The trunk, of fixed shape, and the cross-entropy of any number of tokens are compiled. Texts that are cut
-    to a random length run as they are, also if the first one is cut: the trunk is compiled for one shape."""
+    """The trunk, of fixed shape, and the cross-entropy of any number of tokens are compiled. Texts that
+    are cut to a random length run as they are, also if the first one is: the trunk is compiled for one shape."""
     flags = [f"--sink_attention={way}", "--n_layer=1", "--max_steps=12", "--random_length=0.6"]
     plain, names, shapes, real = run(data_dir, tmp_path / "plain", *flags), [], [], torch.compile
 
@@ -378,7 +378,7 @@ def test_scratch_takes_no_out_dir_that_is_in_use(data_dir, tmp_path, name):
 
 
 def test_a_log_without_a_checkpoint_is_moved_aside(data_dir, tmp_path):
-    """A start that failed before its first checkpoint does not block the folder, and is no part of the run."""
+    """A start that failed before its first checkpoint does not block the folder; it is no part of the run."""
     (tmp_path / "log.jsonl").write_bytes(b'{"step": 0, "config": {"seed": 7}}\n{"step"')
     run(data_dir, tmp_path)
     assert [config["seed"] for _, config in rows(tmp_path, "config")] == [0]
@@ -407,13 +407,13 @@ def test_what_is_set_from_python_counts(data_dir, tmp_path):
     """start_run knows it from the defaults: nothing is dropped in silence, as from the command line."""
     run(data_dir, tmp_path / "a")
     small = {"data_dir": str(data_dir), "out_dir": "nowhere"}
-    for set_by in (None, {}):
+    for set_by in (lambda: None, dict):
         with pytest.raises(ValueError, match=r"n_sink=0 \(Python\) contradicts .*a/ckpt.pt, which has 1"):
-            start_run(TrainConfig(init_from=str(tmp_path / "a/ckpt.pt"), n_sink=0, **small), set_by)
+            start_run(TrainConfig(init_from=str(tmp_path / "a/ckpt.pt"), n_sink=0, **small), set_by())
         with pytest.raises(ValueError, match=r"n_layer=2 \(Python\) contradicts preset 6M, which has 6"):
-            start_run(TrainConfig(preset="6M", n_layer=2, **small), set_by)
+            start_run(TrainConfig(preset="6M", n_layer=2, **small), set_by())
         with pytest.raises(ValueError, match=r"min_lr=1e-06 \(Python\) contradicts"):
-            start_run(TrainConfig(init_from="resume", out_dir=str(tmp_path / "a"), min_lr=1e-6), set_by)
+            start_run(TrainConfig(init_from="resume", out_dir=str(tmp_path / "a"), min_lr=1e-6), set_by())
     cfg, *_ = start_run(TrainConfig(init_from="resume", out_dir=str(tmp_path / "a"), max_steps=9))
     assert (cfg.max_steps, cfg.n_embd, cfg.min_lr) == (9, 16, 1e-4)
 
@@ -479,7 +479,7 @@ def test_resume_refuses_other_data_and_scripts(data_dir, tmp_path):
 
 def test_bad_settings(data_dir, tmp_path):
     messages = {
-        "batch_size=6": "batch_size 6 is not a multiple of micro_batch_size 4 x 1 processes; change one.*: \\[\\]",
+        "batch_size=6": "batch_size 6 is not a multiple of micro_batch_size 4 x 1 processes; change one",
         "dtype=float16": "dtype is 'float16'; it must be auto, float32 or bfloat16",
         "micro_batch_size=0": "micro_batch_size is 0; it must lie between 1",
         "warmup=2": "warmup is 2.0; it must lie between 0 and 1",
@@ -505,9 +505,7 @@ def test_a_field_that_train_lacks_is_named_at_the_import(monkeypatch):
 
 def test_rank_without_the_rest(monkeypatch):
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(
-        ValueError, match="RANK is set without LOCAL_RANK, MASTER_ADDR, .*; use torchrun, or unset"
-    ):
+    with pytest.raises(ValueError, match="RANK is set without LOCAL_RANK, .*; use torchrun, or unset"):
         setup_distributed("cpu")
 
 
