@@ -52,7 +52,7 @@ def convert(config_class, key, value, source):
     if text in literals and type(literals[text]) in kinds:
         return literals[text]
     if str in kinds and isinstance(value, str) and "\0" not in value:
-        return value
+        return os.path.expanduser(value)  # ~/data
     with contextlib.suppress(ValueError):
         if float in kinds:
             return float(text)
@@ -88,6 +88,7 @@ def need(package, install=None):
 
 def run(main):
     """Runs main. A ValueError that our files raise, or an OSError, ends with one line and exit code 2."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # it was closed
     sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal cannot show is no reason to stop
     try:
         main()

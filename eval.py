@@ -25,7 +25,17 @@ from tqdm import tqdm
 import configurator
 import train
 from model import generate, guided_logits, seed_for
-from prepare_data import documents, file_sha256, find_files, load_meta, open_locked, read_rows
+from prepare_data import (
+    documents,
+    file_sha256,
+    find_files,
+    is_remote,
+    load_meta,
+    open_locked,
+    read_json,
+    read_rows,
+    whole_lines,
+)
 from sample import load_trained
 from sft_gsm8k import SFTConfig, answer, example_batches
 
@@ -34,10 +44,12 @@ from sft_gsm8k import SFTConfig, answer, example_batches
 class EvalConfig:
     task: str = "loss"  # loss, gsm8k, or a .jsonl file
     out_dir: str = "out/arithmetic"  # the checkpoint: its folder (for ckpt.pt), or a file like out/x/best.pt
+    results: str | None = None  # folder for results.json and records; None: that of the checkpoint
     data: str | None = None  # loss: a prepared folder; gsm8k: a file or URL of problems; None: as in training
     limit: int | None = None  # only the first so many items (loss: sequences, evenly spread)
     batch_size: int = 64  # rows of a forward pass
     nll_type: str = "mc"  # likelihood. mc: Monte Carlo, mc_num draws; chain_rule: a pass for each token
+    delimiter: str = " "  # likelihood: between context and text, unless white space is there already
     mc_num: int = 32  # draws of the noise for each text, also of loss (the paper: 1024)
     mc_masking: str = "exact"  # exact: a draw hides an exact number of tokens; coins: each with probability t
     cfg_scale: float = 0.0  # classifier-free guidance towards context or question; above 0, twice the work
@@ -130,6 +142,19 @@ def greedy_match(model, context, target, cfg):
     return False
 
 
+def encode_item(tokenizer, item, delimiter, block_size):
+    """encode_pair of the context and each choice, or the target. The delimiter comes between them, unless the
+    context ends in white space (a blank, a new line) or the text begins with it. Blanks at the end of the
+    context count as the text's, as in lm-eval: a blank and a word are one token."""
+    context, pairs = item["context"].rstrip(" "), []
+    blanks = item["context"][len(context) :]
+    for text in item["choices"] if "choices" in item else [item["target"]]:
+        has_space = blanks or context[-1:].isspace() or text[0].isspace()
+        text = blanks + text if has_space else delimiter + text
+        pairs.append(encode_pair(tokenizer, context, text, block_size))
+    return pairs
+
+
 def read_items(path):
     """Items of a .jsonl file, all with choices or all with a target. Raises ValueError for another line."""
     items, wanted = [], '{"context": ..., "choices": [...], "gold": 0} or {"context": ..., "target": ...}'
@@ -140,7 +165,7 @@ def read_items(path):
             "".join([item["context"], *texts]).encode()  # they are texts, and no half of a surrogate pair
             alike = ("choices" in item) == ("choices" in items[0])
             gold = item["gold"] if "choices" in item else 0
-            if not (alike and texts and all(texts) and gold in range(len(texts))):
+            if not (alike and isinstance(texts, list) and all(texts) and gold in range(len(texts))):
                 raise ValueError("wanted items of one kind, with texts that are not empty")
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             raise ValueError(f"{position}: wanted {wanted}; got {str(line)[:80]!r}") from error
@@ -150,14 +175,14 @@ def read_items(path):
 
 
 def score_item(model, tokenizer, item, cfg):
-    """The item with log_p, acc, and for choices acc_norm (log p per character) and acc_bytes, as lm-eval."""
-    texts = item["choices"] if "choices" in item else [item["target"]]
-    pairs = [encode_pair(tokenizer, item["context"], " " + text, model.config.block_size) for text in texts]
+    """The item with log_p, acc, and for choices acc_norm (log p per character) and acc_bytes, as lm-eval.
+    What it has of the same names gives way."""
+    pairs = encode_item(tokenizer, item, cfg.delimiter, model.config.block_size)
     log_p = np.array([log_likelihood(model, context, target, cfg) for context, target, _ in pairs])
     record = {**item, "log_p": log_p.tolist(), "cut": max(n_cut for *_, n_cut in pairs)}
     if "choices" not in item:
         return record | {"log_p": log_p[0], "acc": greedy_match(model, *pairs[0][:2], cfg)}
-    lengths = [len(text) for text in texts], [len(text.encode()) for text in texts]
+    lengths = [len(text) for text in item["choices"]], [len(text.encode()) for text in item["choices"]]
     scores = {"acc": log_p, "acc_norm": log_p / lengths[0], "acc_bytes": log_p / lengths[1]}
     return record | {name: int(score.argmax()) == item["gold"] for name, score in scores.items()}
 
@@ -174,11 +199,11 @@ def final_number(text):
 def read_problems(address, download_dir=None):
     """[(question, gold)] of a file or URL of problems; of a prepared folder, its test problems. Answers
     that are no number, or have more behind it (1/2, 3:30), are left out. Raises ValueError if all are."""
-    if not os.path.isfile(address) and ":" not in address:
+    if not os.path.isfile(address) and not is_remote(address):
         folder, test = address, load_meta(address).get("settings", {}).get("test_source")
         if test is None:
             raise ValueError(f"{folder} has no test problems; give some with --data=FILE")
-        address, download_dir = test if ":" in test else os.path.join(folder, test), f"{folder}/download"
+        address, download_dir = test if is_remote(test) else os.path.join(folder, test), f"{folder}/download"
     texts = [text for text, _ in documents(find_files(address, download_dir), "problems")]
     problems = []
     for question, text in zip(texts[::3], texts[2::3]):  # between them stand the thoughts
@@ -210,9 +235,9 @@ def measure(path, items, batch_size, work, rank, world_size):
     item and appends to path.rank.jsonl at once; what is there already is not computed again."""
     done = {}
     for part in glob.glob(glob.escape(path) + ".*.jsonl"):
-        lines = [line for line in open(part) if line.endswith("\n")]
-        os.truncate(part, sum(map(len, lines)))  # the last line may be cut off; JSON is ASCII
-        done |= {record["index"]: record for record in map(json.loads, lines)}
+        with open(part, "r+b") as file:
+            records = map(json.loads, whole_lines(file).splitlines())
+            done |= {record["index"]: record for record in records}
     if world_size > 1:
         torch.distributed.barrier()  # all have read before one writes
     todo = [i for i in range(rank, len(items), world_size) if i not in done]
@@ -251,8 +276,11 @@ def main():
     cfg, set_by = configurator.parse(EvalConfig)
     rank, world_size, device = train.setup_distributed(cfg.device)
     path = os.path.join(cfg.out_dir, "ckpt.pt") if os.path.isdir(cfg.out_dir) else cfg.out_dir
+    train.autocast(device, cfg.dtype)  # refuses an unknown dtype before the work
     model, tokenizer, checkpoint = load_trained(path, device)
-    run, folder = checkpoint["run_config"], os.path.dirname(path) or "."
+    run, folder = checkpoint["run_config"], cfg.results or os.path.dirname(path) or "."
+    results_path = os.path.join(folder, "results.json")
+    results = read_json(results_path) if os.path.exists(results_path) else {}
     if rank == 0:
         locked = open_locked(os.path.join(folder, ".eval.lock"))  # noqa: F841
         print(configurator.describe(cfg, set_by))
@@ -267,8 +295,7 @@ def main():
     else:
         data = read_items(cfg.task)[: cfg.limit]
         for item in data:  # a text that is too long is told before the work
-            for text in item.get("choices", [item.get("target")]):
-                encode_pair(tokenizer, item["context"], " " + text, model.config.block_size)
+            encode_item(tokenizer, item, cfg.delimiter, model.config.block_size)
 
     def work(indices, items):
         if cfg.task == "gsm8k":
@@ -276,28 +303,31 @@ def main():
         return (score_item(model, tokenizer, item, cfg) for item in items)
 
     # A result is named by what it depends on: settings, data, checkpoint and code
-    facts = [asdict(cfg) | {"out_dir": "", "batch_size": 0, "device": ""}, data, file_sha256(path)]
+    aside = {"out_dir": "", "results": "", "batch_size": 0, "device": ""}
+    facts = [asdict(cfg) | aside, data, file_sha256(path)]
     for module in ("model", "train", "sft_gsm8k", "prepare_data", "eval"):
         facts.append(file_sha256(os.path.join(os.path.dirname(os.path.abspath(__file__)), f"{module}.py")))
     name = f"{os.path.splitext(os.path.basename(cfg.task))[0]}-{zlib.crc32(json.dumps(facts).encode()):08x}"
     if cfg.task != "loss":
         records = measure(os.path.join(folder, name), data, cfg.batch_size, work, rank, world_size)
-        result = {"n": len(records)}
-        for key in ("acc", "acc_norm", "acc_bytes", "forward_passes", "log_p"):
-            if np.ndim(records[0].get(key, [])) == 0:  # a number; a single one has no error: nan
-                v = np.array([record[key] for record in records], float)
-                result |= {key: v.mean(), f"{key}_se": v.std() / math.sqrt(len(v) - 1 or math.nan)}
+        # a question that left no room for thoughts was not asked
+        asked = [record for record in records if record.get("thoughts", "") is not None]
+        result, keys = {"n": len(asked)}, ("acc", "acc_norm", "acc_bytes")
+        if "choices" not in records[0]:
+            keys = ("acc", "forward_passes") if cfg.task == "gsm8k" else ("acc", "log_p")
+        for key in keys:
+            v = np.array([record[key] for record in asked] or [math.nan], float)
+            result |= {key: v.mean(), f"{key}_se": v.std() / math.sqrt(len(v) - 1 or math.nan)}  # nan for one
         if cfg.task == "gsm8k":
-            wrong = [record for record in records if not record["acc"]]
+            wrong = [record for record in asked if not record["acc"]]
             result |= {"wrong": len(wrong), "wrong_and_empty": sum(not record["answer"] for record in wrong)}
+            result["no_room"] = len(records) - len(asked)
         else:
             result["contexts_cut"] = sum(record["cut"] > 0 for record in records)
     if rank == 0:
-        path = os.path.join(folder, "results.json")
-        results = json.load(open(path)) if os.path.exists(path) else {}
         results[name] = {**result, "step": checkpoint["step"], "settings": asdict(cfg), **train.made_by()}
-        train.write_file(path, lambda file: file.write(json.dumps(results, indent=1).encode()))
-        print(f"{name}: {cfg.out_dir}, step {checkpoint['step']:,}; added to {path}")
+        train.write_file(results_path, lambda file: file.write(json.dumps(results, indent=1).encode()))
+        print(f"{name}: {cfg.out_dir}, step {checkpoint['step']:,}; added to {results_path}")
         for key in (key for key in result if not key.endswith("_se")):
             error = f" ± {result[f'{key}_se']:.4f}" if f"{key}_se" in result else ""
             print(f"  {key:<16} {round(result[key], 4)}{error}")

@@ -348,11 +348,21 @@ def download(url, folder):
 # ---------- Writing
 
 
+def read_json(path):
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); take another copy") from error
+
+
 def whole_lines(file):
-    """What a binary file holds that runs append to: up to its last line end, as a crash may cut a line."""
+    """The bytes of a file that runs append to. A crash may have cut off its last line: that is removed."""
     file.seek(0)
     text = file.read()
-    return text[: text.rfind(b"\n") + 1]
+    size = text.rfind(b"\n") + 1
+    file.truncate(size)
+    return text[:size]
 
 
 def open_locked(path):
@@ -365,7 +375,7 @@ def open_locked(path):
             os.lockf(file.fileno(), os.F_TLOCK, 0)
     except OSError as error:
         raise ValueError(f"{path} is locked by another run ({error}); wait, or set another folder") from error
-    file.truncate(len(whole_lines(file.buffer)))
+    whole_lines(file.buffer)
     return file
 
 
@@ -425,7 +435,10 @@ def prepare(cfg: PrepareConfig) -> dict:
     new = f"{folder}/.new"  # the files go there until all are complete
     with open_locked(f"{folder}/.lock"), contextlib.ExitStack() as stack:
         old = settings
-        with contextlib.suppress(FileNotFoundError, ValueError), open(f"{folder}/meta.json") as file:
+        with (
+            contextlib.suppress(FileNotFoundError, ValueError),
+            open(f"{folder}/meta.json", encoding="utf-8") as file,
+        ):
             old = json.load(file).get("settings", {"version": "earlier"})
         changed = [f"{key}={old[key]!r}" for key in old if old[key] != settings.get(key)]
         if changed and not cfg.overwrite:
@@ -480,7 +493,7 @@ def prepare(cfg: PrepareConfig) -> dict:
         names = sorted(os.listdir(new))
         paths = {name.split(".")[0]: f"{new}/{name}" for name in names if not name.endswith(".txt")}
         meta["sha256"] = {name: file_sha256(path) for name, path in paths.items()}
-        with open(f"{new}/meta.json", "w") as file:
+        with open(f"{new}/meta.json", "w", encoding="utf-8") as file:
             json.dump(meta, file, indent=1)
         for name in ("meta.json", "train_cuts.npy", "val_cuts.npy"):
             with contextlib.suppress(FileNotFoundError):
@@ -497,7 +510,7 @@ def load_meta(folder: str) -> dict:
     if not os.path.exists(path):
         raise ValueError(f"no prepared data in {str(folder)!r}; {again}")
     try:
-        with open(path) as file:
+        with open(path, encoding="utf-8") as file:
             meta = json.load(file)
         sizes = {split: n * np.dtype(meta["dtype"]).itemsize for split, n in meta["tokens"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -561,7 +574,7 @@ def write_arithmetic(folder, cfg):
     lines = list(problems)
     rng.shuffle(lines)  # short templates run out of new questions: the last ones drawn are of another kind
     for name, part in {"train": lines[:-2000], "valid": lines[-2000:-1000], "test": lines[-1000:]}.items():
-        with open(f"{folder}/{name}.txt", "w") as file:
+        with open(f"{folder}/{name}.txt", "w", encoding="utf-8") as file:
             file.write("\n".join(part) + "\n")
     return f"{folder}/train.txt", f"{folder}/valid.txt"
 

@@ -82,10 +82,22 @@ def load_trained(path, device):
     return MDM.from_checkpoint(ckpt).to(device), load_tokenizer(ckpt["meta"]["tokenizer"]), ckpt
 
 
+def without_last_blank(text, tokenizer, vocab_size):
+    """text, as it stands before a token that is to be written: if the vocabulary has words that begin with
+    their blank, a blank at the end of text is the first character of that token."""
+    if text.endswith(" "):
+        tokens = (tokenizer.decode([token]) for token in range(vocab_size))
+        if any(token[0:1] == " " and token[1:].strip() for token in tokens):
+            return text[:-1]
+    return text
+
+
 def encode_prompt(prompt, tokenizer, mask_id):
     """Token ids of a prompt, with mask_id for every token of its gaps."""
-    ids = []
-    for i, part in enumerate(re.split(r"\[MASK:(\d{1,6})\]", prompt.replace("[MASK]", "[MASK:1]"))):
+    ids, parts = [], re.split(r"\[MASK:(\d{1,6})\]", prompt.replace("[MASK]", "[MASK:1]"))
+    for i, part in enumerate(parts):
+        if i == 0 or i < len(parts) - 1:  # a gap or the continuation follows
+            part = without_last_blank(part, tokenizer, mask_id)
         ids += [mask_id] * int(part) if i % 2 else tokenizer.encode(part, allowed_special="all")
     return ids
 

@@ -154,13 +154,8 @@ def autocast(device, dtype: str):
 def flops_utilization(model, T, tokens_per_s):
     """Share of a GPU's dense bfloat16 peak (data sheets), 0 if it is unknown. FLOPs per token (PaLM, app. B):
     6 a weight, 3 of the head, as half of the tokens are hidden, and 12 * n_layer * n_embd * T."""
-    peaks = {
-        "B200": 2250,
-        "H[12]00": 989,
-        "H[12]00 NVL": 835,
-        "H100 PCIe": 756,
-    }  # TFLOP/s, the last that fits
-    peaks |= {"A100": 312, "L40S": 362, "RTX 4090$": 165}
+    peaks = {"B200": 2250, "H[12]00": 989, "H[12]00 NVL": 835, "H100 PCIe": 756, "A100": 312}  # TFLOP/s
+    peaks |= {"L40S": 362, "RTX 4090$": 165}  # of the last that fits whole words of the GPU's name
     config, head = model.config, model.lm_head.weight
     name = torch.cuda.get_device_name(head.device) if head.is_cuda else ""
     peak = [1e12 * peak for key, peak in peaks.items() if re.search(rf"\b{key}\b", name)] or [math.inf]
@@ -254,11 +249,9 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
     precision = autocast(device, cfg.dtype)
     grad_accum, step_tokens = cfg.batch_size // (B * world_size), cfg.batch_size * T
     if cfg.batch_size % (B * world_size):
-        fit = [n for n in range(1, cfg.batch_size // B + 1) if cfg.batch_size % (B * n) == 0]
-        parts = f"micro_batch_size {B} x {world_size} processes; change one of them"
-        raise ValueError(
-            f"batch_size {cfg.batch_size} is not a multiple of {parts} (processes that fit: {fit})"
-        )
+        fit = [str(n) for n in range(1, cfg.batch_size // B + 1) if cfg.batch_size % (B * n) == 0]
+        wanted = f"{B} x {world_size} processes; change one of them ({', '.join(fit) or 'no'} processes fit)"
+        raise ValueError(f"batch_size {cfg.batch_size} is not a multiple of micro_batch_size {wanted}")
     if cfg.train_flops is not None:  # C = 6 N D with the N of the table, for every arm the same
         max_steps = int(cfg.train_flops / (6 * model.config.table_params() * step_tokens))
     resume = resume or {"step": 0, "best_val_loss": math.inf, "losses": []}

@@ -10,13 +10,14 @@ qwen2 the folder of a Qwen2 or Qwen2.5 model, which becomes the start of an MDM.
 
 import json
 import os
+import shutil
 from dataclasses import asdict, dataclass
 
 import torch
 
 import configurator
 from model import MDM, PRESETS, MDMConfig, load_checkpoint
-from prepare_data import load_tokenizer, make_tokenizer
+from prepare_data import load_tokenizer, make_tokenizer, read_json
 from train import MODEL_KEYS, TrainConfig, write_file
 
 
@@ -34,14 +35,6 @@ class ConvertConfig:
 
 
 # ---------- Reading
-
-
-def read_json(path):
-    try:
-        with open(path) as file:
-            return json.load(file)
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}); take another copy") from error
 
 
 def read_pickle(path):
@@ -301,11 +294,12 @@ def export(cfg):
     files["README.md"] = card(checkpoint, results)
     if checkpoint["meta"]:
         files["tokenizer.json"] = tokenizer_json(checkpoint["meta"]["tokenizer"])
-    new = f"{cfg.to}.tmp"  # it gets its name when all is there
+    new = f"{os.path.normpath(cfg.to)}.tmp"  # it gets its name when all is there
+    shutil.rmtree(new, ignore_errors=True)  # of an export that was killed
     os.makedirs(new)
     save_file(checkpoint["model"], f"{new}/model.safetensors", metadata={"format": "pt"})
     for name, text in files.items():
-        with open(f"{new}/{name}", "w") as file:
+        with open(f"{new}/{name}", "w", encoding="utf-8") as file:
             file.write(text)
     os.rename(new, cfg.to)
     print(f"wrote {cfg.to}: model.safetensors, {', '.join(files)}")

@@ -16,7 +16,7 @@ from tqdm import tqdm
 import configurator
 from eval import EvalConfig, encode_pair, greedy_match, log_likelihood
 from model import generate, seed_for
-from sample import load_trained
+from sample import load_trained, without_last_blank
 from train import autocast, setup_distributed
 
 try:
@@ -33,7 +33,9 @@ class Harness(LM):
 
     def __init__(self, **settings):
         super().__init__()
-        for key in {"task", "data", "limit", "length", "temperature"} & settings.keys():
+        ignored = {"max_batch_size", "trust_remote_code"}  # which lm-eval may add
+        settings = {key.strip(): value for key, value in settings.items() if key.strip() not in ignored}
+        for key in {"task", "data", "limit", "length", "temperature", "results", "delimiter"} & {*settings}:
             raise ValueError(f"{key} is no model_arg; the harness has --tasks, --limit and --gen_kwargs")
         for key, value in settings.items():
             settings[key] = configurator.convert(EvalConfig, key, str(value), "model_args")
@@ -45,7 +47,8 @@ class Harness(LM):
     @classmethod
     def create_from_arg_obj(cls, arg_dict, additional_config=None):
         """From model_args, and from --batch_size and --device unless they are the harness's defaults."""
-        options = {k: v for k, v in (additional_config or {}).items() if v not in (None, 1, "cuda:0")}
+        defaults = (None, 1, "1", "auto", "cuda:0")
+        options = {k: v for k, v in (additional_config or {}).items() if v not in defaults}
         return cls(**options | arg_dict)
 
     def loglikelihood(self, requests):
@@ -75,7 +78,8 @@ class Harness(LM):
         texts, n_cut, seen, eot_id = [], 0, {}, self.tokenizer.eot_token
         for request in tqdm(requests, "generate_until", disable=self.rank > 0):
             options = normalize_gen_kwargs(request.args[1])
-            ids = self.tokenizer.encode_ordinary(request.args[0]) or [eot_id]
+            context = without_last_blank(request.args[0], self.tokenizer, self.model.config.vocab_size)
+            ids = self.tokenizer.encode_ordinary(context) or [eot_id]
             n_new = min(options["max_gen_toks"], max(self.block_size - len(ids), self.block_size // 2))
             prompt = ids[-(self.block_size - n_new) :]
             n_cut += len(prompt) < len(ids)

@@ -23,8 +23,8 @@ import configurator
 import eval as eval_module
 import sft_gsm8k
 import train
-from eval import EvalConfig, encode_pair, final_number, log_likelihood, read_items, read_problems
-from prepare_data import PrepareConfig, prepare
+from eval import EvalConfig, encode_item, encode_pair, final_number, log_likelihood, read_items, read_problems
+from prepare_data import EOT, PrepareConfig, load_tokenizer, make_tokenizer, prepare
 from sample import load_trained
 
 CHOICES = [
@@ -100,7 +100,8 @@ it is 18 = None       #### $18 = None      ####18 = None          #### none = No
 
 
 def test_answers_are_read_as_openai_reads_them():
-    """The number that stands at once behind the first '#### '; a full stop goes with it."""
+    """The number that stands at once behind the first '#### '; a full stop goes with it. We compare numbers,
+    OpenAI compares their spelling."""
     for text, number in re.findall(r"(\S.*?) = (\S+)", ANSWERS):
         assert final_number(text) == (None if number == "None" else Decimal(number)), text
     assert final_number("") is None and final_number(None) is None
@@ -155,12 +156,28 @@ def test_accuracy_of_an_oracle(oracle, evaluate):
 
 
 def test_no_room(oracle, evaluate):
-    """Neither for thoughts nor for an answer: wrong and empty."""
+    """For thoughts: the question is not asked, and counts apart. For an answer: that is wrong and empty."""
     n_question, n_both = list(map(len, oracle.endings))[:2]
     for length, thoughts in ((n_question, None), (n_both, "Answer: <<10+7>>")):
         result, (record,) = evaluate("--task=gsm8k", f"--length={length}", "--limit=1")
-        assert (record["thoughts"], record["answer"], record["acc"]) == (thoughts, None, False)
-        assert result["wrong_and_empty"] == 1
+        assert (record["thoughts"], record["answer"]) == (thoughts, None)
+        asked = thoughts is not None
+        assert [result[key] for key in ("n", "wrong_and_empty", "no_room")] == [asked, asked, not asked]
+        assert result["acc"] == 0 if asked else math.isnan(result["acc"])
+
+
+def test_accuracy_is_that_of_the_questions_asked(evaluate, monkeypatch):
+    """Of seven problems, the model gets every third right, and three others are too long to be asked."""
+
+    def answer(model, tokenizer, questions, seeds, length, **options):
+        return [(None, None, 0) if q in long else ("t", f"#### {right[q]}", 4) for q in questions]
+
+    problems = PROBLEMS[:7]
+    long = {q for q, _ in problems[1::2]}
+    right = {q: a.split()[-1] if i % 3 == 0 else -1 for i, (q, a) in enumerate(problems)}
+    monkeypatch.setattr(eval_module, "answer", answer)
+    result, _ = evaluate(*GSM8K, "--limit=7")
+    assert [result[key] for key in ("n", "acc", "wrong", "no_room", "forward_passes")] == [4, 0.5, 2, 3, 4]
 
 
 def test_every_option_changes_the_answers(out_dir, evaluate):
@@ -362,7 +379,7 @@ def test_loss_on_other_data(data, evaluate, tmp_path):
 def chain_rule(out_dir, context, texts):
     """log p of each text behind the context, from functions that test_likelihood.py checks."""
     model, tokenizer, _ = load_trained(out_dir, "cpu")
-    pairs = [encode_pair(tokenizer, context, " " + text, 40)[:2] for text in texts]
+    pairs = [encode_pair(tokenizer, context.rstrip(" "), " " + text, 40)[:2] for text in texts]
     return np.array([log_likelihood(model, *pair, EvalConfig(nll_type="chain_rule")) for pair in pairs])
 
 
@@ -398,7 +415,7 @@ def test_targets(out_dir, evaluate):
     checkpoint["model"]["lm_head.weight"][32, 0] = 9.0
     torch.save(checkpoint, out_dir / "ckpt.pt")
     items = [{"context": item["context"], "target": item["choices"][0]} for item in CHOICES]
-    items += [{"context": "Tom", "target": "   "}]
+    items += [{"context": "Tom ", "target": "   "}]
     result, records = evaluate(write_items(out_dir / "t.jsonl", items), "--nll_type=chain_rule")
     log_p = [chain_rule(out_dir, item["context"], [item["target"]])[0] for item in items]
     assert [record["acc"] for record in records] == [False] * 4 + [True] and result["acc"] == 0.2
@@ -417,6 +434,68 @@ def test_fields_of_an_item_are_kept(out_dir, evaluate):
     assert result["acc"] in (0, 1) and "acc_norm" in result
 
 
+BLANKS = [("Tom has", "3 apples"), ("Tom has ", "3 apples"), ("Tom has", " 3 apples")]
+BLANKS += [("Tom has ", " 3 apples"), ("Tom has\n", "3 apples"), ("", "3 apples")]
+
+
+def test_one_blank_between_context_and_text():
+    """Not a second one, on either side, nor one behind a new line; or what --delimiter says."""
+    tokenizer, joined = load_tokenizer(make_tokenizer("bytes")), []
+    for context, text in BLANKS:
+        (target,) = encode_item(tokenizer, {"context": context, "target": text}, " ", 99)
+        choices = encode_item(tokenizer, {"context": context, "choices": [text, "x"], "gold": 0}, " ", 99)
+        assert choices[0] == target
+        joined.append(tokenizer.decode(target[0] + target[1]).removeprefix(EOT))
+    one = "Tom has 3 apples"
+    assert joined == [one, one, one, "Tom has  3 apples", "Tom has\n3 apples", " 3 apples"]
+    ((context, target, _),) = encode_item(tokenizer, {"context": "東", "target": "京"}, "", 99)
+    assert tokenizer.decode(context + target) == "東京"
+
+
+def test_a_blank_on_either_side_changes_nothing(out_dir, evaluate):
+    """The blank may belong to the context, to the choices, or to neither."""
+    spelled = [CHOICES[:2], [{**item, "context": item["context"] + " "} for item in CHOICES[:2]]]
+    spelled += [[{**item, "choices": [" " + text for text in item["choices"]]} for item in CHOICES[:2]]]
+    log_p = []
+    for items in spelled:
+        _, records = evaluate(write_items(out_dir / "c.jsonl", items), "--nll_type=chain_rule")
+        log_p.append([record["log_p"] for record in records])
+    assert log_p[0] == log_p[1] == log_p[2]
+    _, records = evaluate(
+        write_items(out_dir / "c.jsonl", CHOICES[:2]), "--nll_type=chain_rule", "--delimiter="
+    )
+    assert [record["log_p"] for record in records] != log_p[0]
+
+
+def test_fields_of_the_user_are_no_results(out_dir, evaluate):
+    """Neither those with a name of ours, nor those that only some items have."""
+    items = [
+        {"context": "Tom", "target": " has", "acc_norm": 7, "forward_passes": 3},
+        {"context": "Mia", "target": "x"},
+    ]
+    result, _ = evaluate(write_items(out_dir / "t.jsonl", items), "--mc_num=1")
+    assert {"acc_norm", "forward_passes"}.isdisjoint(result) and result["n"] == 2
+    items = [{**item, "forward_passes": 3} for item in CHOICES]
+    result, _ = evaluate(write_items(out_dir / "c.jsonl", items), "--mc_num=1")
+    assert "forward_passes" not in result
+
+
+def test_damaged_results_are_told_before_the_work(out_dir, evaluate):
+    (out_dir / "results.json").write_text('{"loss')
+    with pytest.raises(ValueError, match="results.json is damaged .*; take another copy"):
+        evaluate(*GSM8K)
+    assert not list(out_dir.glob("gsm8k-*"))
+
+
+def test_results_elsewhere(out_dir, tmp_path, evaluate):
+    evaluate(*LOSS, "--limit=4")
+    before = results_of(out_dir)
+    with pytest.raises(ValueError, match="dtype is 'bf16'; it must be auto, float32 or bfloat16"):
+        evaluate(*LOSS, "--dtype=bf16")
+    evaluate(*LOSS, "--limit=4", f"--results={tmp_path / 'elsewhere'}")
+    assert results_of(tmp_path / "elsewhere").keys() == before.keys() and results_of(out_dir) == before
+
+
 BAD_LINES = r"""
 {"context": "a", "choices": ["b"]
 {"context": "a", "choices": ["b", "c"]}
@@ -424,6 +503,9 @@ BAD_LINES = r"""
 {"context": "a", "choices": ["b", ""], "gold": 0}
 {"context": "a", "choices": ["b", 5], "gold": 0}
 {"context": "a", "choices": [], "gold": 0}
+{"context": "a", "choices": "bc", "gold": 0}
+{"context": "a", "choices": {"b": "c", "d": "e"}, "gold": 0}
+{"context": ["a"], "choices": ["b"], "gold": 0}
 {"context": "a", "choices": ["\ud800"], "gold": 0}
 {"context": "a", "target": "not the kind of the line before"}
 [1]"""

@@ -37,13 +37,15 @@ def folder(tmp_path_factory):
     checkpoint |= {"meta": {"tokenizer": make_tokenizer("bytes")}, "step": 0}
     torch.save(checkpoint, path / "ckpt.pt")
     rng, items = np.random.default_rng(1), {"choices": [], "targets": []}
-    words = ["".join(rng.choice(list("abcé "), size=size)) for size in rng.integers(1, 9, size=100)]
+    words = [
+        "".join(rng.choice(list("abcé "), size=size)).strip() or "a" for size in rng.integers(1, 9, size=100)
+    ]
     for i in range(LIMIT + 1):
         context = "".join(words[i : i + 1 + i % 7]) if i else "a" * 31  # some are too long, the first by one
         items["choices"].append({"context": context, "choices": words[3 * i : 3 * i + 3], "gold": i % 3})
         items["targets"].append({"context": context, "target": "c "[i % 2]})
     choices = {"output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": "{{gold}}"}
-    targets = {"output_type": "loglikelihood", "doc_to_target": "{{' ' + target}}"}
+    targets = {"output_type": "loglikelihood", "doc_to_target": "{{target if target == ' ' else ' ' + target}}"}
     for name, task in (("choices", choices), ("targets", targets)):
         (path / f"{name}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items[name]))
         task |= {"task": name, "dataset_path": "json", "test_split": "test", "doc_to_text": "{{context}}"}

@@ -209,7 +209,7 @@ def test_train_flops_go_before_max_steps(data_dir, tmp_path):
 @pytest.mark.parametrize("way", ["mask", "split"])
 def test_compiled_equals_plain(data_dir, tmp_path, way, monkeypatch):
     """The trunk, of fixed shape, and the cross-entropy of any number of tokens are compiled. Texts that
-    are cut to a random length run as they are, also if the first one is: the trunk is compiled for one shape."""
+    are cut to a random length run as they are, also if the first one is."""
     flags = [f"--sink_attention={way}", "--n_layer=1", "--max_steps=12", "--random_length=0.6"]
     plain, names, shapes, real = run(data_dir, tmp_path / "plain", *flags), [], [], torch.compile
 
