@@ -41,6 +41,7 @@ class Harness(LM):
             settings[key] = configurator.convert(EvalConfig, key, str(value), "model_args")
         self.cfg = EvalConfig(**settings)
         self._rank, self._world_size, self._device = setup_distributed(self.cfg.device)
+        self.precision = autocast(self._device, self.cfg.dtype)
         self.model, self.tokenizer, _ = load_trained(self.cfg.out_dir, self.device)
         self.block_size = self.model.config.block_size
 
@@ -88,7 +89,7 @@ class Harness(LM):
             decoding = {k: getattr(self.cfg, k) for k in ("steps", "remasking", "threshold", "cfg_scale")}
             decoding |= {"temperature": options.get("temperature", 0), "eot_id": eot_id}
             x = torch.tensor([prompt + [self.model.config.mask_id] * n_new])
-            with autocast(self.device, self.cfg.dtype):
+            with self.precision:
                 x, _ = generate(self.model, x, **decoding, seeds=[seed_for(self.cfg.seed, key, seen[key])])
             ids = [*x[0, len(prompt) :].tolist(), eot_id]
             text = self.tokenizer.decode(ids[: ids.index(eot_id)])
@@ -98,6 +99,10 @@ class Harness(LM):
             self.cache_hook.add_partial("generate_until", request.args, text)
         print(f"{n_cut:,} of {len(texts):,} contexts were cut on the left")
         return texts
+
+    @property
+    def tokenizer_name(self):  # lm-eval asks for it with --apply_chat_template alone
+        raise ValueError("these models have no chat template; leave out --apply_chat_template")
 
     def gather_object(self, obj, dst=0):
         """Under torchrun the harness gives each process a share of the requests, and gathers the results."""

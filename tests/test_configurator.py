@@ -195,3 +195,16 @@ def test_a_missing_package_names_the_command_that_installs_it():
     with pytest.raises(ValueError, match="pip install the-package"):
         configurator.need("no_such_module", "the-package")
     assert configurator.need("os.path") is os.path
+
+
+def test_home_in_a_path(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    cfg, _ = configurator.parse(TrainConfig, ["--data_dir=~/data", "--out_dir", "~/out"])
+    assert (cfg.data_dir, cfg.out_dir) == ("/home/me/data", "/home/me/out")
+    assert configurator.parse(SampleConfig, ["--prompt=~ about 3"])[0].prompt == "~ about 3"
+
+
+def test_closed_output_is_no_reason_to_stop(monkeypatch):
+    """As python sample.py >&- has it."""
+    monkeypatch.setattr(sys, "stdout", None)
+    configurator.run(lambda: print("text"))

@@ -45,7 +45,10 @@ def folder(tmp_path_factory):
         items["choices"].append({"context": context, "choices": words[3 * i : 3 * i + 3], "gold": i % 3})
         items["targets"].append({"context": context, "target": "c "[i % 2]})
     choices = {"output_type": "multiple_choice", "doc_to_choice": "{{choices}}", "doc_to_target": "{{gold}}"}
-    targets = {"output_type": "loglikelihood", "doc_to_target": "{{target if target == ' ' else ' ' + target}}"}
+    targets = {
+        "output_type": "loglikelihood",
+        "doc_to_target": "{{target if target == ' ' else ' ' + target}}",
+    }
     for name, task in (("choices", choices), ("targets", targets)):
         (path / f"{name}.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items[name]))
         task |= {"task": name, "dataset_path": "json", "test_split": "test", "doc_to_text": "{{context}}"}
@@ -183,6 +186,15 @@ def test_model_args(folder):
     assert (cfg.batch_size, cfg.device, cfg.mc_num) == (64, "cpu", 2)
     cfg = Harness.create_from_arg_obj(args | {"batch_size": 8}, {"batch_size": 4, "device": "cpu"}).cfg
     assert (cfg.batch_size, cfg.device) == (8, "cpu")
+    spelled = {"out_dir": folder[0], " mc_num": 2, "trust_remote_code": True}  # a blank behind a comma
+    cfg = Harness.create_from_arg_obj(
+        spelled, {"batch_size": "auto", "max_batch_size": 8, "device": "cpu"}
+    ).cfg
+    assert (cfg.batch_size, cfg.mc_num) == (64, 2)
+    with pytest.raises(ValueError, match="no chat template; leave out --apply_chat_template"):
+        _ = Harness(**args).tokenizer_name
+    with pytest.raises(ValueError, match="dtype is 'half'"):
+        Harness(**args, dtype="half")
     for key, message in {"mcnum": "did you mean --mc_num", "limit": "limit is no model_arg"}.items():
         with pytest.raises(ValueError, match=message):
             Harness(**args, **{key: 2})

@@ -14,7 +14,7 @@ from conftest import make_model
 
 import sample
 from model import seed_for
-from prepare_data import load_tokenizer
+from prepare_data import load_tokenizer, make_tokenizer
 from sample import SampleConfig, draw, encode_prompt
 
 EOT, MASK = 256, 257  # ids of a model with the byte vocabulary
@@ -61,6 +61,43 @@ def test_prompts_and_gaps():
     assert encode_prompt("[MASK:3]a[MASK]b[MASK:1]", TOKENIZER, MASK) == [MASK] * 3 + [97, MASK, 98, MASK]
     assert encode_prompt("a<|endoftext|>b", TOKENIZER, MASK) == [97, EOT, 98]
     assert encode_prompt("[MASK:x]", TOKENIZER, MASK) == list(b"[MASK:x]")
+    assert encode_prompt("a [MASK] ", TOKENIZER, MASK) == [97, 32, MASK, 32]  # bytes: a blank is a token
+
+
+def llama_tokenizer(tmp_path):
+    """A tokenizer.json in the manner of Llama 2: a word begins with its blank, written as ▁."""
+    tokenizers = pytest.importorskip("tokenizers")
+    vocab = {token: i for i, token in enumerate(["<unk>", "</s>", "▁", *"abco3", "▁a", "▁co", "▁3"])}
+    merges = [("▁", "a"), ("c", "o"), ("▁", "co"), ("▁", "3")]
+    vocab["co"] = len(vocab)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges, unk_token="<unk>"))
+    tokenizer.normalizer = tokenizers.normalizers.Replace(" ", "▁")
+    tokenizer.decoder = tokenizers.decoders.Replace("▁", " ")
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    return load_tokenizer(make_tokenizer(str(tmp_path / "tokenizer.json")))
+
+
+@pytest.mark.parametrize("kind", ["words", "gpt2", "llama"])
+def test_a_blank_before_a_gap_belongs_to_the_token_that_follows(kind, tmp_path):
+    """What stands before a gap has the tokens that it has in the whole text. So it is at the end of a prompt
+    that is continued, but not at the end of one with gaps, and of two blanks only the last one goes."""
+    if kind == "llama":
+        tokenizer, mask_id = llama_tokenizer(tmp_path), 12
+    else:
+        texts = ["a co 3 co a"] * 9
+        try:
+            tokenizer = load_tokenizer(spec := make_tokenizer(kind, texts=texts))
+        except ValueError:
+            pytest.skip("no vocabulary of gpt2")
+        mask_id = spec["vocab_size"]
+    for before, after in (("a", " a"), ("a co", ""), ("a ", " 3")):
+        whole = tokenizer.encode_ordinary(f"{before} co{after}")
+        (i,) = [i for i, token in enumerate(whole) if tokenizer.decode([token]) == " co"][-1:]
+        gapped = encode_prompt(f"{before} [MASK]{after}", tokenizer, mask_id)
+        assert gapped == whole[:i] + [mask_id] + whole[i + 1 :]
+        assert encode_prompt(f"{before} ", tokenizer, mask_id) == whole[:i]
+    end = encode_prompt("[MASK] [MASK]a ", tokenizer, mask_id)
+    assert end == [mask_id] * 2 + tokenizer.encode_ordinary("a ")
 
 
 def test_a_text_opens_as_in_training_and_ends_at_its_first_end_of_text(fake):
