@@ -3,7 +3,6 @@
     python -m extras.sinks out/arithmetic out/arithmetic-vanilla             # a table, runs side by side
     python -m extras.sinks out/arithmetic out/arithmetic-vanilla --plot      # and two pictures
     python -m extras.sinks out/arithmetic --changes                          # the loss with other sinks
-    python -m extras.sinks out/stories/* --measure                           # for extras.ablations
     python -m extras.sinks out/a out/b --animate=moving_sink.svg --layer=1   # the first text, step by step
 
 Each model fills in the hidden tokens of the same validation texts. At every step, attention is recomputed
@@ -16,20 +15,17 @@ import itertools
 import json
 import math
 import os
-import re
-import string
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from tqdm import tqdm
 
 import configurator
 from eval import validation
-from model import MDM, generate, mask_tokens, noise_levels, seed_for
+from model import generate, seed_for
 from sample import load_trained, readable
 from train import made_by, mean_and_error, setup_distributed, spread_levels, validate, write_file
 
@@ -56,7 +52,6 @@ class SinksConfig:
     layer: int | None = None  # of maps.png and the animation; None: where the sink token gets most
     animate: str | None = None  # write an animated .svg of the first text to this path
     changes: bool = False  # the validation loss with changed sinks, on the sequences used in training
-    measure: bool = False  # write RUN/measured.jsonl: texts, tables, attention at each kept checkpoint
     mc_num: int = 8  # with changes: random maskings of each sequence
     data: str | None = None  # a prepared folder; None: the data of training
     seed: int = 0  # of the random draws
@@ -92,21 +87,26 @@ class Run:
 @torch.no_grad()
 def attention_maps(model, xt):
     """Yields for each layer the attention weights (B, H, S, S), a row for each query, and the L2 norms of the
-    value vectors (B, S), means over heads. xt is (B, T), and the sinks are the first of the S positions."""
-    config, inputs, layers = model.config, [], [block.attn for block in model.blocks]
-    hooks = [layer.register_forward_pre_hook(lambda _, args: inputs.append(args)) for layer in layers]
+    value vectors (B, S), means over heads. xt is (B, T), and the sinks are the first of the S positions.
+    Raises ValueError if the weights do not give the output of the layer, as after a change of model.py."""
+    config, seen, layers = model.config, [], [block.attn for block in model.blocks]
+    hooks = [layer.register_forward_hook(lambda _, *calls: seen.append(calls)) for layer in layers]
     model.trunk(xt.to(next(model.parameters()).device))
     for hook in hooks:
         hook.remove()
-    for layer, (x, cos, sin, attn_mask) in zip(layers, inputs):  # as in Attention.forward
+    for layer, ((x, cos, sin, attn_mask), output) in zip(layers, seen):  # as in Attention.forward
         q, k, v = layer.heads(x, cos, sin)
-        k = k.repeat_interleave(config.n_head // config.n_kv_head, dim=1)  # (B, H, S, d), as q
+        k, values = (t.repeat_interleave(config.n_head // config.n_kv_head, dim=1) for t in (k, v))  # as q
         scores = q @ k.transpose(2, 3) / math.sqrt(q.size(-1))
         if attn_mask is not None:
             scores = scores.masked_fill(~attn_mask, -math.inf)
         weights, norms = scores.softmax(dim=-1), v.norm(dim=-1).mean(dim=1)
         if config.sink_attention == "split" and not config.sink_attends_all:  # a sink attends to itself
             weights[:, :, : config.n_sink] = torch.eye(x.size(1), device=x.device)[: config.n_sink]
+        y = (weights[:1] @ values[:1]).transpose(1, 2).flatten(2)  # of the first text
+        y = layer.proj(y if layer.gate is None else y * torch.sigmoid(layer.gate(x[:1])))
+        if (y - output[:1]).abs().max() > 1e-3 * output.abs().max():
+            raise ValueError("a layer does not compute softmax(q k / sqrt(d)) v; change attention_maps too")
         yield weights, norms
 
 
@@ -256,89 +256,6 @@ def changed_bounds(run, cfg):
     return rows
 
 
-# ---------- In numbers, for extras.ablations
-
-KINDS = ["sink", "hidden", "end-of-text", "punctuation", "other"]  # of keys
-
-
-@torch.no_grad()
-def attention_by_kind(run, cfg, device):
-    """Yields a row for each checkpoint STEP.pt that train.py has kept, and each layer: what the keys of each
-    kind get of each head's attention (1 is an even share), and how often one key gets more than the
-    threshold. The texts have the same tokens hidden each time, at evenly spread noise levels."""
-    config, x0 = run.model.config, run.x0
-    t = (torch.arange(len(x0)) + 0.5) / len(x0)
-    noise = torch.rand(x0.shape, generator=torch.Generator().manual_seed(cfg.seed))
-    xt, masked = mask_tokens(x0, noise_levels(t[:, None]), run.maskable, config.mask_id, noise)
-    kind_of = {}
-    for token in x0.unique().tolist():
-        text = run.tokenizer.decode([token]).strip()
-        kind_of[token] = KINDS.index("other" if text.strip(string.punctuation) or not text else "punctuation")
-    kind_of[run.tokenizer.eot_token] = KINDS.index("end-of-text")
-    kinds = x0.clone().apply_(kind_of.get).masked_fill(masked, KINDS.index("hidden"))
-    kinds = F.pad(kinds, (config.n_sink, 0), value=KINDS.index("sink"))
-    is_kind = F.one_hot(kinds, len(KINDS)).float().to(device)  # (n, S, kinds)
-    even = is_kind.mean(dim=(0, 1))
-    paths = sorted(Path(run.name).glob("[0-9]*.pt"), key=lambda path: int(path.stem))
-    if not paths:
-        print(f"{run.name} has no checkpoints STEP.pt; to follow attention, train with --keep_all=True")
-    for path in paths:
-        model = MDM.from_checkpoint(path).to(device)
-        for layer, (weights, _) in enumerate(attention_maps(model, xt)):
-            by_head = weights[:, :, config.n_sink :].mean(dim=2)  # (n, H, S)
-            shares = (by_head @ is_kind).mean(dim=0) / even  # (H, kinds)
-            row = {"table": "attention", "step": int(path.stem), "row": f"layer {layer}"}
-            row |= {kind: numbers(shares[:, i]) for i, kind in enumerate(KINDS) if even[i] > 0}
-            yield row | {"rate": numbers((by_head.amax(dim=2) > cfg.head_threshold).float().mean(dim=0))}
-
-
-def numbers(tensor):
-    return tensor.double().round(decimals=3).tolist()  # short ones, for a small file
-
-
-def words_of(tokens, tokenizer):
-    words, story = [], []
-    for token in [*tokens, tokenizer.eot_token]:
-        story.append(token)
-        if token == tokenizer.eot_token:  # words do not reach over it
-            words += re.findall(r"[a-z]+(?:'[a-z]+)*", tokenizer.decode(story[:-1]).lower())
-            story = []
-    return words
-
-
-def count_words(texts, known):
-    """Of texts, lists of words: their number, and the shares of known words, of 4-grams that the same text
-    has had before, and of distinct pairs of words."""
-    words, pairs, fours, new_fours = [], [], 0, 0
-    for text in texts:
-        words += text
-        pairs += zip(text, text[1:])
-        fours += max(0, len(text) - 3)
-        new_fours += len(set(zip(text, text[1:], text[2:], text[3:])))
-    known = sum(word in known for word in words) / max(1, len(words))
-    repeated, distinct = 1 - new_fours / max(1, fours), len(set(pairs)) / max(1, len(pairs))
-    return {"words": len(words), "known": known, "repeated": repeated, "distinct": distinct}
-
-
-def measure_run(run, cfg, changes, device):
-    """Yields the rows of measured.jsonl: what was written in numbers, beside the held-out texts; the table;
-    the changed sinks; attention_by_kind."""
-    run_config = run.checkpoint["run_config"]
-    folder = cfg.data or os.path.join(run_config["data_dir"], run_config["dataset"])
-    tokens = np.memmap(f"{folder}/train.bin", run.checkpoint["meta"]["dtype"], mode="r")[: 10**7]
-    known = set(words_of(tokens.tolist(), run.tokenizer))
-    written = [prompt["tokens"] for prompt in run.prompts]
-    for name, texts in (("written", written), ("held out", run.x0.tolist())):
-        counts = count_words([words_of(text, run.tokenizer) for text in texts], known)
-        yield {"table": "texts", "row": name, **counts}
-    for number, layer in enumerate(run.layers):
-        means = {key: layer[key] for key in layer if not key.endswith("_se")}
-        yield {"table": "denoising", "row": f"layer {number}", **means}
-    for row in changes or []:
-        yield {"table": "changes", "row": row["change"], "more": row["more"]}
-    yield from attention_by_kind(run, cfg, device)
-
-
 # ---------- Pictures of the first text
 
 
@@ -475,8 +392,6 @@ def main():
         raise ValueError(f"layer is {cfg.layer}; the layers are 0 to {n_layer - 1}")
     if cfg.changes and not any(run.model.config.n_sink for run in runs):
         raise ValueError(f"no sinks to change in {', '.join(names)}; train a model with n_sink=1")
-    if cfg.measure and not all(map(os.path.isdir, names)):
-        raise ValueError(f"measure writes into the folders of runs; got {', '.join(names)}")
     if os.path.isdir(cfg.animate or ""):
         raise ValueError(f"animate is {cfg.animate}, a folder; wanted the path of an .svg file")
     if len({run.title for run in runs}) < len(runs):
@@ -500,13 +415,8 @@ def main():
     print("", *map(sentence, runs), sep="\n")
     results = []
     for run in runs:
-        changes = cfg.changes or cfg.measure
-        rows = changed_bounds(run, cfg) if changes and run.model.config.n_sink else None
+        rows = changed_bounds(run, cfg) if cfg.changes and run.model.config.n_sink else None
         facts = {"run": run.name, "step": run.checkpoint["step"], "n_sink": run.model.config.n_sink}
-        if cfg.measure:
-            lines = [json.dumps(row) + "\n" for row in measure_run(run, cfg, rows, device)]
-            write_file(f"{run.name}/measured.jsonl", lambda file: file.write("".join(lines).encode()))  # noqa: B023
-            print(f"wrote {run.name}/measured.jsonl")
         results.append({**facts, "layers": run.layers, "changes": rows, "prompts": run.prompts})
 
     files = {}

@@ -343,6 +343,16 @@ def test_out_and_back_is_the_same(tmp_path, variant):
         call(convert.main, "export", f"--source={tmp_path / 'run'}", f"--to={tmp_path / 'folder'}")
 
 
+def test_export_into_a_path_that_ends_in_a_slash_where_another_was_killed(tmp_path):
+    pytest.importorskip("safetensors")
+    save(tmp_path / "run", make_model(vocab_size=257), make_tokenizer("bytes"))
+    (tmp_path / "m.tmp").mkdir()
+    (tmp_path / "m.tmp" / "half").touch()
+    call(convert.main, "export", f"--source={tmp_path / 'run'}", f"--to={tmp_path / 'm'}/")
+    assert {"half", "config.json"} & {path.name for path in (tmp_path / "m").iterdir()} == {"config.json"}
+    assert not (tmp_path / "m.tmp").exists()
+
+
 @pytest.mark.parametrize("name", ["bytes", "words", "gpt2", "gpt2-300"])
 def test_the_exported_tokenizer(name, tmp_path):
     """It gives the tokens of tiktoken."""

@@ -237,6 +237,12 @@ def test_interrupted_equals_uninterrupted(out_dir, evaluate, monkeypatch):
     assert measured == [1, 5, 7, *range(9, 20)]
 
 
+def test_problems_of_a_folder_with_a_colon(data, tmp_path):
+    """Its test problems, as of any other prepared folder, and not those of training."""
+    folder = shutil.copytree(data / "arithmetic", tmp_path / "run:1" / "arithmetic")
+    assert read_problems(str(folder)) == read_problems(str(data / "arithmetic"))
+
+
 def test_two_processes_and_any_batch_size_find_the_same(out_dir, evaluate):
     """All three tasks, of which 2 of 7 problems are there already. In batches of 2 a process has 3 and 2."""
     targets = write_items(out_dir / "targets.jsonl", [{"context": q, "target": a} for q, a in PROBLEMS[:5]])

@@ -26,7 +26,16 @@ import prepare_data
 import sample
 import train
 from eval import read_problems
-from prepare_data import EOT, PrepareConfig, documents, find_files, load_tokenizer, make_tokenizer, prepare
+from prepare_data import (
+    EOT,
+    PrepareConfig,
+    documents,
+    find_files,
+    is_remote,
+    load_tokenizer,
+    make_tokenizer,
+    prepare,
+)
 
 STORIES = [f"Story {i}.\nOnce there was a cat.\n\nIt was {i} years old, or 1{i}." for i in range(40)]
 MARKED, ROWS = f"\n{EOT}\n".join(STORIES), [json.dumps({"text": story, "id": 1}) + "\n" for story in STORIES]
@@ -899,3 +908,24 @@ DATA = Path(__file__).parents[2] / "shared" / "data"
 def test_openai_test_set_is_whole():
     problems = read_problems(str(DATA / "gsm8k" / "test.jsonl"))
     assert len(problems) == 1319 and problems == read_problems(str(DATA / "gsm8k" / "test.txt"))
+
+
+def test_a_local_clone_trains_on_its_training_part(tmp_path, capsys):
+    """Files named test, dev or validation are left out, and said; not if they are given by name, or alone."""
+    (tmp_path / "clone" / "sub").mkdir(parents=True)
+    for name in "train-0 validation-0 sub/test sub/dev-1 contest latest".split():
+        (tmp_path / "clone" / f"{name}.txt").write_text("a")
+    clone = str(tmp_path / "clone")
+    names = [f"{clone}/{name}" for name in ("contest.txt", "latest.txt", "train-0.txt")]
+    assert find_files(clone, "") == names
+    out = capsys.readouterr().out
+    assert "leaves out 3, held out by their names: " in out and out.endswith(", ".join(names) + "\n")
+    assert find_files(f"{clone}/validation-0.txt", "") == [f"{clone}/validation-0.txt"]
+    assert len(find_files(f"{clone}/sub", "")) == 2
+
+
+def test_a_path_may_have_colons(tmp_path):
+    """A URL is what has ://, the hub what begins with hub: ."""
+    remote = ["https://host/a.txt", "hub:org/name@config:train"]
+    paths = ["run:1/arithmetic", r"C:\data\a.txt", "a:b.txt", "hub/a.txt"]
+    assert [is_remote(address) for address in remote + paths] == [True, True] + [False] * 4

@@ -54,6 +54,26 @@ def test_attention_is_that_of_sdpa(variant, sink_attention, monkeypatch):
         torch.testing.assert_close(norms, (v**2).sum(dim=-1).sqrt().sum(dim=1) / 2)
 
 
+@pytest.mark.parametrize("change", ["a logit in the denominator", "a bias", "a second gate"])
+def test_another_attention_is_refused(change, monkeypatch):
+    """Its weights are no softmax of q k, or do not give its output."""
+    sdpa = F.scaled_dot_product_attention
+
+    def attention(q, k, v, attn_mask=None, enable_gqa=False):
+        if change == "a second gate":
+            return 0.5 * sdpa(q, k, v, attn_mask, enable_gqa=enable_gqa)
+        if change == "a bias":
+            return sdpa(q, k, v, torch.where(attn_mask, torch.arange(len(attn_mask)), -math.inf))
+        scores = (q @ k.transpose(2, 3) / math.sqrt(q.size(-1))).masked_fill(~attn_mask, -math.inf).exp()
+        return scores @ v / (1 + scores.sum(dim=-1, keepdim=True))
+
+    model = make_model(n_sink=1)
+    list(attention_maps(model, texts()))
+    monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    with pytest.raises(ValueError, match="does not compute softmax.*; change attention_maps too"):
+        list(attention_maps(model, texts()))
+
+
 def test_looking_changes_nothing():
     model = make_model()
     before = model(texts())
@@ -241,7 +261,6 @@ REFUSED = [
     (["{vanilla}", "--changes=True"], "no sinks to change in .*vanilla"),
     (["{sink}", "--limit=1"], "must be at least 2"),
     (["--limit=2", "{sink}"], "no run is named"),
-    (["{sink}/ckpt.pt", "--measure"], "measure writes into the folders of runs; got .*sink/ckpt.pt"),
     (["{sink}", "{other}"], "other has other validation sequences than .*sink; look at it alone"),
 ]
 
@@ -308,65 +327,6 @@ def test_bounds_of_changed_sinks(folder, monkeypatch, capsys):
 
 
 # ---------- In numbers
-
-
-def test_words_are_counted():
-    """Of 11 words 10 are known. Of 5 4-grams one is repeated: what another text has had does not count. Of 9
-    pairs 3 are distinct."""
-    decode = lambda self, ids: "".join("Ab' c."[i] for i in ids)  # noqa: E731
-    tokenizer = type("Tokenizer", (), {"eot_token": 9, "decode": decode})()
-    assert sinks.words_of([0, 1, 9, 2, 1, 3, 4, 5, 3, 4], tokenizer) == ["ab", "b", "c", "c"]
-    counts = sinks.count_words(["a b a b a b".split(), "a b a b c".split(), []], {"a", "b"})
-    assert counts == {"words": 11, "known": 10 / 11, "repeated": pytest.approx(1 / 5), "distinct": 3 / 9}
-
-
-def test_attention_by_kind(folder, monkeypatch):
-    """By hand for two kept checkpoints, in order of their steps: the attention of all content queries, text
-    by text, head by head; the same hidden tokens each time. And the other rows of the file."""
-    checkpoint = torch.load(folder / "ckpt.pt", weights_only=True)
-    for step in (1000, 20):
-        checkpoint["model"]["blocks.0.attn.qkv.weight"] *= 2
-        torch.save(checkpoint, folder / f"{step}.pt")
-    options = ["--mc_num=1", "--limit=4", "--steps=3", "--head_threshold=0.1"]
-    call(monkeypatch, folder, "--measure", *options)
-    rows = [json.loads(line) for line in (folder / "measured.jsonl").read_text().splitlines()]
-    found = [row for row in rows if row["table"] == "attention"]
-    keys = [(20, "layer 0"), (20, "layer 1"), (1000, "layer 0"), (1000, "layer 1")]
-    assert [(row["step"], row["row"]) for row in found] == keys
-    run, seen = Run(str(folder), SinksConfig(limit=4), "cpu"), []
-    monkeypatch.setattr(
-        sinks, "attention_maps", lambda model, xt: seen.append(xt) or attention_maps(model, xt)
-    )
-    assert list(sinks.attention_by_kind(run, SinksConfig(limit=4, head_threshold=0.1), "cpu")) == found
-    assert len(seen) == 2 and torch.equal(*seen)
-    masks = seen[0] == run.model.config.mask_id
-    assert torch.equal(torch.where(masks, run.x0, seen[0]), run.x0)
-    shares = masks.float().mean(dim=1)
-    assert shares[0] < 0.4 and shares[-1] > 0.6  # from little to much noise
-    for row in found:
-        model = load_trained(folder / f"{row['step']}.pt", "cpu")[0]
-        weights, _ = list(attention_maps(model, seen[0]))[int(row["row"][-1])]
-        for head in (0, 1):
-            got, number = dict.fromkeys(sinks.KINDS, 0.0), dict.fromkeys(sinks.KINDS, 0)
-            above = 0
-            for text in range(4):
-                mean = weights[text, head, 1:].mean(dim=0).tolist()
-                above += max(mean) > 0.1
-                names = ["sink"]
-                for token in seen[0][text].tolist():
-                    word = "" if token == run.model.config.mask_id else run.tokenizer.decode([token]).strip()
-                    name = "punctuation" if word and all(c in "!?.,:;+-*=<>#'()/" for c in word) else "other"
-                    name = "end-of-text" if token == run.tokenizer.eot_token else name
-                    names.append("hidden" if token == run.model.config.mask_id else name)
-                for name, value in zip(names, mean, strict=True):
-                    got[name] += value / 4
-                    number[name] += 1 / 4 / 25
-            for name in sinks.KINDS:
-                assert row[name][head] == pytest.approx(got[name] / number[name], abs=1e-3)
-            assert row["rate"][head] == above / 4
-    tables = [row["table"] for row in rows]
-    assert tables == ["texts"] * 2 + ["denoising"] * 2 + ["changes"] * len(CHANGES) + ["attention"] * 4
-    assert rows[1]["known"] == 1 and rows[1]["words"] > 30  # the held-out problems have no new words
 
 
 # ---------- Pictures

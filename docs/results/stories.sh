@@ -13,6 +13,7 @@ done | xargs -P "$(getconf _NPROCESSORS_ONLN)" -L 1 sh -c '
     if [ -e $out/ckpt.pt ]; then how=resume; else how=scratch; rm -rf $out; mkdir -p $out; fi
     echo "$0: $how, see $out/output.txt"
     python train.py config/stories.py --init_from=$how --out_dir=$out "$@" >> $out/output.txt &&
-    python -m extras.sinks $out --measure --limit=64 --prompt_length=0 --remasking=random --temperature=1 \
+    python -m docs.results.study measure $out --limit=64 --prompt_length=0 --remasking=random --temperature=1 \
         --steps=128 --mc_num=1 >> $out/output.txt && touch $out/done' &&
-python -m extras.ablations out/stories --baseline=vanilla --plot
+python -m extras.ablations out/stories --baseline=vanilla --plot &&
+python -m docs.results.study tables out/stories
