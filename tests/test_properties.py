@@ -10,7 +10,7 @@ import typing
 import pytest
 import torch
 from conftest import VARIANTS, make_model
-from hypothesis import assume, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import configurator
