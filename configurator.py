@@ -52,7 +52,8 @@ def convert(config_class, key, value, source):
     if text in literals and type(literals[text]) in kinds:
         return literals[text]
     if str in kinds and isinstance(value, str) and "\0" not in value:
-        return os.path.expanduser(value) if value.startswith("~/") else value
+        is_home = value.startswith(("~/", "FILE:~/"))
+        return value.replace("~", os.path.expanduser("~"), 1) if is_home else value
     with contextlib.suppress(ValueError):
         if float in kinds:
             return float(text)

@@ -2,7 +2,7 @@
 
     python sample.py --show                                                      # watch the denoising
     python sample.py --prompt="Question: Tom has 3 apples and" --num_samples=5   # continues the prompt
-    python sample.py --prompt="Tom has [MASK] apples and buys [MASK:9]"          # fills gaps: 1 and 9 tokens
+    python sample.py --prompt="Tom has [MASK:2] apples [MASK] buys 4 more."      # fills gaps: 2 tokens and 1
     python sample.py --out_dir=out/sft-arithmetic --question="Tom has 3 apples and buys 4 more. How many now?"
 Samples go to stdout, with a line of dashes between them; what they took goes to stderr."""
 

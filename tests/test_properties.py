@@ -85,7 +85,7 @@ def values_of_fields(draw):
         int: st.integers(-(2**62), 2**62),
         float: st.floats(allow_nan=False, allow_infinity=False),
         str: st.text(st.characters(exclude_characters="\0"), max_size=20).filter(
-            lambda text: text != "None" and not text.startswith("~/")
+            lambda text: text != "None" and not text.startswith(("~/", "FILE:~/"))
         ),
         type(None): st.none(),
     }
