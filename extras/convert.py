@@ -10,7 +10,6 @@ qwen2 the folder of a Qwen2 or Qwen2.5 model, which becomes the start of an MDM.
 
 import json
 import os
-import shutil
 from dataclasses import asdict, dataclass
 
 import torch
@@ -294,14 +293,14 @@ def export(cfg):
     files["README.md"] = card(checkpoint, results)
     if checkpoint["meta"]:
         files["tokenizer.json"] = tokenizer_json(checkpoint["meta"]["tokenizer"])
-    new = f"{os.path.normpath(cfg.to)}.tmp"  # it gets its name when all is there
-    shutil.rmtree(new, ignore_errors=True)  # of an export that was killed
+    to = os.path.normpath(cfg.to)
+    new = f"{to}.{os.getpid()}.tmp"  # it gets its name when all is there
     os.makedirs(new)
     save_file(checkpoint["model"], f"{new}/model.safetensors", metadata={"format": "pt"})
     for name, text in files.items():
         with open(f"{new}/{name}", "w", encoding="utf-8") as file:
             file.write(text)
-    os.rename(new, cfg.to)
+    os.rename(new, to)
     print(f"wrote {cfg.to}: model.safetensors, {', '.join(files)}")
 
 
