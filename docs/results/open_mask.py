@@ -3,9 +3,9 @@
     python -m docs.results.open_mask out/smollm2-vanilla data/stories data/wikitext2
 
 The model is a converted one without a sink, the texts are the beginnings of held-out documents. It measures
-the next-token cross-entropy of clean text, with a share of the edges to later tokens open, drawn anew for each
-text, and with the first row as it is or self-only. Results go to docs/results/open_mask/log.jsonl, a row for
-each condition: a run that was stopped goes on. At the end it prints the table and draws the picture."""
+the next-token cross-entropy of clean text, with a share of the edges to later tokens open, drawn anew for
+each text, and with the first row as it is or self-only. Results go to docs/results/open_mask/log.jsonl, a row
+for each condition: a run that was stopped goes on. At the end it prints the table and draws the picture."""
 
 import json
 import sys
