@@ -165,7 +165,8 @@ def read_items(path):
             "".join([item["context"], *texts]).encode()  # they are texts, and no half of a surrogate pair
             alike = ("choices" in item) == ("choices" in items[0])
             gold = item["gold"] if "choices" in item else 0
-            if not (alike and isinstance(texts, list) and all(texts) and gold in range(len(texts))):
+            is_index = type(gold) is int and gold in range(len(texts))
+            if not (alike and isinstance(texts, list) and all(texts) and is_index):
                 raise ValueError("wanted items of one kind, with texts that are not empty")
         except (ValueError, TypeError, LookupError, AttributeError) as error:
             raise ValueError(f"{position}: wanted {wanted}; got {str(line)[:80]!r}") from error
@@ -176,13 +177,14 @@ def read_items(path):
 
 def score_item(model, tokenizer, item, cfg):
     """The item with log_p, acc, and for choices acc_norm (log p per character) and acc_bytes, as lm-eval.
-    What it has of the same names gives way."""
+    Fields of the item with these names are replaced."""
     pairs = encode_item(tokenizer, item, cfg.delimiter, model.config.block_size)
     log_p = np.array([log_likelihood(model, context, target, cfg) for context, target, _ in pairs])
     record = {**item, "log_p": log_p.tolist(), "cut": max(n_cut for *_, n_cut in pairs)}
     if "choices" not in item:
         return record | {"log_p": log_p[0], "acc": greedy_match(model, *pairs[0][:2], cfg)}
-    lengths = [len(text) for text in item["choices"]], [len(text.encode()) for text in item["choices"]]
+    texts = [text.lstrip(" ") or text for text in item["choices"]]  # however the blank is spelled
+    lengths = [len(text) for text in texts], [len(text.encode()) for text in texts]
     scores = {"acc": log_p, "acc_norm": log_p / lengths[0], "acc_bytes": log_p / lengths[1]}
     return record | {name: int(score.argmax()) == item["gold"] for name, score in scores.items()}
 
@@ -310,8 +312,9 @@ def main():
     name = f"{os.path.splitext(os.path.basename(cfg.task))[0]}-{zlib.crc32(json.dumps(facts).encode()):08x}"
     if cfg.task != "loss":
         records = measure(os.path.join(folder, name), data, cfg.batch_size, work, rank, world_size)
-        # a question that left no room for thoughts was not asked
-        asked = [record for record in records if record.get("thoughts", "") is not None]
+        asked = records
+        if cfg.task == "gsm8k":  # a question that left no room for thoughts was not asked
+            asked = [record for record in records if record["thoughts"] is not None]
         result, keys = {"n": len(asked)}, ("acc", "acc_norm", "acc_bytes")
         if "choices" not in records[0]:
             keys = ("acc", "forward_passes") if cfg.task == "gsm8k" else ("acc", "log_p")

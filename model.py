@@ -199,19 +199,18 @@ class MDM(nn.Module):
     def init_weights(self, seed):
         """SMDM's initialisation. Each tensor has its own generator, seeded by (seed, name): models of one
         seed start with the same values in all that they share."""
-        C = self.config.n_embd
-        for name, p in self.named_parameters():
-            generator = torch.Generator().manual_seed(seed_for(seed, *name.encode()))
-            if name.endswith(".bias"):
-                p.zero_()
-            elif p.ndim == 1 and ("norm" in name or name == "ln_f.weight"):
-                p.fill_(1.0)
-            elif name.endswith(("proj.weight", "w3.weight")):  # they write into the residual stream
-                p.normal_(std=1 / (math.sqrt(C) * self.config.n_layer), generator=generator)
-            elif p.ndim == 2 and (name.endswith(".weight") or name == "sink"):
-                p.normal_(std=math.sqrt(2 / (5 * C)), generator=generator)
-            else:  # rather than a guess: a new parameter says here how it starts
-                raise ValueError(f"init_weights has no rule for {name} {tuple(p.shape)}; add one")
+        C, known = self.config.n_embd, (nn.Linear, nn.Embedding, nn.RMSNorm, nn.LayerNorm)
+        for prefix, module in self.named_modules():
+            for name, p in module.named_parameters(prefix, recurse=False):
+                generator = torch.Generator().manual_seed(seed_for(seed, *name.encode()))
+                if not isinstance(module, known) and name != "sink":  # a guess would change it in silence
+                    raise ValueError(f"init_weights has no rule for {name} {tuple(p.shape)}; add one")
+                if p.ndim == 1:  # the weight of a norm, or a bias
+                    p.fill_(0.0 if name.endswith(".bias") else 1.0)
+                elif name.endswith(("attn.proj.weight", "mlp.w3.weight")):  # into the residual stream
+                    p.normal_(std=1 / (math.sqrt(C) * self.config.n_layer), generator=generator)
+                else:
+                    p.normal_(std=math.sqrt(2 / (5 * C)), generator=generator)
 
     def forward(self, xt, masked=None):
         """xt (B, T) ids, mask_id where hidden -> logits (B, T, V), or only where masked (B, T): (N, V)."""

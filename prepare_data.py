@@ -192,10 +192,10 @@ def is_remote(address):
     return "://" in address or address.startswith("hub:")  # all else is a path, with colons or without
 
 
-def find_files(address, download_dir):
-    """The files to read at a path or URL, in all folders below it; for hub:... the address itself. Of a data
-    set in parts, those named test or validation are left out. Prints what is read, and what is left out.
-    Raises ValueError if there are none."""
+def find_files(address, download_dir, training=False):
+    """The files to read at a path or URL, in all folders below it; for hub:... the address itself. For
+    training, those that are named test or validation are left out, if there are others. Prints what is read,
+    and what is left out. Raises ValueError if there are none."""
     if address.startswith("hub:"):
         return [address]
     path, found, seen = download(address, download_dir) if is_remote(address) else address, [], set()
@@ -214,8 +214,8 @@ def find_files(address, download_dir):
     if others := sorted(set(found).difference(files)):
         print(f"{path}: leaves out {len(others):,} (hidden, or of another kind): {', '.join(others[:9])}")
     held_out = [file for file in files if HELD_OUT.search(file[start:])]
-    if 0 < len(held_out) < len(files):
-        files = [file for file in files if file not in held_out]
+    if training and 0 < len(held_out) < len(files):
+        files = sorted(set(files).difference(held_out))
         print(f"{path}: leaves out {len(held_out):,}, held out by their names: {', '.join(held_out[:9])}")
     print(f"{path}: reads {sum(map(os.path.getsize, files)):,} bytes, number of files: {len(files):,}")
     print(", ".join(files[:9]) + ", ..." * (len(files) > 9))
@@ -365,10 +365,11 @@ def download(url, folder):
 
 
 def read_json(path):
+    """The dict of a JSON file. Raises ValueError if it holds none."""
     try:
         with open(path, encoding="utf-8") as file:
-            return json.load(file)
-    except ValueError as error:
+            return {**json.load(file)}
+    except (ValueError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}); take another copy") from error
 
 
@@ -466,8 +467,8 @@ def prepare(cfg: PrepareConfig) -> dict:
         if cfg.name == "arithmetic":
             sources = [[path] for path in write_arithmetic(new, cfg)]
         else:
-            addresses = [address for address in (cfg.source, cfg.val_source) if address]
-            sources = [find_files(address, f"{folder}/download") for address in addresses]
+            sources = [find_files(cfg.source, f"{folder}/download", training=True)]
+            sources += [find_files(cfg.val_source, f"{folder}/download")] if cfg.val_source else []
         n = 0 if len(sources) == 2 else round(1 / cfg.val_fraction)
 
         def pieces():

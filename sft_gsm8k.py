@@ -40,7 +40,7 @@ class SFTConfig(TrainConfig):
 
     def __post_init__(self):
         self.out_dir = self.out_dir or f"out/sft-{self.dataset}"
-        if self.init_from is None:
+        if self.init_from in (None, "auto"):
             raise ValueError("set --init_from=out/NAME, the model to fine-tune, or --init_from=scratch")
         super().__post_init__()
 
@@ -61,14 +61,14 @@ def load_examples(folder, meta, split, block_size):
     examples = np.concatenate((to_thoughts, to_answer), axis=1).T
     fits = examples[:, 3] - examples[:, 1] < block_size
     if not fits.reshape(2, -1).any(axis=1).all():
-        raise ValueError(f"no example of {path} fits into block_size {block_size}; raise it")
+        raise ValueError(f"no example of a stage of {path} fits into block_size {block_size}; raise it")
     return tokens, examples[fits], int((~fits).sum())
 
 
 def example_batches(folder, meta, cfg):
     """get_batch for fine-tuning, and {split: what load_examples returns}. Training takes the examples in an
     order drawn from (seed, epoch), each once an epoch for any number of processes. Validation takes eval_seqs
-    examples: half of them spread evenly over the first stage, then the others over the second."""
+    examples: half of them spread evenly over the first stage, then the others over the second; or all."""
     B, T = cfg.micro_batch_size, cfg.block_size
     data = {split: load_examples(folder, meta, split, T) for split in ("train", "val")}
 
@@ -83,6 +83,8 @@ def example_batches(folder, meta, cfg):
         for row, i in enumerate(range(index * B, (index + 1) * B)):
             if split == "train":
                 chosen = order(i // n)[i % n]
+            elif cfg.eval_seqs == n:
+                chosen = i % n
             else:
                 half = (cfg.eval_seqs + 1) // 2
                 stage, number = divmod(i % cfg.eval_seqs, half)

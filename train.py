@@ -41,7 +41,7 @@ class TrainConfig:
     dataset: str = "arithmetic"  # trains on data_dir/dataset, made by prepare_data.py
     data_dir: str = "data"  # where the data sets are
     out_dir: str | None = None  # checkpoints and log.jsonl go here; None: out/dataset
-    init_from: str | None = "scratch"  # scratch, resume (from out_dir), auto (either), or weights from a path
+    init_from: str | None = "scratch"  # scratch, resume (from out_dir), auto (one or other), or a checkpoint
     seed: int = 0  # of weights, batches and masks
     preset: str | None = None  # a size of model.py's table, such as 34M, instead of the next four keys
     n_layer: int = 3  # transformer blocks
@@ -91,8 +91,8 @@ class TrainConfig:
             raise ValueError(f"min_lr {self.min_lr} is above learning_rate {self.learning_rate}; lower it")
 
 
-if absent := set(MODEL_KEYS) - {field.name for field in fields(TrainConfig)}:
-    raise TypeError(f"TrainConfig lacks {', '.join(absent)}, of MDMConfig: add it, or to OF_DATA_OR_START")
+if lacking := sorted(set(MODEL_KEYS) - {field.name for field in fields(TrainConfig)}):
+    raise TypeError(f"TrainConfig lacks {', '.join(lacking)} of MDMConfig; see OF_DATA_OR_START")
 
 
 def token_batches(folder: str, meta: dict, cfg: TrainConfig):
@@ -141,7 +141,8 @@ def setup_distributed(device: str = "auto"):
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
         atexit.register(dist.destroy_process_group)
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)), torch.device(device)
+    rank, world_size = (os.environ["RANK"], os.environ["WORLD_SIZE"]) if "RANK" in os.environ else (0, 1)
+    return int(rank), int(world_size), torch.device(device)
 
 
 def autocast(device, dtype: str):
@@ -158,9 +159,9 @@ def flops_utilization(model, T, tokens_per_s):
     peaks |= {"L40S": 362, "RTX 4090$": 165}  # of the last that fits whole words of the GPU's name
     config, head = model.config, model.lm_head.weight
     name = torch.cuda.get_device_name(head.device) if head.is_cuda else ""
-    peak = [1e12 * peak for key, peak in peaks.items() if re.search(rf"\b{key}\b", name)] or [math.inf]
+    fits = [1e12 * peak for key, peak in peaks.items() if re.search(rf"\b{key}\b(?!.*MIG)", name)]
     flops = 6 * (model.num_params() + head.numel() / 2) + 12 * config.n_layer * config.n_embd * T
-    return flops * tokens_per_s / peak[-1]
+    return flops * tokens_per_s / fits[-1] if fits else 0.0
 
 
 def made_by() -> dict:
@@ -229,11 +230,11 @@ def validate(model, get_batch, B, n_seqs, dtype="auto", mc_num=1, rank=0, world_
 
 def mean_and_error(nats, tokens, t):
     """Nats per token and its standard error, from nats and tokens (N,) of texts at noise levels t (N,). The
-    levels are no chance, so the error comes from differences of neighbours in t; the first and the last of
-    them count twice. Both halves of the texts are taken alone: in fine-tuning they are the two stages."""
+    levels are not random, so the error comes from differences of neighbours in t; the first and the last of
+    them count twice. Each half of the texts is taken alone: in fine-tuning the halves are the two stages."""
     mean, squares = nats.sum() / tokens.sum(), []
     residuals = (nats - mean * tokens) / tokens.mean()
-    for half in torch.arange(len(t)).tensor_split(2):
+    for half in torch.arange(len(t)).tensor_split(2 if len(t) > 3 else 1):
         differences = residuals[half][t[half].argsort()].diff().square()
         squares += [differences, differences[:1], differences[-1:]]
     variance = torch.cat(squares).mean() / 2
@@ -273,7 +274,7 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
     log_file = open_locked(log_path) if rank == 0 else None
     if rank == 0 and "optimizer" not in resume and (rows := whole_lines(log_file.buffer)):
         with open(f"{log_path}.old", "ab") as file:
-            file.write(rows)  # of a start that came to no checkpoint
+            file.write(rows)  # of a start that saved no checkpoint
         log_file.truncate(0)
     bar = tqdm(total=max_steps, initial=start, desc=cfg.out_dir, disable=rank > 0 or None)  # None: on a tty
     names = {"project": cfg.wandb, "name": cfg.out_dir, "id": resume.get("wandb_id"), "resume": "allow"}
@@ -381,8 +382,8 @@ def start_run(cfg: TrainConfig, set_by: dict | None = None):
             if value != filled_in.get(key, getattr(type(cfg), key)):
                 set_by[key] = "Python"
     if cfg.init_from == "auto":
-        found = os.path.exists(os.path.join(cfg.out_dir, "ckpt.pt"))
-        cfg = replace(cfg, init_from="resume" if found else "scratch")
+        has_checkpoint = os.path.exists(os.path.join(cfg.out_dir, "ckpt.pt"))
+        cfg = replace(cfg, init_from="resume" if has_checkpoint else "scratch")
     resumes = cfg.init_from == "resume"
     for path in (os.path.join(cfg.out_dir, name) for name in ("ckpt.pt", "best.pt")):
         if os.path.exists(path) and not resumes:

@@ -2,8 +2,8 @@
 #   python prepare_data.py && python train.py
 #   python sft_gsm8k.py config/sft_arithmetic.py
 #   python eval.py --task=gsm8k --out_dir=out/sft-arithmetic
-# Cost: about seven minutes on two cores. Result: 99.9 % of the 1,000 test problems (seed 0); the README
-# says what that means.
+# Cost: four to eight minutes on two cores. Result: 99.4 and 99.9 % of the 1,000 test problems (seed 0, two
+# machines); the README says what that means.
 dataset = "arithmetic"
 init_from = "out/arithmetic"
 out_dir = "out/sft-arithmetic"

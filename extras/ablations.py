@@ -42,7 +42,8 @@ def read_run(path):
         settings |= {key: last["config"].get(key, "-") for key in ("max_steps", "train_flops", "epochs")}
         data = " ".join(sha256[:8] for sha256 in (last["data_sha256"] or {}).values())
         commit = (last["commit"] or "none")[:8] + "-dirty" * str(last["commit"]).endswith("-dirty")
-        settings |= {"commit": commit, "data": data}
+        start = str(first["init_from"]).removesuffix(f"-{first['seed']}")  # each seed may have its own
+        settings |= {"commit": commit, "data": data, "init_from": start}
         return path.parent.name.removesuffix(f"-{first['seed']}"), first["seed"], settings, losses
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
         raise ValueError(f"{path} is no log of train.py ({error!r}); move it") from error
@@ -102,7 +103,7 @@ def main():
         raise ValueError(f"no run is named {baseline}; wanted one of {', '.join(rows)}")
     Figure = configurator.need("matplotlib.figure", "matplotlib").Figure if cfg.plot else None
     width = max(map(len, rows))
-    head = f"{'validation loss':>18}{f'more than {baseline}':>21}{'95 % interval':>20}"
+    head = f"{'validation loss':>18}{f'more than {baseline}':>23}{'95 % interval':>20}"
     print(f"{'':<{width}}  seeds    step{head}  other settings")
     wanted, first = rows[baseline]
     last = shared_steps(first)[-1]
@@ -119,7 +120,7 @@ def main():
             interval = f"{center - t * se:.3f} to {center + t * se:.3f}" if se > 0 else "-"
         shown = " ".join(f"{key}={settings.get(key)}" for key in other)
         loss = f"{mean:.4f} ± {error:.4f}"
-        row = f"{len(seeds):>7}{steps[-1]:>8}{loss:>18}{more:>21}{interval:>20}  {shown}"
+        row = f"{len(seeds):>7}{steps[-1]:>8}{loss:>18}{more:>23}{interval:>20}  {shown}"
         print(f"{name:<{width}}{row}")
 
     if cfg.plot:

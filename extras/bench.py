@@ -44,8 +44,7 @@ class BenchConfig:
     def __post_init__(self):
         if self.part not in ("sink", "train", "sample"):
             raise ValueError(f"cannot measure {self.part!r}; wanted sink, train or sample")
-        if self.dtype not in ("auto", "float32", "bfloat16"):
-            raise ValueError(f"dtype is {self.dtype!r}; it must be auto, float32 or bfloat16")
+        autocast(torch.device("cpu"), self.dtype)  # refuses an unknown dtype
         if self.batch_size is None:
             self.batch_size = 64 if self.part == "sample" else 2
         if min(self.rounds, self.batch_size) < 1:
@@ -157,7 +156,7 @@ def bench_sample(cfg, device):
     print(f"{len(problems):,} problems in batches of {cfg.batch_size}, temperature 0.1, seed 0")
     print(f"{'':<20}{'passes':>8}{'problems/s':>12}{'speed-up':>18}{'accuracy':>16}")
     for name in rules:
-        records = [record for batch in batches[name] for record in batch]
+        records = [record for batch in batches[name] for record in batch if record["thoughts"] is not None]
         passes, accuracy = (np.mean([r[key] for r in records]) for key in ("forward_passes", "acc"))
         error = math.sqrt(accuracy * (1 - accuracy) / len(records))
         speed, (times, spread) = len(records) / sum(seconds[name]), ratio(seconds[first], seconds[name])

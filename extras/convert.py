@@ -12,7 +12,6 @@ becomes the start of an MDM. docs/weights.md has more."""
 
 import json
 import os
-import shutil
 import tempfile
 from dataclasses import asdict, dataclass
 
@@ -380,14 +379,14 @@ def export(cfg):
     files["README.md"] = card(checkpoint, results)
     if checkpoint["meta"]:
         files["tokenizer.json"] = tokenizer_json(checkpoint["meta"]["tokenizer"])
-    new = f"{os.path.normpath(cfg.to)}.tmp"  # it gets its name when all is there
-    shutil.rmtree(new, ignore_errors=True)  # of an export that was killed
+    to = os.path.normpath(cfg.to)
+    new = f"{to}.{os.getpid()}.tmp"  # it gets its name when all is there
     os.makedirs(new)
     save_file(checkpoint["model"], f"{new}/model.safetensors", metadata={"format": "pt"})
     for name, text in files.items():
         with open(f"{new}/{name}", "w", encoding="utf-8") as file:
             file.write(text)
-    os.rename(new, cfg.to)
+    os.rename(new, to)
     print(f"wrote {cfg.to}: model.safetensors, {', '.join(files)}")
 
 

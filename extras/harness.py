@@ -34,11 +34,12 @@ class Harness(LM):
     def __init__(self, **settings):
         super().__init__()
         ignored = {"max_batch_size", "trust_remote_code"}  # which lm-eval may add
-        settings = {key.strip(): value for key, value in settings.items() if key.strip() not in ignored}
+        settings = {key.strip(): str(value).strip() for key, value in settings.items()}
+        settings = {key: value for key, value in settings.items() if key not in ignored}
         for key in {"task", "data", "limit", "length", "temperature", "results", "delimiter"} & {*settings}:
-            raise ValueError(f"{key} is no model_arg; the harness has --tasks, --limit and --gen_kwargs")
+            raise ValueError(f"{key} is no model_arg; the harness has options of its own for it")
         for key, value in settings.items():
-            settings[key] = configurator.convert(EvalConfig, key, str(value), "model_args")
+            settings[key] = configurator.convert(EvalConfig, key, value, "model_args")
         self.cfg = EvalConfig(**settings)
         self._rank, self._world_size, self._device = setup_distributed(self.cfg.device)
         self.precision = autocast(self._device, self.cfg.dtype)

@@ -248,9 +248,7 @@ def changed_bounds(run, cfg):
         model = change_sinks(run.model, change, cfg.seed)
         bound, bound_se, nats, tokens = validate(model, get_batch, B, n, mc_num=cfg.mc_num)
         unchanged = nats if unchanged is None else unchanged
-        more, more_se = mean_and_error(
-            nats - unchanged, tokens, spread_levels(n)
-        )  # of the same sequences and masks
+        more, more_se = mean_and_error(nats - unchanged, tokens, spread_levels(n))
         rows.append(dict(change=change, bound=bound, bound_se=bound_se, more=more, more_se=more_se))
         print(f"{change:<16}{f'{bound:.4f} ± {bound_se:.4f}':>20}{f'{more:.4f} ± {more_se:.4f}':>22}")
     return rows
@@ -397,9 +395,8 @@ def main():
     if len({run.title for run in runs}) < len(runs):
         for run in runs:
             run.title = f"{run.name}, {run.title}"
-    folder = Path(
-        cfg.to or "out/sinks/" + "+".join("-".join(Path(name).resolve().parts[-2:]) for name in names)
-    )
+    name = "+".join("-".join(Path(name).resolve().parts[-2:]) for name in names)
+    folder = Path(cfg.to or f"out/sinks/{name}")
     if cfg.json or cfg.plot:
         folder.mkdir(parents=True, exist_ok=True)
     if cfg.animate:

@@ -63,6 +63,13 @@ def test_a_resumed_run(tmp_path, call):
     assert call() == ["a 2 20 5.2500 ± 0.2500 0.0000 ± 0.0000 -"]
 
 
+def test_each_seed_may_start_from_a_run_of_its_own(tmp_path, call):
+    for seed in (0, 1):
+        write_log(tmp_path / f"a-{seed}", {0: 5.0 + seed}, seed=seed, init_from=f"out/vanilla-{seed}")
+        write_log(tmp_path / f"b-{seed}", {0: 5.0}, seed=seed, init_from=f"out/sink-{seed}")
+    assert call()[1] == "b 2 0 5.0000 ± 0.0000 -0.5000 ± 0.5000 -6.855 to 5.855 init_from=out/sink"
+
+
 def test_what_is_compared(tmp_path, call):
     """Other settings of an arm, another commit; but nothing that decides texts, masks or validation, and no
     setting that is unknown here; nor another number of steps, or another stage."""

@@ -201,11 +201,13 @@ def test_home_in_a_path(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     cfg, _ = configurator.parse(TrainConfig, ["--data_dir=~/data", "--out_dir", "~/out"])
     assert (cfg.data_dir, cfg.out_dir) == ("/home/me/data", "/home/me/out")
-    for prompt, path in (("~ about 3", "~ about 3"), ("FILE:~/a", "FILE:/home/me/a"), ("a~/b", "a~/b")):
+    assert configurator.convert(EvalConfig, "results", "~", "") == "/home/me"
+    for prompt, path in (("~/.bashrc is", "~/.bashrc is"), ("FILE:~/a", "FILE:/home/me/a"), ("a~/b", "a~/b")):
         assert configurator.convert(SampleConfig, "prompt", prompt, "") == path
 
 
 def test_closed_output_is_no_reason_to_stop(monkeypatch):
     """As python sample.py >&- has it."""
     monkeypatch.setattr(sys, "stdout", None)
+    monkeypatch.setattr(sys, "stderr", None)
     configurator.run(lambda: print("text"))

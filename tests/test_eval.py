@@ -465,12 +465,13 @@ def test_a_blank_on_either_side_changes_nothing(out_dir, evaluate):
     log_p = []
     for items in spelled:
         _, records = evaluate(write_items(out_dir / "c.jsonl", items), "--nll_type=chain_rule")
-        log_p.append([record["log_p"] for record in records])
+        keys = ("log_p", "acc", "acc_norm", "acc_bytes")
+        log_p.append([[record[key] for key in keys] for record in records])
     assert log_p[0] == log_p[1] == log_p[2]
     _, records = evaluate(
         write_items(out_dir / "c.jsonl", CHOICES[:2]), "--nll_type=chain_rule", "--delimiter="
     )
-    assert [record["log_p"] for record in records] != log_p[0]
+    assert [record["log_p"] for record in records] != [log_p for log_p, *_ in log_p[0]]
 
 
 def test_fields_of_the_user_are_no_results(out_dir, evaluate):
@@ -487,9 +488,10 @@ def test_fields_of_the_user_are_no_results(out_dir, evaluate):
 
 
 def test_damaged_results_are_told_before_the_work(out_dir, evaluate):
-    (out_dir / "results.json").write_text('{"loss')
-    with pytest.raises(ValueError, match="results.json is damaged .*; take another copy"):
-        evaluate(*GSM8K)
+    for text in ('{"loss', "[]", "null", '"x"'):
+        (out_dir / "results.json").write_text(text)
+        with pytest.raises(ValueError, match="results.json is damaged .*; take another copy"):
+            evaluate(*GSM8K)
     assert not list(out_dir.glob("gsm8k-*"))
 
 
@@ -510,6 +512,9 @@ BAD_LINES = r"""
 {"context": "a", "choices": ["b", 5], "gold": 0}
 {"context": "a", "choices": [], "gold": 0}
 {"context": "a", "choices": "bc", "gold": 0}
+{"context": "a", "choices": ["b", "c"], "gold": true}
+{"context": "a", "choices": ["b", "c"], "gold": 1.0}
+{"context": "a", "choices": ["b", "c"], "gold": "1"}
 {"context": "a", "choices": {"b": "c", "d": "e"}, "gold": 0}
 {"context": ["a"], "choices": ["b"], "gold": 0}
 {"context": "a", "choices": ["\ud800"], "gold": 0}

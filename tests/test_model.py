@@ -207,12 +207,16 @@ def test_a_parameter_of_ones_own_needs_a_rule(monkeypatch):
         return dict(MDM(MDMConfig(**TINY)).named_parameters())
 
     for value in (nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2, 3)), nn.PReLU(2)):
-        with pytest.raises(ValueError, match=r"init_weights has no rule for blocks.0.attn.scale.*; add one"):
-            build("scale", value)
+        for name in ("scale", "norm_logit", "weight", "bias"):
+            with pytest.raises(
+                ValueError, match=rf"init_weights has no rule for blocks.0.attn.{name}.*; add one"
+            ):
+                build(name, value)
     p = build("q_norm", nn.LayerNorm(8))
     assert (p["blocks.0.attn.q_norm.weight"] == 1).all() and (p["blocks.0.attn.q_norm.bias"] == 0).all()
-    p = build("extra", nn.Linear(16, 16))
-    assert p["blocks.0.attn.extra.weight"].std() > 0 and (p["blocks.0.attn.extra.bias"] == 0).all()
+    p = build("q_proj", nn.Linear(16, 16))
+    assert p["blocks.0.attn.q_proj.weight"].std() > 1.15 * p["blocks.0.attn.proj.weight"].std()
+    assert (p["blocks.0.attn.q_proj.bias"] == 0).all()
 
 
 def test_counts():

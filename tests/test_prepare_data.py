@@ -917,11 +917,24 @@ def test_a_local_clone_trains_on_its_training_part(tmp_path, capsys):
         (tmp_path / "clone" / f"{name}.txt").write_text("a")
     clone = str(tmp_path / "clone")
     names = [f"{clone}/{name}" for name in ("contest.txt", "latest.txt", "train-0.txt")]
-    assert find_files(clone, "") == names
+    assert find_files(clone, "", training=True) == names
     out = capsys.readouterr().out
     assert "leaves out 3, held out by their names: " in out and out.endswith(", ".join(names) + "\n")
-    assert find_files(f"{clone}/validation-0.txt", "") == [f"{clone}/validation-0.txt"]
-    assert len(find_files(f"{clone}/sub", "")) == 2
+    assert find_files(f"{clone}/validation-0.txt", "", training=True) == [f"{clone}/validation-0.txt"]
+    assert len(find_files(f"{clone}/sub", "", training=True)) == 2
+    assert len(find_files(clone, "")) == 6  # to validate or to test
+
+
+def test_only_the_training_part_is_trained_on(tmp_path):
+    """What is named validation is read where it is given as such, also as the same folder."""
+    for name, text in (("train", "a b c"), ("valid", "x y z")):
+        (tmp_path / "clone").mkdir(exist_ok=True)
+        (tmp_path / "clone" / f"{name}.txt").write_text(text * 50)
+    source = {"source": str(tmp_path / "clone"), "tokenizer": "bytes", "data_dir": str(tmp_path)}
+    meta = prepare(PrepareConfig(name="one", **source, val_source=f"{tmp_path}/clone/valid.txt"))
+    assert meta["tokens"] == {"train": 251, "val": 251}
+    meta = prepare(PrepareConfig(name="two", **source, val_source=source["source"]))
+    assert meta["tokens"] == {"train": 251, "val": 502}
 
 
 def test_a_path_may_have_colons(tmp_path):

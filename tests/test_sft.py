@@ -252,3 +252,19 @@ def test_what_is_learned_is_answered(main, tmp_path):
     assert [texts[:2] for texts in answers] == [
         tuple(t.strip() for t in problem(i)[1:]) for i in (10, 15, 20)
     ]
+
+
+def test_auto_is_refused(few):
+    """It would start from scratch, and not from the pretrained model."""
+    with pytest.raises(ValueError, match="set --init_from=out/NAME, the model to fine-tune"):
+        SFTConfig(init_from="auto")
+
+
+def test_all_examples_are_validated_once(few):
+    """Also where fewer of the second stage fit."""
+    cuts = np.load(few / "val_cuts.npy")
+    cuts[0, 3] = cuts[1, 3]
+    np.save(few / "val_cuts.npy", cuts)
+    get_batch, data = batches(few, micro_batch_size=9, eval_seqs=9)
+    wanted = [text for i, text in enumerate(examples(range(21, 26))) if i != 5]
+    assert texts_of(*get_batch("val", 0)) == wanted and len(data["val"][1]) == 9

@@ -515,7 +515,7 @@ def test_bad_settings(data_dir, tmp_path):
 def test_a_field_that_train_lacks_is_named_at_the_import(monkeypatch):
     extended = dataclasses.make_dataclass("Extended", [("n_extra", int, 0)], bases=(MDMConfig,))
     monkeypatch.setattr("model.MDMConfig", extended)
-    with pytest.raises(TypeError, match="TrainConfig lacks n_extra, of MDMConfig"):
+    with pytest.raises(TypeError, match="TrainConfig lacks n_extra of MDMConfig"):
         runpy.run_path(train_module.__file__)
 
 

@@ -112,15 +112,15 @@ def measure_run(run, cfg, changes, device):
 
 
 def read_measured(runs):
-    """{table: {(name, row): {step: {seed: values}}}} of what extras.sinks --measure wrote beside logs."""
+    """{table: {(name, row): {step: {seed: values}}}} of what measure wrote beside logs."""
     tables = {}
     for path, (name, seed, _, losses) in runs.items():
         measured = path.with_name("measured.jsonl")
-        for line in measured.read_text().splitlines() if measured.exists() else []:
+        for line in measured.read_text(encoding="utf-8").splitlines() if measured.exists() else []:
             values = json.loads(line)
             table, row, step = values.pop("table"), values.pop("row"), values.pop("step", None)
             if table == "facts":
-                if step != max(losses, default=0):
+                if step < max(losses, default=0):
                     raise ValueError(f"{measured} is of step {step}, {path} goes on; measure the run again")
                 continue
             steps = tables.setdefault(table, {}).setdefault((name, row), {})
