@@ -71,28 +71,30 @@ def losses(model, texts, vector, share, row, seed):
 
 
 def show(rows):
-    """Prints means, and differences to the causal mask on the same texts ± standard errors; draws them."""
+    """Prints means, and differences on the same texts ± standard errors: to the causal mask with the same
+    token in front; of other vectors, to end-of-text with the same share open. Draws the means."""
     found = {(r["texts"], r["front"], r["row"], r["share"]): np.array(r["nll"]) for r in rows if "nll" in r}
-    figure = configurator.need("matplotlib.figure", "matplotlib").Figure(
-        figsize=(10, 4), layout="constrained"
-    )
     kinds = list(dict.fromkeys(key[0] for key in found))
-    for kind, axes in zip(kinds, figure.subplots(1, len(kinds), squeeze=False)[0]):
-        print(f"\n{kind:<40}{'share open':>10}{'nats per token':>17}{'more than causal':>20}")
-        for front, row in dict.fromkeys(key[1:3] for key in found if key[0] == kind):
-            shares = [key[3] for key in found if key[:3] == (kind, front, row)]
-            causal = found[kind, front, row, 0] if front in INITS else found[kind, front, "as it is", 0]
-            for share in shares:
-                nll = found[kind, front, row, share]
-                more, se = (nll - causal).mean(), (nll - causal).std(ddof=1) / len(nll) ** 0.5
-                name = f"first: {front}, {row}"
-                print(f"{name:<40}{share:>10.1%}{nll.mean():>17.3f}{f'{more:.3f} ± {se:.3f}':>20}")
-            if front not in INITS:
-                means = [found[kind, front, row, share].mean() for share in shares]
-                style = "-" if front == "nothing" else "--"
-                axes.plot(shares, means, style, marker=".", label=f"first: {front}, {row}")
+    Figure = configurator.need("matplotlib.figure", "matplotlib").Figure
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    panels = figure.subplots(1, len(kinds), squeeze=False)[0]
+    for (kind, front, row, share), nll in found.items():
+        if share == 0 and (front, row) == ROWS[0]:
+            print(
+                f"\n{kind + ', in front; first row':<40}{'share open':>10}{'nats per token':>17}{'more':>18}"
+            )
+        other = (kind, front, "as it is", 0) if front not in INITS else (kind, "eot", "self-only", share)
+        more, se = (nll - found[other]).mean(), (nll - found[other]).std(ddof=1) / len(nll) ** 0.5
+        print(f"{front + '; ' + row:<40}{share:>10.1%}{nll.mean():>17.3f}{f'{more:.3f} ± {se:.3f}':>18}")
+    for kind, axes in zip(kinds, panels):
+        for front, row in ROWS:
+            means = [found[kind, front, row, share].mean() for share in SHARES]
+            color = "tab:red" if row == "as it is" else "tab:green"
+            style = ".-" if front == "nothing" else ".--"
+            axes.plot(SHARES, means, style, color=color, label=f"{front} in front, first row {row}")
         axes.set_xscale("symlog", linthresh=0.001)
-        axes.set(title=kind, xlabel="share of later tokens that are open", ylabel="nats per token")
+        axes.set(title=kind, xlabel="share of the edges to later tokens that is open", ylim=(2, None))
+        axes.set_ylabel("next-token cross-entropy (nats per token)")
     axes.legend()
     write_file(f"{FOLDER}/open_mask.png", figure.savefig)
 
