@@ -61,8 +61,9 @@ def losses(model, texts, vector, share, row, seed):
     for number, text in enumerate(tqdm(texts, leave=False, disable=None)):
         draw = torch.rand(T + 1, T + 1, generator=torch.Generator().manual_seed(seed_for(seed, number)))
         mask = torch.ones(T + n, T + n, dtype=torch.bool).tril() | (draw[1 - n :, 1 - n :] < share)
-        if row == "self-only":
-            mask[0, 1:] = False
+        kept = {"self-only": 0, "second row causal": 1}.get(row)  # it sees no later token
+        if kept is not None:
+            mask[kept, kept + 1 :] = False
         x = torch.cat((vector, model.wte(text)))[None]
         for block in model.blocks:
             x = block(x, model.rope_cos[: T + n], model.rope_sin[: T + n], mask)
@@ -106,6 +107,7 @@ def main():
     model, tokenizer, checkpoint = load_trained(path, "cpu")
     conditions = [(*front_row, share) for share in SHARES for front_row in ROWS]
     conditions += [(front, "self-only", share) for share in (0, 0.05) for front in INITS]
+    conditions += [("nothing", "second row causal", share) for share in (0.01, 0.05, 0.2)]  # a control
     with open_locked(f"{FOLDER}/log.jsonl") as file:
         rows = [json.loads(line) for line in whole_lines(file.buffer).splitlines()]
         done = {(row["texts"], row["front"], row["row"], row["share"]) for row in rows if "nll" in row}
