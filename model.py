@@ -64,8 +64,9 @@ class MDMConfig:
     sink_attends_all: bool = False  # the sinks attend to all tokens: registers (arXiv 2309.16588)
     gated_attention: bool = False  # multiply the attention output by sigmoid(X W_g) (arXiv 2505.06708)
     sink_attention: str = "mask"  # mask (Eq. 5-6 literally) or split (the same result without a mask)
+    shift: bool = False  # position i is predicted from the state of position i - 1, as in a causal model
     n_kv_head: int | None = None  # heads of keys and values, each for a group of queries; None: n_head
-    qkv_bias: bool = False  # Qwen2 sets this, rope_base and norm_eps; see extras/convert.py
+    qkv_bias: bool = False  # causal models set the last five: see extras/convert.py
     rope_base: float = 10000.0
     norm_eps: float = 1e-5
 
@@ -233,7 +234,9 @@ class MDM(nn.Module):
         cos, sin = self.rope_cos[positions], self.rope_sin[positions]
         for block in self.blocks:
             x = block(x, cos, sin, attn_mask)
-        return x[:, n_sink:]
+        x = x[:, n_sink:]
+        # nothing stands before position 0, which is predicted from its own state
+        return torch.cat((x[:, :1], x[:, :-1]), dim=1) if self.config.shift else x
 
     def head(self, x):
         return self.lm_head(self.ln_f(x))  # (..., C) -> logits (..., V)

@@ -26,6 +26,7 @@ import random
 import shutil
 import sys
 import time
+import unicodedata
 import urllib.request
 from dataclasses import asdict, dataclass, replace
 
@@ -112,6 +113,9 @@ def make_tokenizer(name: str, split_digits: bool = False, vocab_size: int | None
         if steps := (data[key] or {}).get(f"{key}s"):  # and removes it again: pieces of a text would not join
             steps[:] = [step for step in steps if step["type"] != kind]
     eot = [token for token in (EOT, "<|end_of_text|>", "</s>") if token in ids]
+    config = os.path.join(os.path.dirname(name), "config.json")  # of several, the one that the model takes
+    eos_ids = np.atleast_1d(read_json(config).get("eos_token_id") if os.path.exists(config) else None)
+    eot.sort(key=lambda token: ids[token] not in eos_ids)
     if not eot:
         raise ValueError(f"tokenizer {name!r} lacks an end-of-text token: {EOT}, <|end_of_text|> or </s>")
     spec = {"name": "tokenizer.json", "pattern": None, "vocab_size": max(ids.values()) + 1}
@@ -162,6 +166,18 @@ class HubTokenizer:
 
     def decode(self, ids):
         return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def check_exact(tokenizer, texts):
+    """Raises ValueError if a text does not come back from its tokens, but for Unicode's NFC normalization.
+    Control characters, which SmolLM2's vocabulary lacks, are checked only where texts have them."""
+    characters = [9, 10, 13, *range(32, 127), *range(160, 0x801), *range(0x1000, 0x10000, 0x1000), 0x1F600]
+    for text in ["".join(map(chr, characters)), *texts]:  # all bytes of assigned characters
+        back, text = tokenizer.decode(tokenizer.encode_ordinary(text)), unicodedata.normalize("NFC", text)
+        if unicodedata.normalize("NFC", back) != text:
+            i = len(os.path.commonprefix([back, text]))
+            change = f"{text[i : i + 20]!r} comes back as {back[i : i + 20]!r}"
+            raise ValueError(f"the tokenizer loses text: {change}; take one of all bytes, such as gpt2")
 
 
 # ---------- Documents: pieces (text, is_end_of_document)
@@ -464,6 +480,8 @@ def prepare(cfg: PrepareConfig) -> dict:
         texts = (text for split, text, _ in pieces() if split == "train")
         spec = make_tokenizer(cfg.tokenizer, cfg.split_digits, cfg.vocab_size, texts)
         tokenizer = load_tokenizer(spec)
+        if "json" in spec:  # those of our own are exact
+            check_exact(tokenizer, (text for _, text, _ in itertools.islice(pieces(), 1000)))
         dtype = np.dtype("uint16" if spec["vocab_size"] <= 1 << 16 else "uint32")
         sizes = {"train": [], "val": []} if has_parts else {}
         with open(f"{new}/train.bin", "w+b") as train, open(f"{new}/val.bin", "wb") as val:

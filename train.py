@@ -30,8 +30,8 @@ from model import MDM, MDMConfig, diffusion_loss, load_checkpoint, mask_tokens, 
 from model import weighted_nll  # isort: skip
 from prepare_data import load_meta, open_locked, whole_lines
 
-OF_DATA_OR_QWEN = {"vocab_size", "n_kv_head", "qkv_bias", "rope_base", "norm_eps"}  # no settings of a run
-MODEL_KEYS = [field.name for field in fields(MDMConfig) if field.name not in OF_DATA_OR_QWEN]
+OF_DATA_OR_START = {"vocab_size", "shift", "n_kv_head", "qkv_bias", "rope_base", "norm_eps"}  # not of a run
+MODEL_KEYS = [field.name for field in fields(MDMConfig) if field.name not in OF_DATA_OR_START]
 MAY_CHANGE = {"data_dir", "max_steps", "train_flops", "epochs", "eval_interval", "log_interval", "wandb"}
 MAY_CHANGE |= {"keep_all", "device", "compile", "sink_attention"}  # on resume; others keep their values
 
@@ -92,7 +92,7 @@ class TrainConfig:
 
 
 if lacking := sorted(set(MODEL_KEYS) - {field.name for field in fields(TrainConfig)}):
-    raise TypeError(f"TrainConfig lacks {', '.join(lacking)} of MDMConfig; see OF_DATA_OR_QWEN")
+    raise TypeError(f"TrainConfig lacks {', '.join(lacking)} of MDMConfig; see OF_DATA_OR_START")
 
 
 def token_batches(folder: str, meta: dict, cfg: TrainConfig):
@@ -403,7 +403,10 @@ def start_run(cfg: TrainConfig, set_by: dict | None = None):
             fixed = saved["run_config"] | {"out_dir": cfg.out_dir, "init_from": "resume"}
             if fixed.keys() != asdict(cfg).keys():
                 raise ValueError(f"{path} was made by another script or version; resume it with that one")
-        for key in set_by.keys() & (MAY_CHANGE if resumes else {"block_size", "sink_attention"}):
+        free = MAY_CHANGE if resumes else {"block_size", "sink_attention"}
+        if not resumes and model_config["n_sink"] == 0:  # a model without a sink may be given one
+            free |= {"n_sink", "sink_position", "sink_zero_value", "sink_attends_all"}
+        for key in set_by.keys() & free:
             del fixed[key]
         sources[path] = fixed
     for source, fixed in sources.items():
@@ -425,6 +428,9 @@ def start_run(cfg: TrainConfig, set_by: dict | None = None):
     if resumes and trained_on["sha256"] != meta["sha256"]:
         raise ValueError(f"cannot resume: {cfg.dataset} has other tokens than when {path} was saved")
     saved["model_config"] = asdict(config)  # block_size and sink_attention may be new
+    if config.n_sink and "sink" not in saved["model"]:
+        print(f"{path} has no sink token: it gets {config.n_sink}, with the embedding of end-of-text")
+        saved["model"]["sink"] = saved["model"]["wte.weight"][meta["eot_id"]].repeat(config.n_sink, 1)
     return cfg, meta, MDM.from_checkpoint(saved), saved if resumes else None
 
 

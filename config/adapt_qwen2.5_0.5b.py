@@ -1,6 +1,6 @@
 # The paper's 0.5B model from Qwen2.5-0.5B (Table 1), with one sink token.
 #   hf download Qwen/Qwen2.5-0.5B --local-dir qwen2.5-0.5b    # of the package huggingface_hub
-#   python -m extras.convert qwen2 --source=qwen2.5-0.5b --out_dir=out/qwen2.5-0.5b
+#   python -m extras.convert causal --source=qwen2.5-0.5b --out_dir=out/qwen2.5-0.5b
 #   python prepare_data.py fineweb --source=hub:HuggingFaceFW/fineweb@sample-100BT \
 #     --tokenizer=qwen2.5-0.5b/tokenizer.json --max_tokens=30e9
 #   torchrun --standalone --nproc_per_node=8 train.py config/adapt_qwen2.5_0.5b.py

@@ -1,15 +1,18 @@
 """Released weights in, and our weights out.
 
     python -m extras.convert smdm --source=mdm-472M.safetensors --tokenizer=tokenizer.json --out_dir=out/smdm
-    python -m extras.convert qwen2 --source=Qwen2.5-0.5B --out_dir=out/qwen
+    python -m extras.convert causal --source=Qwen2.5-0.5B --out_dir=out/qwen
+    python -m extras.convert causal --source=SmolLM2-135M-Instruct.Q4_1.gguf --out_dir=out/smollm2
     python -m extras.convert export --source=out/arithmetic --to=my-model
     python -m extras.convert import --source=my-model --out_dir=out/back
 
 smdm reads the layout of the authors' code and of SMDM's checkpoints (tests/golden/README.md describes it),
-qwen2 the folder of a Qwen2 or Qwen2.5 model, which becomes the start of an MDM. docs/weights.md has more."""
+causal the folder of a Qwen2 or Llama model (Qwen2.5, SmolLM2, TinyLlama, Llama 3), or its GGUF file, which
+becomes the start of an MDM. docs/weights.md has more."""
 
 import json
 import os
+import tempfile
 from dataclasses import asdict, dataclass
 
 import torch
@@ -22,14 +25,18 @@ from train import MODEL_KEYS, TrainConfig, write_file
 
 @dataclass
 class ConvertConfig:
-    action: str = ""  # smdm, qwen2, export or import
-    source: str | None = None  # a weights file (smdm), a folder (qwen2, import), or a run (export)
+    action: str = ""  # smdm, causal, export or import
+    source: str | None = (
+        None  # a weights file (smdm), a folder (causal, import) or .gguf (causal), a run (export)
+    )
     tokenizer: str | None = None  # smdm: its tokenizer.json
     n_head: int | None = None  # smdm: attention heads; None: those of the size in model.py's table
-    block_size: int = 2048  # smdm, qwen2: content tokens of a sequence, which the weights do not show
-    n_sink: int = 1  # qwen2: sink tokens to add
-    gated_attention: bool = False  # qwen2: add a gate
-    out_dir: str | None = None  # smdm, qwen2, import: ckpt.pt goes here
+    block_size: int = 2048  # smdm, causal: content tokens of a sequence, which the weights do not show
+    n_sink: int = 1  # causal: sink tokens to add
+    sink_attends_all: bool = False  # causal: they attend to all tokens: registers
+    gated_attention: bool = False  # causal: add a gate
+    shift: bool = True  # causal: position i is predicted from the state of position i - 1, as before
+    out_dir: str | None = None  # smdm, causal, import: ckpt.pt goes here
     to: str | None = None  # export: the folder to write
 
 
@@ -43,33 +50,46 @@ def read_pickle(path):
 
 
 class Weights(dict):
-    """{name of a tensor: its file}. weights[name] reads the tensor, and nothing is kept."""
+    """{name of a tensor: its file}. weights[name] reads the tensor, and nothing is kept. Raises ValueError
+    for numbers that need a scale, as quantized ones do."""
 
     def __getitem__(self, name):
         path = super().__getitem__(name)
         if path.endswith(".safetensors"):
             with configurator.need("safetensors").safe_open(path, "pt") as file:
-                return file.get_tensor(name)
-        return read_pickle(path)[name]
+                tensor = file.get_tensor(name)
+        else:
+            tensor = read_pickle(path)[name]
+        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"{name} of {path} is {tensor.dtype}; wanted float32, bfloat16 or float16")
+        return tensor
 
 
 def read_weights(source):
-    """Weights of a file, or of a folder's .safetensors files. Raises ValueError if they cannot be read."""
+    """Weights of a file, or of a folder's .safetensors files: those that transformers would take. Raises
+    ValueError if they cannot be read."""
     paths, weights = [source], Weights()
-    try:
-        if os.path.isdir(source):
-            index = f"{source}/model.safetensors.index.json"  # of several files
-            files = set(read_json(index)["weight_map"].values()) if os.path.exists(index) else []
-            paths = [f"{source}/{name}" for name in sorted(files) or ["model.safetensors"]]
-        for path in paths:
+    if os.path.isdir(source):
+        index = f"{source}/model.safetensors.index.json"  # of several files
+        paths = [f"{source}/model.safetensors"]
+        if not os.path.exists(paths[0]) and os.path.exists(index):
+            paths = [f"{source}/{name}" for name in sorted(set(read_json(index)["weight_map"].values()))]
+    for path in paths:
+        if not os.path.isfile(path):
+            beside = ", ".join(sorted(os.listdir(os.path.dirname(path) or "."))[:9])
+            raise ValueError(f"{path} cannot be read: there is no such file. Its folder holds {beside}")
+        with open(path, "rb") as file:
+            if file.read(40).startswith(b"version https://git-lfs"):
+                raise ValueError(f"{path} is a Git LFS pointer, not the file itself; run: git lfs pull")
+        try:
             if path.endswith(".safetensors"):
                 with configurator.need("safetensors").safe_open(path, "pt") as file:
                     weights.update(dict.fromkeys(file.keys(), path))
             else:
                 weights.update(dict.fromkeys(read_pickle(path), path))
-        return weights
-    except Exception as error:  # each format fails in its own way
-        raise ValueError(f"{source} cannot be read: {str(error)[:200]}") from error
+        except Exception as error:  # each format fails in its own way
+            raise ValueError(f"{path} cannot be read: {str(error)[:200]}") from error
+    return weights
 
 
 def fill(model, tensors):
@@ -136,9 +156,9 @@ def from_smdm(state_dict, n_head: int | None = None, block_size: int = 2048) -> 
     return fill(MDM(config), tensors())
 
 
-# ---------- Qwen2: a causal model becomes the start of an MDM
+# ---------- A causal model becomes the start of an MDM
 
-QWEN2 = {  # name in a layer: our name
+IN_A_LAYER = {  # name in a layer of Qwen2 and Llama: our name
     "input_layernorm.weight": "norm_1.weight",
     "post_attention_layernorm.weight": "norm_2.weight",
     "mlp.gate_proj.weight": "mlp.w1.weight",
@@ -147,47 +167,96 @@ QWEN2 = {  # name in a layer: our name
 }
 
 
-def from_qwen2(hf, weights, vocab_size, eot_id, n_sink=1, gated_attention=False, block_size=2048) -> MDM:
-    """The MDM that starts from a Qwen2 model: hf its config.json, weights {name: tensor}. It computes the
-    same logits, if the same causal mask is applied. vocab_size: tokens to keep of the padded vocabulary."""
+def check_causal(hf):
+    """Raises ValueError if config.json names something that MDM does not compute."""
+    kind, width = hf.get("model_type"), hf["hidden_size"] // hf["num_attention_heads"]
+    if kind not in ("qwen2", "llama"):
+        raise ValueError(f"the model is of type {kind!r}; wanted qwen2 or llama")
+    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+    windows = hf.get("use_sliding_window") or {*hf.get("layer_types", [])} - {"full_attention"}
+    wanted = {  # what MDM computes: is it what the model computes?
+        "plain rotary positions": rope.get("rope_type", rope.get("type", "default")) == "default",
+        "the whole head rotated": hf.get("partial_rotary_factor", 1) == 1,
+        "attention without windows": not windows,
+        "SwiGLU": hf.get("hidden_act", "silu") == "silu",
+        f"heads of width {width}": hf.get("head_dim") in (None, width),
+        "no biases but of q, k, v in Qwen2": not (hf.get("attention_bias") or hf.get("mlp_bias")),
+        "weights that are not quantized": not hf.get("quantization_config"),
+    }
+    if missing := [name for name, holds in wanted.items() if not holds]:
+        raise ValueError(f"config.json describes another model; wanted {', '.join(missing)}")
+
+
+def from_causal(hf, weights, vocab_size, eot_id, shift=True, block_size=2048, **flags) -> MDM:
+    """The MDM that starts from a Qwen2 or Llama model: hf its config.json, weights {name: tensor}. It
+    computes the same logits, if the same causal mask is applied. vocab_size: tokens to keep of the padded
+    vocabulary; flags: n_sink, sink_attends_all, gated_attention. Raises ValueError for another model."""
+    check_causal(hf)
+    rope, n_head = hf.get("rope_parameters") or {}, hf["num_attention_heads"]
     config = MDMConfig(
         block_size=block_size,
         vocab_size=vocab_size,
         n_layer=hf["num_hidden_layers"],
-        n_head=hf["num_attention_heads"],
+        n_head=n_head,
         n_embd=hf["hidden_size"],
         mlp_hidden=hf["intermediate_size"],
-        n_sink=n_sink,
-        gated_attention=gated_attention,
-        n_kv_head=hf["num_key_value_heads"],
-        qkv_bias=True,
-        rope_base=hf.get("rope_theta") or hf["rope_parameters"]["rope_theta"],
+        shift=shift,
+        n_kv_head=hf.get("num_key_value_heads", n_head),
+        qkv_bias=hf["model_type"] == "qwen2",
+        rope_base=hf.get("rope_theta") or rope.get("rope_theta", 10000.0),
         norm_eps=hf["rms_norm_eps"],
+        **flags,
     )
+    unused = {name for name in weights if not name.endswith("rotary_emb.inv_freq")}
+
+    def take(name):
+        unused.discard(name)
+        return weights[name]
 
     def tensors():
-        wte = weights["model.embed_tokens.weight"][:vocab_size]
+        wte = take("model.embed_tokens.weight")[:vocab_size]
         mean = sum(part.float().sum(dim=0, keepdim=True) for part in wte.split(4096)) / vocab_size
         yield "wte.weight", wte, mean  # [MASK] starts as no token in particular
-        if n_sink:  # a causal model's first token sees only itself, too: it is the sink that was learned
-            yield "sink", wte[eot_id].expand(n_sink, -1)
-        tied = "lm_head.weight" not in weights
-        yield "lm_head.weight", wte if tied else weights["lm_head.weight"][:vocab_size]
+        if (
+            config.n_sink
+        ):  # a causal model's first token sees only itself, too: it is the sink that was learned
+            yield "sink", wte[eot_id].expand(config.n_sink, -1)
+        tied = hf.get("tie_word_embeddings", False)
+        unused.discard("lm_head.weight")
+        yield "lm_head.weight", wte if tied else take("lm_head.weight")[:vocab_size]
         del wte
-        yield "ln_f.weight", weights["model.norm.weight"]
+        yield "ln_f.weight", take("model.norm.weight")
         for layer in range(config.n_layer):
             theirs, ours = f"model.layers.{layer}.", f"blocks.{layer}."
-            for name, our_name in QWEN2.items():
-                yield ours + our_name, weights[theirs + name]
-            for kind in ("weight", "bias"):
-                parts = [weights[f"{theirs}self_attn.{part}_proj.{kind}"] for part in "qkv"]
+            for name, our_name in IN_A_LAYER.items():
+                yield ours + our_name, take(theirs + name)
+            for kind in ("weight", "bias") if config.qkv_bias else ("weight",):
+                parts = [take(f"{theirs}self_attn.{part}_proj.{kind}") for part in "qkv"]
                 yield f"{ours}attn.qkv.{kind}", *parts
-            proj = weights[f"{theirs}self_attn.o_proj.weight"].float()
-            if gated_attention:  # sigmoid(0) = 1/2 times 2: the start is the same function
+            proj = take(f"{theirs}self_attn.o_proj.weight").float()
+            if config.gated_attention:  # sigmoid(0) = 1/2 times 2: the start is the same function
                 yield f"{ours}attn.gate.weight", torch.zeros_like(proj)
-            yield f"{ours}attn.proj.weight", proj * (2 if gated_attention else 1)
+            yield f"{ours}attn.proj.weight", proj * (2 if config.gated_attention else 1)
 
-    return fill(MDM(config), tensors())
+    model = fill(MDM(config), tensors())
+    if unused:
+        raise ValueError(f"an MDM has no place for the weights {', '.join(sorted(unused)[:3])}")
+    return model
+
+
+def read_gguf(path):
+    """(config, weights, tokenizer.json, quantization) of a GGUF file, as float32, by transformers."""
+    transformers, gguf = configurator.need("transformers"), configurator.need("gguf")
+    configurator.need("accelerate")
+    folder, name = os.path.split(os.path.abspath(path))
+    try:
+        file_type = gguf.GGUFReader(path).fields["general.file_type"].contents()
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name).backend_tokenizer
+    except Exception as error:  # of one of three libraries
+        raise ValueError(f"{path} cannot be read as GGUF: {type(error).__name__}: {error}") from error
+    hf = model.config.to_dict() | {"quantization_config": None}  # they are float32 now
+    return hf, model.state_dict(), tokenizer.to_str(), gguf.LlamaFileType(file_type).name
 
 
 # ---------- Out, and back
@@ -225,6 +294,8 @@ def card(checkpoint, results):
     meta, config = checkpoint["meta"] or {}, checkpoint["model_config"]
     lines = ["# A masked diffusion language model", ""]
     lines += [f"Trained on {meta.get('name')} for {checkpoint['step']:,} steps.", ""]
+    if "source" in meta:
+        lines += [f"Converted: {', '.join(f'{key} {value}' for key, value in meta['source'].items())}.", ""]
     lines += [f"- {key}: {value}" for key, value in config.items()]
     for name, result in results.items():
         numbers = [key for key in result if f"{key}_se" in result]
@@ -247,36 +318,51 @@ def smdm(cfg):
     if spec and spec["vocab_size"] != model.config.vocab_size:
         sizes = f"{spec['vocab_size']:,} tokens, the model {model.config.vocab_size:,}"
         raise ValueError(f"{cfg.tokenizer} has {sizes}; take the model's own")
-    return model, spec
+    return model, spec, {"type": "smdm"}
 
 
-def qwen2(cfg):
-    hf = read_json(f"{cfg.source}/config.json")
-    if hf.get("model_type") != "qwen2":
-        kind = hf.get("architectures") or hf.get("model_type")
-        raise ValueError(f"{cfg.source} holds {kind}; wanted a Qwen2 or Qwen2.5 model")
-    rope_type = hf.get("rope_parameters", {}).get("rope_type", "default")
-    if hf.get("rope_scaling") or hf.get("use_sliding_window") or rope_type != "default":
-        raise ValueError(f"{cfg.source} scales its positions, or attends to a window: not supported")
-    spec = make_tokenizer(f"{cfg.source}/tokenizer.json")
-    V, rows, arm = spec["vocab_size"], hf["vocab_size"], (cfg.n_sink, cfg.gated_attention, cfg.block_size)
+def causal(cfg):
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{cfg.source}/tokenizer.json"
+        if os.path.isdir(cfg.source):
+            hf = read_json(f"{cfg.source}/config.json")
+            check_causal(hf)
+            weights, quantization = read_weights(cfg.source), "none"
+        elif cfg.source.endswith(".gguf") and os.path.isfile(cfg.source):
+            hf, weights, text, quantization = read_gguf(cfg.source)
+            path = f"{folder}/tokenizer.json"
+            with open(path, "w", encoding="utf-8") as file:
+                file.write(text)
+        else:
+            hint = f"a model of the hub comes with: hf download {cfg.source} --local-dir FOLDER"
+            raise ValueError(f"{cfg.source} is no folder and no .gguf file; {hint}")
+        if not os.path.exists(path):
+            raise ValueError(f"there is no {path}; take the model's own")
+        spec = make_tokenizer(path)
+    V, rows, tokenizer = spec["vocab_size"], hf["vocab_size"], load_tokenizer(spec)
     if V > rows:
         raise ValueError(f"tokenizer.json has {V:,} tokens, the model {rows:,}; take the model's own")
+    print(f"{cfg.source}: {hf['model_type']}, quantization: {quantization}, end-of-text: {spec['eot']}")
     print(f"{rows - V:,} of {rows:,} rows stand for no token, and are left out")
-    return from_qwen2(hf, read_weights(cfg.source), V, load_tokenizer(spec).eot_token, *arm), spec
+    flags = {key: getattr(cfg, key) for key in ("n_sink", "sink_attends_all", "gated_attention")}
+    model = from_causal(hf, weights, V, tokenizer.eot_token, cfg.shift, cfg.block_size, **flags)
+    return model, spec, {"type": hf["model_type"], "quantization": quantization}
 
 
-READERS = {"smdm": smdm, "qwen2": qwen2}
+READERS = {"smdm": smdm, "causal": causal}
 
 
 def convert(cfg):
     """A released model becomes a checkpoint, with train.py's defaults as its run_config."""
     try:
-        model, spec = READERS[cfg.action](cfg)
+        model, spec, source = READERS[cfg.action](cfg)
     except KeyError as error:
         raise ValueError(f"{cfg.source} lacks {error}: a file is missing, or is of another model") from error
-    meta = {"name": cfg.source, "tokenizer": spec, "documents": 0} if spec else None
+    meta = {"name": cfg.source, "source": source, "tokenizer": spec, "documents": 0} if spec else None
     shape = {key: getattr(model.config, key) for key in MODEL_KEYS}
+    if spec:  # for prepare_data.py --tokenizer=OUT_DIR/tokenizer.json
+        os.makedirs(cfg.out_dir, exist_ok=True)
+        write_file(f"{cfg.out_dir}/tokenizer.json", lambda file: file.write(spec["json"].encode()))
     save(cfg.out_dir, model, meta, asdict(TrainConfig(dataset="none", out_dir=cfg.out_dir, **shape)), 0)
 
 

@@ -427,6 +427,22 @@ def test_preset(data_dir):
         start(*flags, "--n_layer=3")
 
 
+def test_a_model_without_a_sink_is_given_one(data_dir, tmp_path, capsys):
+    """With the embedding of end-of-text; it is said, and trains. One that has a sink keeps it."""
+    run(data_dir, tmp_path / "vanilla", "--n_sink=0")
+    flags = [f"--init_from={tmp_path / 'vanilla'}", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'b'}"]
+    cfg, meta, model, _ = start(*flags, "--n_sink=2", "--sink_attends_all=True")
+    assert (
+        "vanilla has no sink token: it gets 2, with the embedding of end-of-text" in capsys.readouterr().out
+    )
+    assert (cfg.n_sink, model.config.n_sink, model.config.sink_attends_all) == (2, 2, True)
+    assert torch.equal(model.sink, model.wte.weight[[meta["eot_id"]] * 2])
+    assert start(*flags)[2].config.n_sink == 0
+    go(*flags, "--n_sink=1", *TINY_FLAGS[6:])
+    with pytest.raises(ValueError, match="n_sink=2 .command line. contradicts .*/b, which has 1"):
+        start(f"--init_from={tmp_path / 'b'}", *flags[1:2], "--out_dir=nowhere", "--n_sink=2")
+
+
 def test_start_from_the_weights_of_another_run(data_dir, tmp_path):
     """With its architecture. The length of a sequence and the way of the sink's attention are free."""
     first, path = run(data_dir, tmp_path / "a", "--gated_attention=True"), tmp_path / "a" / "ckpt.pt"
