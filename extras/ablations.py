@@ -9,6 +9,7 @@ the same texts and masks, with its 95 % interval; "-" where a setting differs th
 validation."""
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +43,7 @@ def read_run(path):
         settings |= {key: last["config"].get(key, "-") for key in ("max_steps", "train_flops", "epochs")}
         data = " ".join(sha256[:8] for sha256 in (last["data_sha256"] or {}).values())
         commit = (last["commit"] or "none")[:8] + "-dirty" * str(last["commit"]).endswith("-dirty")
-        start = str(first["init_from"]).removesuffix(f"-{first['seed']}")  # each seed may have its own
+        start = re.sub(r"-\d+$", "", str(first["init_from"]))  # each seed may have a start of its own
         settings |= {"commit": commit, "data": data, "init_from": start}
         return path.parent.name.removesuffix(f"-{first['seed']}"), first["seed"], settings, losses
     except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:

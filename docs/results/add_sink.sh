@@ -1,5 +1,5 @@
 #!/bin/sh
-# Gives a trained vanilla model a sink token and trains it on, beside one that goes on without (docs/weights.md).
+# Gives a trained vanilla model a sink token and trains it on, beside one that goes on without (docs/sinks.md).
 export OMP_NUM_THREADS=1
 for seed in 0 1 2; do
     start="--init_from=out/ablation/0-sinks-$seed --seed=$((seed + 10)) --max_steps=1000 --eval_interval=250"
