@@ -41,7 +41,7 @@ class TrainConfig:
     dataset: str = "arithmetic"  # trains on data_dir/dataset, made by prepare_data.py
     data_dir: str = "data"  # where the data sets are
     out_dir: str | None = None  # checkpoints and log.jsonl go here; None: out/dataset
-    init_from: str | None = "scratch"  # scratch, resume (from out_dir), auto (one or other), or a checkpoint
+    init_from: str | None = "scratch"  # scratch, resume (out_dir), auto (resume or scratch), or a checkpoint
     seed: int = 0  # of weights, batches and masks
     preset: str | None = None  # a size of model.py's table, such as 34M, instead of the next four keys
     n_layer: int = 3  # transformer blocks
