@@ -100,8 +100,9 @@ def run(main):
     except BrokenPipeError:  # python sample.py | head -1
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (ValueError, OSError) as error:
-        file = os.path.relpath(inspect.trace()[-1].filename, os.path.dirname(os.path.abspath(__file__)))
-        if isinstance(error, ValueError) and os.path.dirname(file) not in ("", "extras", "docs/results"):
+        root, file = os.path.dirname(os.path.abspath(__file__)), inspect.trace()[-1].filename
+        ours = ("", "extras", "docs/results", "assets")
+        if isinstance(error, ValueError) and os.path.dirname(os.path.relpath(file, root)) not in ours:
             raise
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")  # in one piece, beside other processes
         sys.exit(2)

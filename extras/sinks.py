@@ -3,18 +3,15 @@
     python -m extras.sinks out/arithmetic out/arithmetic-vanilla             # a table, runs side by side
     python -m extras.sinks out/arithmetic out/arithmetic-vanilla --plot      # and two pictures
     python -m extras.sinks out/arithmetic --changes                          # the loss with other sinks
-    python -m extras.sinks out/a out/b --animate=moving_sink.svg --layer=1   # the first text, step by step
 
 Each model fills in the hidden tokens of the same validation texts. At every step, attention is recomputed
 in every layer from q and k, because scaled_dot_product_attention does not return its weights. The script
 follows the position that gets the most attention."""
 
 import copy
-import html
 import itertools
 import json
 import math
-import os
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -26,7 +23,7 @@ from tqdm import tqdm
 import configurator
 from eval import validation
 from model import generate, seed_for
-from sample import load_trained, readable
+from sample import load_trained
 from train import made_by, mean_and_error, setup_distributed, spread_levels, validate, write_file
 
 COLUMNS = {  # of the table: unit, meaning
@@ -49,8 +46,7 @@ class SinksConfig:
     json: bool = False  # write sinks.json: all settings, and the numbers of every text, layer and step
     plot: bool = False  # draw maps.png and paths.png; needs matplotlib
     to: str | None = None  # folder of these files; None: out/sinks/ and the names of the runs
-    layer: int | None = None  # of maps.png and the animation; None: where the sink token gets most
-    animate: str | None = None  # write an animated .svg of the first text to this path
+    layer: int | None = None  # of maps.png; None: where the sink token gets most
     changes: bool = False  # the validation loss with changed sinks, on the sequences used in training
     mc_num: int = 8  # with changes: random maskings of each sequence
     data: str | None = None  # a prepared folder; None: the data of training
@@ -314,65 +310,6 @@ def draw_paths(Figure, runs):
     return figure
 
 
-# ---------- The first text as an animated SVG
-
-
-def discrete(attribute, values, n_steps):
-    """values [(step, value)] of an SVG attribute over a loop, the last seventh of which shows the end."""
-    times = ";".join(f"{step / n_steps * 6 / 7:.4f}" for step, _ in values)
-    values = ";".join(value for _, value in values)
-    when = f'keyTimes="{times}" calcMode="discrete" dur="24s" repeatCount="indefinite"'
-    return f'attributeName="{attribute}" values="{values}" {when}/>'
-
-
-STYLE = """text{font:12px monospace;fill:#e6edf3}.title{font-weight:bold;font-size:15px}.note{fill:#9198a1}
-.token{fill:#30363d}.given{fill:#1f3a5f}.sink{fill:#238636}.marker{fill:#ff7b72}"""
-
-
-def draw_animation(runs, layer):
-    """An SVG that replays the first text of each run: a box for each token, dim while it is hidden and bright
-    when it is written, and a marker over the position that gets most attention. It has no script, plays in an
-    <img>, and shows the last step where animation is off."""
-    parts, top, width = [], 0, 940
-    for run in runs:
-        states, prompt, config = run.first[0], run.prompts[0], run.model.config
-        n_steps, positions = len(states), prompt["layers"][layer]["position"]
-        moves = sum(prompt["layers"][layer]["moves"])
-        note = f"layer {layer}: the token with most attention changes at {moves:.0f} of {n_steps - 1} steps"
-        parts.append(f'<text class="title" x="12" y="{top + 26}">{html.escape(run.title)}</text>')
-        parts.append(f'<text class="note" x="{width - 12}" y="{top + 26}" text-anchor="end">{note}</text>')
-        texts = [readable(run.tokenizer, token).strip() or "␣" for token in prompt["tokens"]]
-        sink = -1 if config.sink_position == "front" else len(texts)  # its position, as in follow
-        boxes = [(sink, "sink", 0)] * bool(config.n_sink)  # position, text, the step that writes it
-        boxes += zip(range(len(texts)), texts, prompt["steps"])
-        x, y, centers = 12, top + 54, {}
-        for position, text, step in boxes:
-            size = max(16, round(7.3 * len(text)) + 8)
-            if x + size > width - 12:
-                x, y = 12, y + 44
-            centers[position] = f"{x + size // 2},{y - 3}"
-            kind = "sink" if position == sink else "token" if step else "given"
-            color = shown = ""
-            if step:
-                fills = [(0, "#191e25"), (step, "#9e6a03"), (step + 1, "#30363d")]
-                color = "<animate " + discrete("fill", fills[: 2 if step == n_steps else 3], n_steps)
-                shown = "<animate " + discrete("opacity", [(0, "0"), (step, "1")], n_steps)
-            rect = f'x="{x}" y="{y}" width="{size}" height="22" rx="4"'
-            parts.append(f'<rect class="{kind}" {rect}>{color}</rect>')
-            middle = f'x="{x + size // 2}" y="{y + 15}" text-anchor="middle"'
-            parts.append(f"<text {middle}>{html.escape(text)}{shown}</text>")
-            x += size + 4
-        path = [(step, centers[int(position)]) for step, position in enumerate(positions)]
-        path = [stop for stop, before in zip(path, [(0, "")] + path) if stop[1] != before[1]]
-        marker = f'<path class="marker" d="M-7-12H7L0 0Z" transform="translate({path[-1][1]})">'
-        moves = discrete("transform", path, n_steps)
-        parts.append(f'{marker}<animateTransform type="translate" {moves}</path>')
-        top = y + 46
-    size = f'width="{width}" height="{top}"'
-    svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {top}" {size}><style>{STYLE}</style>'
-    return "\n".join([svg, f'<rect {size} fill="#0d1117"/>', *parts, "</svg>\n"])
-
-
 def main():
     names = list(itertools.takewhile(lambda word: not word.startswith("-"), sys.argv[1:]))
     if not names and not {"-h", "--help"} & set(sys.argv):
@@ -390,8 +327,6 @@ def main():
         raise ValueError(f"layer is {cfg.layer}; the layers are 0 to {n_layer - 1}")
     if cfg.changes and not any(run.model.config.n_sink for run in runs):
         raise ValueError(f"no sinks to change in {', '.join(names)}; train a model with n_sink=1")
-    if os.path.isdir(cfg.animate or ""):
-        raise ValueError(f"animate is {cfg.animate}, a folder; wanted the path of an .svg file")
     if len({run.title for run in runs}) < len(runs):
         for run in runs:
             run.title = f"{run.name}, {run.title}"
@@ -399,8 +334,6 @@ def main():
     folder = Path(cfg.to or f"out/sinks/{name}")
     if cfg.json or cfg.plot:
         folder.mkdir(parents=True, exist_ok=True)
-    if cfg.animate:
-        Path(cfg.animate).parent.mkdir(parents=True, exist_ok=True)
 
     for run in runs:
         look_at(run, cfg)
@@ -423,9 +356,6 @@ def main():
     most = max(runs, key=lambda run: run.model.config.n_sink)
     shares = [averages.get("sink", averages["top"]) for averages in most.layers[:n_layer]]
     layer = int(np.argmax(shares)) if cfg.layer is None else cfg.layer
-    if cfg.animate:
-        svg = draw_animation(runs, layer).encode()
-        files[cfg.animate] = lambda file: file.write(svg)
     if cfg.plot:
         files[folder / "maps.png"] = draw_maps(Figure, runs, layer).savefig
         files[folder / "paths.png"] = draw_paths(Figure, runs).savefig
