@@ -26,6 +26,7 @@ FOLDER = "docs/results/open_mask"
 T, N = 128, 64  # tokens of a text, texts of a kind
 SHARES = [0, 0.001, 0.003, 0.01, 0.02, 0.05, 0.1, 0.2]
 ROWS = [("nothing", "as it is"), ("nothing", "self-only"), ("eot", "as it is"), ("eot", "self-only")]
+CONTROL = ("nothing", "second row causal")
 INITS = ["another token", "mean", "noise"]  # in place of end-of-text, self-only
 
 
@@ -87,16 +88,25 @@ def show(rows):
         other = (kind, front, "as it is", 0) if front not in INITS else (kind, "eot", "self-only", share)
         more, se = (nll - found[other]).mean(), (nll - found[other]).std(ddof=1) / len(nll) ** 0.5
         print(f"{front + '; ' + row:<40}{share:>10.1%}{nll.mean():>17.3f}{f'{more:.3f} ± {se:.3f}':>18}")
+    percent = 100 * np.array(SHARES)
     for kind, axes in zip(kinds, panels):
         for front, row in ROWS:
-            means = [found[kind, front, row, share].mean() for share in SHARES]
-            color = "tab:red" if row == "as it is" else "tab:green"
-            style = ".-" if front == "nothing" else ".--"
-            axes.plot(SHARES, means, style, color=color, label=f"{front} in front, first row {row}")
-        axes.set_xscale("symlog", linthresh=0.001)
-        axes.set(title=kind, xlabel="share of the edges to later tokens that is open", ylim=(2, None))
+            nll = np.array([found[kind, front, row, share] for share in SHARES])  # (shares, texts)
+            errors = (nll - found[kind, front, row, 0]).std(axis=1, ddof=1) / nll.shape[1] ** 0.5
+            color, name = ("tab:red", "open") if row == "as it is" else ("tab:green", "self-only")
+            style, before = (".-", "nothing") if front == "nothing" else (".--", "end-of-text")
+            label = f"{before} in front, first row {name}"
+            axes.errorbar(percent, nll.mean(axis=1), errors, fmt=style, color=color, label=label)
+        control = {
+            key[3]: found[key].mean() for key in found if key[0] == kind and key[2] == "second row causal"
+        }
+        x = [100 * share for share in control]
+        axes.plot(x, list(control.values()), "kx", label="nothing in front, second row causal")
+        axes.set_xscale("symlog", linthresh=0.1)
+        axes.set_xticks(percent, [f"{share:g}" for share in percent])
+        axes.set(title=kind, xlabel="% of the edges to later tokens that are open")
         axes.set_ylabel("next-token cross-entropy (nats per token)")
-    axes.legend()
+    axes.legend(fontsize="small")
     write_file(f"{FOLDER}/open_mask.png", figure.savefig)
 
 
@@ -107,7 +117,7 @@ def main():
     model, tokenizer, checkpoint = load_trained(path, "cpu")
     conditions = [(*front_row, share) for share in SHARES for front_row in ROWS]
     conditions += [(front, "self-only", share) for share in (0, 0.05) for front in INITS]
-    conditions += [("nothing", "second row causal", share) for share in (0.01, 0.05, 0.2)]  # a control
+    conditions += [(*CONTROL, share) for share in (0.01, 0.05, 0.2)]
     with open_locked(f"{FOLDER}/log.jsonl") as file:
         rows = [json.loads(line) for line in whole_lines(file.buffer).splitlines()]
         done = {(row["texts"], row["front"], row["row"], row["share"]) for row in rows if "nll" in row}
