@@ -97,11 +97,10 @@ def show(rows):
             style, before = (".-", "nothing") if front == "nothing" else (".--", "end-of-text")
             label = f"{before} in front, first row {name}"
             axes.errorbar(percent, nll.mean(axis=1), errors, fmt=style, color=color, label=label)
-        control = {
-            key[3]: found[key].mean() for key in found if key[0] == kind and key[2] == "second row causal"
-        }
-        x = [100 * share for share in control]
-        axes.plot(x, list(control.values()), "kx", label="nothing in front, second row causal")
+        for key in found:
+            if key[:3] == (kind, *CONTROL):
+                label = "nothing in front, second row causal" if key[3] == 0.01 else None
+                axes.plot(100 * key[3], found[key].mean(), "kx", label=label)
         axes.set_xscale("symlog", linthresh=0.1)
         axes.set_xticks(percent, [f"{share:g}" for share in percent])
         axes.set(title=kind, xlabel="% of the edges to later tokens that are open")
