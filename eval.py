@@ -238,8 +238,11 @@ def measure(path, items, batch_size, work, rank, world_size):
     done = {}
     for part in glob.glob(glob.escape(path) + ".*.jsonl"):
         with open(part, "r+b") as file:
-            records = map(json.loads, whole_lines(file).splitlines())
-            done |= {record["index"]: record for record in records}
+            lines = whole_lines(file).splitlines()
+        try:
+            done |= {record["index"]: record for record in map(json.loads, lines)}
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"{part} is damaged ({error!r}); remove it, to do its items again") from error
     if world_size > 1:
         torch.distributed.barrier()  # all have read before one writes
     todo = [i for i in range(rank, len(items), world_size) if i not in done]

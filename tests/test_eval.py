@@ -237,6 +237,15 @@ def test_interrupted_equals_uninterrupted(out_dir, evaluate, monkeypatch):
     assert measured == [1, 5, 7, *range(9, 20)]
 
 
+@pytest.mark.parametrize("line", ["\0\0\0", "", "[1]", '{"acc": 1}'])
+def test_damaged_records_are_named(out_dir, evaluate, line):
+    evaluate(*GSM8K, "--limit=2")
+    (path,) = out_dir.glob("gsm8k-*.0.jsonl")
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(ValueError, match="gsm8k-.*.0.jsonl is damaged .*; remove it"):
+        evaluate(*GSM8K, "--limit=2")
+
+
 def test_problems_of_a_folder_with_a_colon(data, tmp_path):
     """Its test problems, as of any other prepared folder, and not those of training."""
     folder = shutil.copytree(data / "arithmetic", tmp_path / "run:1" / "arithmetic")
