@@ -222,12 +222,16 @@ def find_files(address, download_dir, training=False):
     return files
 
 
-@contextlib.contextmanager
-def open_text(path):
-    """A text file, also compressed: UTF-8 with or without a byte order mark, and with any line ends."""
+def refuse_pointer(path):
     with open(path, "rb") as file:
         if file.read(40).startswith(b"version https://git-lfs"):
             raise ValueError(f"{path} is a Git LFS pointer, not the file itself; run: git lfs pull")
+
+
+@contextlib.contextmanager
+def open_text(path):
+    """A text file, also compressed: UTF-8 with or without a byte order mark, and with any line ends."""
+    refuse_pointer(path)
     suffix = os.path.splitext(path)[1].lower()
     unpack = {".gz": gzip.open, ".xz": lzma.open}.get(suffix, open)
     if suffix == ".zst":
@@ -452,11 +456,8 @@ def prepare(cfg: PrepareConfig) -> dict:
     new = f"{folder}/.new"  # the files go there until all are complete
     with open_locked(f"{folder}/.lock"), contextlib.ExitStack() as stack:
         old = settings
-        with (
-            contextlib.suppress(FileNotFoundError, ValueError),
-            open(f"{folder}/meta.json", encoding="utf-8") as file,
-        ):
-            old = json.load(file).get("settings", {"version": "earlier"})
+        with contextlib.suppress(FileNotFoundError, ValueError):
+            old = read_json(f"{folder}/meta.json").get("settings", {"version": "earlier"})
         changed = [f"{key}={old[key]!r}" for key in old if old[key] != settings.get(key)]
         if changed and not cfg.overwrite:
             hint = "choose another name or data_dir, or replace them with --overwrite=True"

@@ -19,8 +19,8 @@ import configurator
 from train import MAY_CHANGE, MODEL_KEYS, write_file
 
 # Settings that decide neither texts nor masks: runs that differ in others, or in unknown ones, are not paired
-OF_AN_ARM = "dataset preset init_from commit dtype max_steps train_flops learning_rate min_lr warmup"
-OF_AN_ARM = {*MODEL_KEYS, *OF_AN_ARM.split(), "weight_decay", "beta1", "beta2", "grad_clip"} - {"block_size"}
+OF_AN_ARM = {"dataset", "preset", "init_from", "commit", "dtype", "max_steps", "train_flops", "learning_rate"}
+OF_AN_ARM |= {"min_lr", "warmup", "weight_decay", "beta1", "beta2", "grad_clip", *MODEL_KEYS} - {"block_size"}
 # Student's t: how many standard errors a 95 % interval of n seeds has on each side, by n
 T95 = [np.nan, np.nan, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]
 

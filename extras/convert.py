@@ -19,16 +19,14 @@ import torch
 
 import configurator
 from model import MDM, PRESETS, MDMConfig, load_checkpoint
-from prepare_data import load_tokenizer, make_tokenizer, read_json
+from prepare_data import load_tokenizer, make_tokenizer, read_json, refuse_pointer
 from train import MODEL_KEYS, TrainConfig, write_file
 
 
 @dataclass
 class ConvertConfig:
     action: str = ""  # smdm, causal, export or import
-    source: str | None = (
-        None  # a weights file (smdm), a folder (causal, import) or .gguf (causal), a run (export)
-    )
+    source: str | None = None  # weights (smdm), a folder (causal, import), a .gguf (causal), a run (export)
     tokenizer: str | None = None  # smdm: its tokenizer.json
     n_head: int | None = None  # smdm: attention heads; None: those of the size in model.py's table
     block_size: int = 2048  # smdm, causal: content tokens of a sequence, which the weights do not show
@@ -78,9 +76,7 @@ def read_weights(source):
         if not os.path.isfile(path):
             beside = ", ".join(sorted(os.listdir(os.path.dirname(path) or "."))[:9])
             raise ValueError(f"{path} cannot be read: there is no such file. Its folder holds {beside}")
-        with open(path, "rb") as file:
-            if file.read(40).startswith(b"version https://git-lfs"):
-                raise ValueError(f"{path} is a Git LFS pointer, not the file itself; run: git lfs pull")
+        refuse_pointer(path)
         try:
             if path.endswith(".safetensors"):
                 with configurator.need("safetensors").safe_open(path, "pt") as file:
@@ -169,13 +165,14 @@ IN_A_LAYER = {  # name in a layer of Qwen2 and Llama: our name
 
 def check_causal(hf):
     """Raises ValueError if config.json names something that MDM does not compute."""
-    kind, width = hf.get("model_type"), hf["hidden_size"] // hf["num_attention_heads"]
-    if kind not in ("qwen2", "llama"):
-        raise ValueError(f"the model is of type {kind!r}; wanted qwen2 or llama")
-    rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
-    windows = hf.get("use_sliding_window") or {*hf.get("layer_types", [])} - {"full_attention"}
+    if hf.get("model_type") not in ("qwen2", "llama"):
+        raise ValueError(f"the model is of type {hf.get('model_type')!r}; wanted qwen2 or llama")
+    width = hf["hidden_size"] // hf["num_attention_heads"]
+    ropes = [hf.get(key) or {} for key in ("rope_scaling", "rope_parameters")]
+    scalings = {rope.get("rope_type", rope.get("type", "default")) for rope in ropes}
+    windows = hf.get("use_sliding_window") or {*(hf.get("layer_types") or [])} - {"full_attention"}
     wanted = {  # what MDM computes: is it what the model computes?
-        "plain rotary positions": rope.get("rope_type", rope.get("type", "default")) == "default",
+        "plain rotary positions": scalings == {"default"},
         "the whole head rotated": hf.get("partial_rotary_factor", 1) == 1,
         "attention without windows": not windows,
         "SwiGLU": hf.get("hidden_act", "silu") == "silu",
@@ -217,9 +214,7 @@ def from_causal(hf, weights, vocab_size, eot_id, shift=True, block_size=2048, **
         wte = take("model.embed_tokens.weight")[:vocab_size]
         mean = sum(part.float().sum(dim=0, keepdim=True) for part in wte.split(4096)) / vocab_size
         yield "wte.weight", wte, mean  # [MASK] starts as no token in particular
-        if (
-            config.n_sink
-        ):  # a causal model's first token sees only itself, too: it is the sink that was learned
+        if config.n_sink:  # a causal model's first token sees only itself, too: that is its sink
             yield "sink", wte[eot_id].expand(config.n_sink, -1)
         tied = hf.get("tie_word_embeddings", False)
         unused.discard("lm_head.weight")

@@ -14,6 +14,10 @@ from conftest import ROOT
 
 import configurator
 from eval import EvalConfig
+from extras.ablations import AblationsConfig
+from extras.bench import BenchConfig
+from extras.convert import ConvertConfig
+from extras.sinks import SinksConfig
 from prepare_data import PrepareConfig
 from sample import SampleConfig
 from sft_gsm8k import SFTConfig
@@ -121,7 +125,12 @@ def test_help_shows_each_key_once_with_default_and_comment(capsys):
     assert keys.splitlines()[:2] == [f"  --{line}" for line in lines] and keys.count("--steps") == 1
 
 
-@pytest.mark.parametrize("config_class", [TrainConfig, SFTConfig, SampleConfig, EvalConfig, PrepareConfig])
+EXTRAS = [AblationsConfig, BenchConfig, ConvertConfig, SinksConfig]
+
+
+@pytest.mark.parametrize(
+    "config_class", [TrainConfig, SFTConfig, SampleConfig, EvalConfig, PrepareConfig, *EXTRAS]
+)
 def test_every_key_of_every_script_is_explained(config_class):
     lines = configurator.help_text(config_class).split("Keys:\n")[1].splitlines()
     assert {line.split(":")[0] for line in lines} == {f"  --{field.name}" for field in fields(config_class)}

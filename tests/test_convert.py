@@ -355,6 +355,10 @@ UNKNOWN = {
     "not quantized": {"quantization_config": {"quant_method": "fp8"}},
     "of type 'gemma2'; wanted qwen2 or llama": {"model_type": "gemma2"},
     "of type 'gpt2'": {"model_type": "gpt2"},
+    "plain rotary positions$": {
+        "rope_scaling": {"type": "default"},
+        "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6},
+    },
 }
 
 
@@ -364,10 +368,16 @@ def test_what_is_not_computed_is_refused_by_name(other, refuses, message):
     refuses(message, "config.json", json.dumps(config | UNKNOWN[message]))
 
 
+def test_a_model_of_another_kind_has_other_keys():
+    with pytest.raises(ValueError, match="the model is of type 'gpt2'; wanted qwen2 or llama"):
+        convert.check_causal({"model_type": "gpt2", "n_embd": 768, "n_head": 12})
+
+
 def test_what_scales_nothing_is_no_reason_to_fail(other):
     hf = json.loads((other[0] / "config.json").read_text())
     theta = hf.get("rope_theta") or hf["rope_parameters"]["rope_theta"]
-    for spelled in ({"rope_parameters": None, "rope_theta": theta}, {"rope_scaling": {"type": "default"}}):
+    nulls = {"rope_parameters": None, "rope_theta": theta, "rope_scaling": None, "layer_types": None}
+    for spelled in (nulls, {"rope_scaling": {"type": "default"}}):
         convert.check_causal(hf | spelled)
     weights = convert.read_weights(str(other[0]))
     model = convert.from_causal(hf | {"rope_parameters": None, "rope_theta": theta}, weights, 257, 256)
