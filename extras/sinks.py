@@ -126,7 +126,7 @@ def follow(mass, norms, rate, config):
 
     mass, norms (steps, S) and rate (steps,) of measure. Content has the positions 0, 1, ...; a sink -1 in
     front or T at the end. Of several sinks each competes alone, and from one to another is no move. on_sink:
-    a sink gets the most."""
+    a sink gets the most. content_moves: the moves of the content position that gets the most."""
     n_sink, (steps, S) = config.n_sink, mass.shape
     positions = np.arange(S) - n_sink
     positions[:n_sink] = -1 if config.sink_position == "front" else S - n_sink
@@ -141,6 +141,7 @@ def follow(mass, norms, rate, config):
     }
     if n_sink:
         values |= {"sink": mass[:, :n_sink].mean(axis=1) * S, "on_sink": top < n_sink}
+        values |= {"content_moves": np.diff(mass[:, n_sink:].argmax(axis=1)) != 0}
     return {key: np.round(array.astype(float), 6).tolist() for key, array in values.items()}
 
 

@@ -1,4 +1,4 @@
-"""The control of docs/sinks.md: trains like train.py, but the first token of a text is never hidden.
+"""A control: trains like train.py, but the first token of a text is never hidden.
 
     python -m docs.results.anchor config/ablation.py --n_sink=0 --seed=1 --out_dir=out/anchor/vanilla-1
 
@@ -17,17 +17,20 @@ class AnchorConfig(TrainConfig):
     anchor: bool = True  # the first token of a text is never hidden
 
 
+def keep_first_visible(get_batch):
+    def get_anchored(split, index):
+        x0, maskable = get_batch(split, index)
+        maskable[:, 0] = False
+        return x0, maskable
+
+    return get_anchored
+
+
 def main():
     cfg, set_by = configurator.parse(AnchorConfig)
     cfg, meta, model, resume = start_run(cfg, set_by)
-    get_tokens = token_batches(os.path.join(cfg.data_dir, cfg.dataset), meta, cfg)
-
-    def get_batch(split, index):
-        x0, maskable = get_tokens(split, index)
-        maskable[:, 0] = not cfg.anchor
-        return x0, maskable
-
-    train(cfg, model, get_batch, meta, resume)
+    get_batch = token_batches(os.path.join(cfg.data_dir, cfg.dataset), meta, cfg)
+    train(cfg, model, keep_first_visible(get_batch) if cfg.anchor else get_batch, meta, resume)
 
 
 if __name__ == "__main__":

@@ -29,10 +29,10 @@ COLORS = dict(zip(KINDS, ["tab:red", "0.5", "tab:green", "tab:blue", "tab:orange
 
 
 @torch.no_grad()
-def attention_by_kind(run, cfg, device):
-    """Yields a row for each checkpoint STEP.pt that train.py has kept, and each layer: what the keys of each
-    kind get of each head's attention (1 is an even share), and how often one key gets more than the
-    threshold. The texts have the same tokens hidden each time, at evenly spread noise levels."""
+def attention_by_kind(run, models, cfg, device):
+    """Yields a row for each of models, (step, model) of a run, and each layer: what the keys of each kind get
+    of each head's attention (1 is an even share), and how often one key gets more than the threshold. The
+    texts have the same tokens hidden each time, at evenly spread noise levels."""
     config, x0 = run.model.config, run.x0
     t = (torch.arange(len(x0)) + 0.5) / len(x0)
     noise = torch.rand(x0.shape, generator=torch.Generator().manual_seed(cfg.seed))
@@ -46,15 +46,11 @@ def attention_by_kind(run, cfg, device):
     kinds = F.pad(kinds, (config.n_sink, 0), value=KINDS.index("sink"))
     is_kind = F.one_hot(kinds, len(KINDS)).float().to(device)  # (n, S, kinds)
     even = is_kind.mean(dim=(0, 1))
-    paths = sorted(Path(run.name).glob("[0-9]*.pt"), key=lambda path: int(path.stem))
-    if not paths:
-        print(f"{run.name} has no checkpoints STEP.pt; to follow attention, train with --keep_all=True")
-    for path in paths:
-        model = MDM.from_checkpoint(path).to(device)
-        for layer, (weights, _) in enumerate(attention_maps(model, xt)):
+    for step, model in models:
+        for layer, (weights, _) in enumerate(attention_maps(model.to(device), xt)):
             by_head = weights[:, :, config.n_sink :].mean(dim=2)  # (n, H, S)
             shares = (by_head @ is_kind).mean(dim=0) / even  # (H, kinds)
-            row = {"table": "attention", "step": int(path.stem), "row": f"layer {layer}"}
+            row = {"table": "attention", "step": step, "row": f"layer {layer}"}
             row |= {kind: numbers(shares[:, i]) for i, kind in enumerate(KINDS) if even[i] > 0}
             yield row | {"rate": numbers((by_head.amax(dim=2) > cfg.head_threshold).float().mean(dim=0))}
 
@@ -105,7 +101,11 @@ def measure_run(run, cfg, changes, device):
         yield {"table": "denoising", "row": f"layer {number}", **means}
     for row in changes or []:
         yield {"table": "changes", "row": row["change"], "more": row["more"]}
-    yield from attention_by_kind(run, cfg, device)
+    paths = sorted(Path(run.name).glob("[0-9]*.pt"), key=lambda path: int(path.stem))
+    if not paths:
+        print(f"{run.name} has no checkpoints STEP.pt; to follow attention, train with --keep_all=True")
+    models = ((int(path.stem), MDM.from_checkpoint(path)) for path in paths)  # one at a time in memory
+    yield from attention_by_kind(run, models, cfg, device)
 
 
 # ---------- Tables and pictures
