@@ -3,9 +3,9 @@
     python -m docs.results.adapt measure out/adapt/sink-0 data-smollm2/stories data-smollm2/wikitext2
     python -m docs.results.adapt tables docs/results/adapt
 
-measure writes measured.jsonl beside the checkpoint: the bound on held-out texts of each folder, also with the
-first token visible; attention while texts are written, without and with a prompt; attention by kind of key;
-with --items=lambada.jsonl,... the chain rule of these items."""
+measure writes measured.jsonl beside the checkpoint. Its parts are: bound, on held-out texts of each folder,
+also with the first token visible; attention, by kind of key; writing, attention while texts are written,
+without and with a prompt; items, the chain rule of the items of --items=lambada.jsonl,..."""
 
 import json
 import sys
@@ -26,12 +26,13 @@ from train import made_by, setup_distributed, validate, write_file
 
 @dataclass
 class AdaptConfig:
+    parts: str = "bound,attention,writing"  # what to measure; also items
     texts: int = 512  # of the bound
     limit: int = 8  # texts that are written
     steps: int = 64  # of writing a text
     prompt_length: int = 16  # tokens given, in the second of two ways to write the texts
     items: str = ""  # .jsonl files of items, with a comma between them
-    n_items: int = 500  # of each file
+    n_items: int = 300  # of each file
     device: str = "auto"  # auto: cuda, else mps, else cpu
 
 
@@ -80,11 +81,15 @@ def measure(path, folders, cfg):
     run = Run(path, sinks, device)
     step, facts = run.checkpoint["step"], made_by() | {"settings": asdict(cfg), "folders": folders}
     rows = [{"table": "facts", "row": "", "config": run.checkpoint["run_config"], **facts}]
-    rows += bounds(run, folders, cfg.texts)
-    for length in (0, cfg.prompt_length):
-        rows += writing(run, cfg, length, device)
-    rows += attention_by_kind(run, [(step, run.model)], sinks, device)
-    rows += items(run, [name for name in cfg.items.split(",") if name], cfg.n_items)
+    if "bound" in cfg.parts:
+        rows += bounds(run, folders, cfg.texts)
+    if "attention" in cfg.parts:
+        rows += attention_by_kind(run, [(step, run.model)], sinks, device)
+    if "writing" in cfg.parts:
+        for length in (0, cfg.prompt_length):
+            rows += writing(run, cfg, length, device)
+    if "items" in cfg.parts:
+        rows += items(run, cfg.items.split(","), cfg.n_items)
     lines = [json.dumps(row | {"step": step}) + "\n" for row in rows]
     write_file(f"{path}/measured.jsonl", lambda file: file.write("".join(lines).encode()))
     print(f"wrote {path}/measured.jsonl")
