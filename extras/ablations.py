@@ -73,6 +73,17 @@ def mean_and_error(values):  # (seeds, ...): over the seeds
     return np.mean(values, axis=0), np.std(values, axis=0) / np.sqrt(len(values) - 1 or np.nan)
 
 
+def compare(values, first):
+    """How much more values {seed: number} are than first with the same seeds: mean ± standard error, and its
+    95 % interval, as texts."""
+    differences = [values[seed] - first[seed] for seed in values if seed in first]
+    if not differences:
+        return "-", "-"
+    (center, se), t = mean_and_error(differences), T95[min(len(differences), 10)]
+    interval = f"{center - t * se:.3f} to {center + t * se:.3f}" if se > 0 else "-"
+    return f"{center:.4f} ± {se:.4f}", interval
+
+
 def shared_steps(seeds):
     return sorted(set.intersection(*map(set, seeds.values())))  # those that all seeds have
 
@@ -112,13 +123,10 @@ def main():
         steps = shared_steps(seeds)
         mean, error = mean_and_error([losses[steps[-1]] for losses in seeds.values()])
         other = [k for k in settings | wanted if (settings.get(k) or None) != (wanted.get(k) or None)]
-        more, interval, differences = "-", "-", []
+        more, interval = "-", "-"
         if steps[-1] == last and OF_AN_ARM.issuperset(other):
-            differences = [seeds[seed][last] - first[seed][last] for seed in seeds if seed in first]
-        if differences:
-            (center, se), t = mean_and_error(differences), T95[min(len(differences), 10)]
-            more = f"{center:.4f} ± {se:.4f}"
-            interval = f"{center - t * se:.3f} to {center + t * se:.3f}" if se > 0 else "-"
+            ends, wanted_ends = ({seed: losses[last] for seed, losses in s.items()} for s in (seeds, first))
+            more, interval = compare(ends, wanted_ends)
         shown = " ".join(f"{key}={settings.get(key)}" for key in other)
         loss = f"{mean:.4f} ± {error:.4f}"
         row = f"{len(seeds):>7}{steps[-1]:>8}{loss:>18}{more:>23}{interval:>20}  {shown}"

@@ -111,6 +111,7 @@ def test_a_known_sink_is_followed(flags, at, positions, monkeypatch):
 
     assert values["position"] == positions and values["moves"] == [0, 1, 1]
     assert (measure(model, torch.where(hidden, 5, 1), 0.3)[2] == 1).all()
+    assert values.get("content_moves", [0, 1, 1]) == [0, 1, 1]  # while the sink is on top, content is even
     assert values["heads"] == [0.5] * 4  # 9 / (8 + S) is above the threshold, 4 / (3 + S) is not
     for step, row in enumerate(at):
         shares = [np.where(np.arange(S) == row, factor, 1) / (factor + S - 1) for factor in (9, 4)]
@@ -119,7 +120,8 @@ def test_a_known_sink_is_followed(flags, at, positions, monkeypatch):
         wanted = {"top": shares[row] * S, "norm": 3 / np.median(np.delete(row_norms, row))}
         if n:
             wanted |= {"sink": sum(shares[:n]) * S / n, "on_sink": float(row < n)}
-        assert {"position", "moves", "heads", *wanted} == values.keys()
+        of_all_steps = {"position", "moves", "heads"} | ({"content_moves"} if n else set())
+        assert {*of_all_steps, *wanted} == values.keys()
         assert {key: values[key][step] for key in wanted} == pytest.approx(wanted, abs=1e-5)
 
 

@@ -51,7 +51,10 @@ def test_attention_by_kind(data_dir, tmp_path, call, monkeypatch):
     monkeypatch.setattr(
         study, "attention_maps", lambda model, xt: seen.append(xt) or attention_maps(model, xt)
     )
-    assert list(study.attention_by_kind(run, SinksConfig(limit=4, head_threshold=0.1), "cpu")) == found
+    models = [(step, load_trained(folder / f"{step}.pt", "cpu")[0]) for step in (20, 1000)]
+    assert (
+        list(study.attention_by_kind(run, models, SinksConfig(limit=4, head_threshold=0.1), "cpu")) == found
+    )
     assert len(seen) == 2 and torch.equal(*seen)
     masks = seen[0] == run.model.config.mask_id
     assert torch.equal(torch.where(masks, run.x0, seen[0]), run.x0)

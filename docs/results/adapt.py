@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from itertools import takewhile
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -20,6 +21,7 @@ import configurator
 from docs.results.anchor import keep_first_visible
 from docs.results.study import attention_by_kind, numbers
 from eval import EvalConfig, read_items, score_item, validation
+from extras.ablations import compare, mean_and_error
 from extras.sinks import Run, SinksConfig, look_at
 from train import made_by, setup_distributed, validate, write_file
 
@@ -95,12 +97,98 @@ def measure(path, folders, cfg):
     print(f"wrote {path}/measured.jsonl")
 
 
+# ---------- Tables and a picture
+
+
+def read_measured(folder):
+    """{(table, row, given): {name: {seed: row}}} of FOLDER/NAME-SEED/measured.jsonl."""
+    found = {}
+    for path in sorted(Path(folder).glob("*/measured.jsonl")):
+        name, seed = path.parent.name.rsplit("-", 1)
+        for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
+            arms = found.setdefault((row["table"], row["row"], row.get("given")), {})
+            arms.setdefault(name, {})[int(seed)] = row
+    return found
+
+
+def print_values(title, arms, value, baseline="vanilla"):
+    """Means over seeds of value(row), and how much more that is than the baseline's with the same seeds."""
+    print(f"\n{title:<42}  seeds{'mean':>18}{f'more than {baseline}':>22}{'95 % interval':>20}")
+    values = {name: {seed: value(row) for seed, row in seeds.items()} for name, seeds in arms.items()}
+    for name, seeds in values.items():
+        mean, error = mean_and_error(list(seeds.values()))
+        more, interval = compare(seeds, values[baseline]) if name != baseline else ("-", "-")
+        print(f"{name:<42}{len(seeds):>7}{f'{mean:.4f} ± {error:.4f}':>18}{more:>22}{interval:>20}")
+
+
+def print_items(arms, key):
+    """The same for each item: its mean over the seeds that both have, ± standard error over items."""
+    for name in [name for name in arms if name != "vanilla"]:
+        shared = arms[name].keys() & arms["vanilla"].keys()
+        more = [
+            np.subtract(arms[name][seed][key], arms["vanilla"][seed][key], dtype=float) for seed in shared
+        ]
+        mean, error = mean_and_error(np.mean(more, axis=0))
+        print(f"{name}: {mean:.4f} ± {error:.4f} more than vanilla, over {len(more[0])} items")
+
+
+def print_writing(found):
+    """Means over layers while texts are written, of the runs with seed 0."""
+    keys = ["share", "norm", "heads", "moves", "on_sink", "content_moves"]
+    print(f"\n{'while texts are written':<26}{'given':>6}" + "".join(f"{key:>15}" for key in keys))
+    layers = {}
+    for (table, _, given), arms in found.items():
+        for name, seeds in arms.items() if table == "writing" else []:
+            layers.setdefault((name, given), []).append(seeds[0])
+    for (name, given), rows in layers.items():
+        run = found["facts", "", None][name][0]["config"]
+        means = {key: np.mean([row[key] for row in rows]) for key in rows[0] if key in [*keys, "top"]}
+        means["share"] = means["top"] / (run["block_size"] + run["n_sink"])
+        cells = [f"{means[key]:>15.3f}" if key in means else f"{'-':>15}" for key in keys]
+        print(f"{name:<26}{given:>6}" + "".join(cells))
+
+
+def draw_rates(figure, found):
+    """The sink rate of each layer: mean over heads, a line for each run, a color for each arm."""
+    axes, lines = figure.subplots(), {}
+    for (table, _, _), arms in found.items():
+        for name, seeds in arms.items() if table == "attention" else []:
+            for seed, values in seeds.items():
+                lines.setdefault((name, seed), []).append(np.mean(values["rate"]))
+    colors = {name: f"C{number}" for number, name in enumerate(dict.fromkeys(name for name, _ in lines))}
+    for (name, seed), rates in lines.items():
+        axes.plot(rates, color=colors[name], label=name if seed == 0 else None)
+    axes.set(
+        xlabel="layer", ylabel="sink rate: share of heads and texts in which\none key gets more than 0.3"
+    )
+    axes.legend()
+
+
+def tables(folder):
+    found = read_measured(folder)
+    for (table, row, _), arms in found.items():
+        if table == "bound":
+            print_values(f"nats per token, {row}", arms, lambda row: row["mean"])
+        if table == "items":
+            for key in ("acc", "log_p"):
+                print_values(f"{key}, {row}", arms, lambda row, key=key: np.mean(row[key]))
+                print_items(arms, key)
+    print_writing(found)
+    figure = configurator.need("matplotlib.figure", "matplotlib").Figure(figsize=(7, 4), layout="constrained")
+    draw_rates(figure, found)
+    write_file(f"{folder}/rates.png", figure.savefig)
+    print(f"wrote {folder}/rates.png")
+
+
 def main():
     names = list(takewhile(lambda word: not word.startswith("-"), sys.argv[1:]))
-    if len(names) < 3 or names[0] != "measure":
-        raise ValueError("wanted: measure RUN DATA [DATA ...] [--key=value ...]")
     cfg, _ = configurator.parse(AdaptConfig, sys.argv[1 + len(names) :])
-    measure(names[1], names[2:], cfg)
+    if names[:1] == ["measure"] and len(names) > 2:
+        measure(names[1], names[2:], cfg)
+    elif names[:1] == ["tables"] and len(names) == 2:
+        tables(names[1])
+    else:
+        raise ValueError("wanted: measure RUN DATA [DATA ...] [--key=value ...], or tables FOLDER")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,92 @@
+"""docs/results/adapt.py: what it measures of a model, and its tables."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+from test_sinks import save
+
+from docs.results import adapt
+from sample import load_trained
+
+
+@pytest.fixture
+def call(monkeypatch, capsys):
+    def run(*argv):
+        monkeypatch.setattr(sys, "argv", ["adapt.py", *map(str, argv)])
+        adapt.main()
+        return [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+
+    return run
+
+
+def read(folder):
+    return [json.loads(line) for line in (folder / "measured.jsonl").read_text().splitlines()]
+
+
+def test_what_is_measured(data_dir, tmp_path, call):
+    """With the first token visible, only texts in which it was hidden change, and it no longer counts. The
+    items are those of eval.py."""
+    folder, items = save(tmp_path / "sink-0", data_dir, n_sink=1), tmp_path / "x.jsonl"
+    item = {"context": "Question: Tom", "target": "has"}
+    items.write_text(json.dumps(item) + "\n" + json.dumps(item | {"target": "buys 3"}) + "\n")
+    options = ["--texts=16", "--limit=2", "--steps=4", "--prompt_length=6", f"--items={items}"]
+    call("measure", folder, data_dir / "arithmetic", *options, "--parts=bound,attention,writing,items")
+    rows = read(folder)
+    parts = (
+        ["facts"] + ["bound"] * 2 + ["attention"] * 2 + ["writing", "writing", "first text"] * 2 + ["items"]
+    )
+    assert [row["table"] for row in rows] == parts
+    hidden, visible = rows[1:3]
+    assert [hidden["row"], visible["row"]] == ["arithmetic", "arithmetic, first token visible"]
+    assert set(hidden["tokens"]) == {24} and set(visible["tokens"]) == {23}
+    for row in (hidden, visible):
+        assert row["mean"] == pytest.approx(sum(row["nats"]) / sum(row["tokens"]), abs=1e-3)
+    same = np.isclose(hidden["nats"], visible["nats"])
+    assert 0 < same.sum() < 16  # the first token of about half of the texts is hidden
+    model, tokenizer, _ = load_trained(folder, "cpu")
+    cfg = adapt.EvalConfig(nll_type="chain_rule", dtype="float32")
+    want = [adapt.score_item(model, tokenizer, one, cfg)["log_p"] for one in adapt.read_items(str(items))]
+    assert rows[-1]["row"] == "x" and rows[-1]["log_p"] == pytest.approx(want)
+    given = {row["given"] for row in rows if row["table"] == "writing"}
+    assert given == {0, 6}
+    first = [row for row in rows if row["table"] == "first text"][1]
+    assert first["steps"][:6] == [0] * 6 and min(first["steps"][6:]) > 0
+    call("measure", folder, data_dir / "arithmetic", *options, "--parts=bound")
+    assert [row["table"] for row in read(folder)] == ["facts", "bound", "bound"]
+
+
+def test_tables(tmp_path, call):
+    """Differences of runs with the same seed; of items, means over seeds and errors over items."""
+    pytest.importorskip("matplotlib")
+    values = {("vanilla", 0): 4.0, ("vanilla", 1): 5.0, ("sink", 0): 3.8, ("sink", 1): 4.9, ("gate", 0): 4.0}
+    for (name, seed), value in values.items():
+        folder = tmp_path / f"{name}-{seed}"
+        folder.mkdir()
+        acc = [True, name == "sink", seed == 0]
+        rows = [
+            {"table": "facts", "row": "", "config": {"block_size": 9, "n_sink": name == "sink"}},
+            {"table": "bound", "row": "stories", "mean": value},
+            {"table": "items", "row": "x", "acc": acc, "log_p": [-1, -2, -value]},
+            {"table": "attention", "row": "layer 0", "rate": [0, 0.5]},
+        ]
+        rows += [
+            {"table": "writing", "row": f"layer {i}", "given": 6, "top": i + 1, "norm": 1} for i in (0, 8)
+        ]
+        (folder / "measured.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    lines = call("tables", tmp_path)
+    assert lines[1] == "nats per token, stories seeds mean more than vanilla 95 % interval"
+    assert lines[2] == "gate 1 4.0000 ± nan 0.0000 ± nan -"
+    assert lines[3] == "sink 2 4.3500 ± 0.5500 -0.1500 ± 0.0500 -0.786 to 0.486"  # ± 12.71 errors
+    assert lines[4] == "vanilla 2 4.5000 ± 0.5000 - -"
+    assert any(line.startswith("sink 2 0.8333 ± 0.1667 0.3333 ± 0.0000") for line in lines)
+    assert "sink: 0.3333 ± 0.3333 more than vanilla, over 3 items" in lines
+    assert "sink: 0.0500 ± 0.0500 more than vanilla, over 3 items" in lines
+    assert "vanilla 6 0.556 1.000 - - - -" in lines and "sink 6 0.500 1.000 - - - -" in lines
+
+
+def test_other_words_are_refused(call):
+    for words in (["tables"], ["measure", "x"], ["draw", "x"]):
+        with pytest.raises(ValueError, match="wanted: measure RUN"):
+            call(*words)
