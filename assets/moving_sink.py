@@ -1,85 +1,97 @@
 """Draws moving_sink.svg, the animation of the README: the first text of each run, step by step.
 
-    python -m assets.moving_sink out/arithmetic out/arithmetic-vanilla --layer=1 --to=moving_sink.svg
-
-It takes the settings of extras.sinks: python -m extras.sinks --help lists them."""
+python -m extras.sinks out/sink out/vanilla --json --to=plots
+python -m assets.moving_sink plots/sinks.json --layer=1"""
 
 import html
-import itertools
-import sys
+import json
+from dataclasses import dataclass
 
 import configurator
-from extras.sinks import Run, SinksConfig, look_at
-from sample import readable
 from train import write_file
+
+
+@dataclass
+class AnimationConfig:
+    file: str = ""  # sinks.json, which extras.sinks writes with --json
+    layer: int = 0  # whose attention is shown
+    prompt: int = 0  # which of the texts
+    to: str = "moving_sink.svg"  # the file to write
 
 
 def discrete(attribute, values, n_steps):
     """values [(step, value)] of an SVG attribute over a loop, the last seventh of which shows the end."""
-    times = ";".join(f"{step / n_steps * 6 / 7:.4f}" for step, _ in values)
-    values = ";".join(value for _, value in values)
+    changes = values[:1]
+    for step, value in values[1:]:
+        if value != changes[-1][1]:
+            changes.append((step, value))
+    times = ";".join(f"{step / n_steps * 6 / 7:.4f}" for step, _ in changes)
+    values = ";".join(value for _, value in changes)
     when = f'keyTimes="{times}" calcMode="discrete" dur="24s" repeatCount="indefinite"'
     return f'attributeName="{attribute}" values="{values}" {when}/>'
 
 
 STYLE = """text{font:12px monospace;fill:#e6edf3}.title{font-weight:bold;font-size:15px}.note{fill:#9198a1}
-.token{fill:#30363d}.given{fill:#1f3a5f}.sink{fill:#238636}.marker{fill:#ff7b72}"""
+.token{fill:#30363d}.given{fill:#1f3a5f}.sink{fill:#238636}.marker,.bar{fill:#ff7b72}"""
+WIDTH = 940
 
 
-def draw_animation(runs, layer):
-    """An SVG that replays the first text of each run: a box for each token, dim while it is hidden and bright
-    when it is written, and a marker over the position that gets most attention. It has no script, plays in an
-    <img>, and shows the last step where animation is off."""
-    parts, top, width = [], 0, 940
-    for run in runs:
-        states, prompt, config = run.first[0], run.prompts[0], run.model.config
-        n_steps, positions = len(states), prompt["layers"][layer]["position"]
-        moves = sum(prompt["layers"][layer]["moves"])
-        note = f"layer {layer}: the token with most attention changes at {moves:.0f} of {n_steps - 1} steps"
-        parts.append(f'<text class="title" x="12" y="{top + 26}">{html.escape(run.title)}</text>')
-        parts.append(f'<text class="note" x="{width - 12}" y="{top + 26}" text-anchor="end">{note}</text>')
-        texts = [readable(run.tokenizer, token).strip() or "␣" for token in prompt["tokens"]]
-        sink = -1 if config.sink_position == "front" else len(texts)  # its position, as in follow
-        boxes = [(sink, "sink", 0)] * bool(config.n_sink)  # position, text, the step that writes it
-        boxes += zip(range(len(texts)), texts, prompt["steps"])
-        x, y, centers = 12, top + 54, {}
-        for position, text, step in boxes:
-            size = max(16, round(7.3 * len(text)) + 8)
-            if x + size > width - 12:
-                x, y = 12, y + 44
-            centers[position] = f"{x + size // 2},{y - 3}"
-            kind = "sink" if position == sink else "token" if step else "given"
-            color = shown = ""
-            if step:
-                fills = [(0, "#191e25"), (step, "#9e6a03"), (step + 1, "#30363d")]
-                color = "<animate " + discrete("fill", fills[: 2 if step == n_steps else 3], n_steps)
-                shown = "<animate " + discrete("opacity", [(0, "0"), (step, "1")], n_steps)
-            rect = f'x="{x}" y="{y}" width="{size}" height="22" rx="4"'
-            parts.append(f'<rect class="{kind}" {rect}>{color}</rect>')
-            middle = f'x="{x + size // 2}" y="{y + 15}" text-anchor="middle"'
-            parts.append(f"<text {middle}>{html.escape(text)}{shown}</text>")
-            x += size + 4
-        path = [(step, centers[int(position)]) for step, position in enumerate(positions)]
-        path = [stop for stop, before in zip(path, [(0, "")] + path) if stop[1] != before[1]]
-        marker = f'<path class="marker" d="M-7-12H7L0 0Z" transform="translate({path[-1][1]})">'
-        moves = discrete("transform", path, n_steps)
-        parts.append(f'{marker}<animateTransform type="translate" {moves}</path>')
-        top = y + 46
-    size = f'width="{width}" height="{top}"'
-    svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {top}" {size}><style>{STYLE}</style>'
-    return "\n".join([svg, f'<rect {size} fill="#0d1117"/>', *parts, "</svg>\n"])
+def draw_run(run, layer, number, top):
+    """Parts of the SVG for one run, and where they end: a box for each token, dim while it is hidden and
+    bright when it is written, a marker over the position that gets the most attention, and a bar for how much
+    that is."""
+    prompt = run["prompts"][number]
+    positions, T = prompt["layers"][layer]["position"], len(prompt["tokens"])
+    n_steps, moves = len(positions), sum(prompt["layers"][layer]["moves"])
+    parts = [f'<text class="title" x="12" y="{top + 26}">{html.escape(run["title"])}</text>']
+    note = f"layer {layer}: the top position changes at {moves:.0f} of {n_steps - 1} steps; its attention:"
+    parts.append(f'<text class="note" x="{WIDTH - 122}" y="{top + 26}" text-anchor="end">{note}</text>')
+    S = T + run["n_sink"]
+    shares = [f"{100 * times_even / S:.0f}" for times_even in prompt["layers"][layer]["top"]]  # in percent
+    parts.append(f'<rect class="token" x="{WIDTH - 112}" y="{top + 16}" width="100" height="10"/>')
+    bar = f'x="{WIDTH - 112}" y="{top + 16}" width="{shares[-1]}" height="10"'
+    parts.append(
+        f'<rect class="bar" {bar}><animate {discrete("width", list(enumerate(shares)), n_steps)}</rect>'
+    )
+    texts = [text.strip() or "␣" for text in prompt["texts"]]
+    sink = T if T in positions else -1  # its position
+    boxes = [(sink, "sink", 0)] * bool(run["n_sink"])  # position, text, the step that writes it
+    boxes += zip(range(T), texts, prompt["steps"])
+    x, y, centers = 12, top + 54, {}
+    for position, text, step in boxes:
+        size = max(16, round(7.3 * len(text)) + 8)
+        if x + size > WIDTH - 12:
+            x, y = 12, y + 44
+        centers[position] = f"{x + size // 2},{y - 3}"
+        kind = "sink" if position == sink else "token" if step else "given"
+        color = shown = ""
+        if step:
+            fills = [(0, "#191e25"), (step, "#9e6a03"), (step + 1, "#30363d")]
+            color = "<animate " + discrete("fill", fills[: 2 if step == n_steps else 3], n_steps)
+            shown = "<animate " + discrete("opacity", [(0, "0"), (step, "1")], n_steps)
+        rect = f'x="{x}" y="{y}" width="{size}" height="22" rx="4"'
+        parts.append(f'<rect class="{kind}" {rect}>{color}</rect>')
+        middle = f'x="{x + size // 2}" y="{y + 15}" text-anchor="middle"'
+        parts.append(f"<text {middle}>{html.escape(text)}{shown}</text>")
+        x += size + 4
+    path = [(step, centers[int(position)]) for step, position in enumerate(positions)]
+    marker = f'<path class="marker" d="M-7-12H7L0 0Z" transform="translate({path[-1][1]})">'
+    parts.append(f'{marker}<animateTransform type="translate" {discrete("transform", path, n_steps)}</path>')
+    return parts, y + 46
 
 
 def main():
-    names = list(itertools.takewhile(lambda word: not word.startswith("-"), sys.argv[1:]))
-    cfg, _ = configurator.parse(SinksConfig, sys.argv[1 + len(names) :])
-    if not names or None in (cfg.layer, cfg.to):
-        raise ValueError("wanted: python -m assets.moving_sink RUN [RUN ...] --layer=1 --to=moving_sink.svg")
-    runs = [Run(name, cfg, "cpu") for name in names]
+    cfg, _ = configurator.parse(AnimationConfig, positional="file")
+    with open(cfg.file, encoding="utf-8") as file:
+        runs = json.load(file)["runs"]
+    parts, top = [], 0
     for run in runs:
-        look_at(run, cfg)
-    svg = draw_animation(runs, cfg.layer).encode()
-    write_file(cfg.to, lambda file: file.write(svg))
+        more, top = draw_run(run, cfg.layer, cfg.prompt, top)
+        parts += more
+    size = f'width="{WIDTH}" height="{top}"'  # no script: it plays in an <img>
+    svg = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {top}" {size}><style>{STYLE}</style>'
+    svg = "\n".join([svg, f'<rect {size} fill="#0d1117"/>', *parts, "</svg>\n"])
+    write_file(cfg.to, lambda file: file.write(svg.encode()))
     print(f"wrote {cfg.to}")
 
 

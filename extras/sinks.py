@@ -23,7 +23,7 @@ from tqdm import tqdm
 import configurator
 from eval import validation
 from model import generate, seed_for
-from sample import load_trained
+from sample import load_trained, readable
 from train import made_by, mean_and_error, setup_distributed, spread_levels, validate, write_file
 
 COLUMNS = {  # of the table: unit, meaning
@@ -171,7 +171,8 @@ def look_at(run, cfg):
         measured = measure(run.model, states, cfg.head_threshold)
         layers = [follow(*arrays, config) for arrays in zip(*measured)]
         steps = (states == config.mask_id).sum(dim=0).tolist()  # each is hidden in the first so many states
-        run.prompts.append({"tokens": text.tolist(), "steps": steps, "layers": layers})
+        texts = [readable(run.tokenizer, token) for token in text.tolist()]
+        run.prompts.append({"tokens": text.tolist(), "texts": texts, "steps": steps, "layers": layers})
         if index == 0:
             run.first = states, *measured
     run.layers = summarize(run.prompts)
@@ -347,7 +348,8 @@ def main():
     results = []
     for run in runs:
         rows = changed_bounds(run, cfg) if cfg.changes and run.model.config.n_sink else None
-        facts = {"run": run.name, "step": run.checkpoint["step"], "n_sink": run.model.config.n_sink}
+        facts = {"run": run.name, "title": run.title, "step": run.checkpoint["step"]}
+        facts["n_sink"] = run.model.config.n_sink
         results.append({**facts, "layers": run.layers, "changes": rows, "prompts": run.prompts})
 
     files = {}

@@ -372,13 +372,13 @@ def test_what_the_animation_shows(folder, data_dir, monkeypatch, sink_position):
     torch.save(checkpoint, path / "ckpt.pt")
     svg = folder.parent / "moving.svg"
     call(monkeypatch, path, folder.parent / "vanilla", "--limit=2", "--json", f"--to={path}")
-    names = [str(path), str(folder.parent / "vanilla")]
-    monkeypatch.setattr(sys, "argv", ["moving_sink.py", *names, "--limit=2", "--layer=1", f"--to={svg}"])
+    monkeypatch.setattr(sys, "argv", ["moving_sink.py", f"{path}/sinks.json", "--layer=1", f"--to={svg}"])
     moving_sink.main()
     assert svg.stat().st_size < 300_000
     root = ElementTree.parse(svg).getroot()
     by_tag = {tag: root.findall("{http://www.w3.org/2000/svg}" + tag) for tag in ("rect", "text", "path")}
-    boxes = [box for box in by_tag["rect"] if box.get("class")]
+    boxes = [box for box in by_tag["rect"] if box.get("rx")]
+    bars = [box for box in by_tag["rect"] if box.get("class") == "bar"]
     shown = [text for text in by_tag["text"] if not text.get("class")]
 
     def steps_of(animation, n_steps):
@@ -387,7 +387,7 @@ def test_what_the_animation_shows(folder, data_dir, monkeypatch, sink_position):
 
     runs = json.loads((path / "sinks.json").read_text())["runs"]
     moved = False
-    for run, marker in zip(runs, by_tag["path"], strict=True):
+    for run, marker, bar in zip(runs, by_tag["path"], bars, strict=True):
         prompt, n = run["prompts"][0], run["n_sink"]
         T, positions = len(prompt["tokens"]), prompt["layers"][1]["position"]
         boxes_of_run, boxes = boxes[: n + T], boxes[n + T :]
@@ -399,10 +399,13 @@ def test_what_the_animation_shows(folder, data_dir, monkeypatch, sink_position):
                 assert steps_of(text[0], len(positions)) == {0: "0", step: "1"}
                 assert list(steps_of(box[0], len(positions)))[:2] == [0, step]
         places, place = steps_of(marker[0], len(positions)), None
+        widths, width = steps_of(bar[0], len(positions)), None
         sink = -1 if sink_position == "front" else T
         for step, position in enumerate(positions):
             place = places.get(step, place)
             box = boxes_of_run[0 if n and position == sink else n + int(position)]
+            width = widths.get(step, width)  # in percent
+            assert float(width) == pytest.approx(100 * prompt["layers"][1]["top"][step] / (T + n), abs=0.51)
             assert place == f"{int(box.get('x')) + int(box.get('width')) // 2},{int(box.get('y')) - 3}"
         assert marker.get("transform") == f"translate({place})"  # where animation is off
         moved = moved or len(places) > 1
