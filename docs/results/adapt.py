@@ -35,6 +35,7 @@ class AdaptConfig:
     prompt_length: int = 16  # tokens given, in the second of two ways to write the texts
     items: str = ""  # .jsonl files of items, with a comma between them
     n_items: int = 300  # of each file
+    baseline: str = "vanilla"  # tables: what others are compared with
     device: str = "auto"  # auto: cuda, else mps, else cpu
 
 
@@ -111,7 +112,7 @@ def read_measured(folder):
     return found
 
 
-def print_values(title, arms, value, baseline="vanilla"):
+def print_values(title, arms, value, baseline):
     """Means over seeds of value(row), and how much more that is than the baseline's with the same seeds."""
     print(f"\n{title:<42}  seeds{'mean':>18}{f'more than {baseline}':>22}{'95 % interval':>20}")
     values = {name: {seed: value(row) for seed, row in seeds.items()} for name, seeds in arms.items()}
@@ -121,15 +122,13 @@ def print_values(title, arms, value, baseline="vanilla"):
         print(f"{name:<42}{len(seeds):>7}{f'{mean:.4f} ± {error:.4f}':>18}{more:>22}{interval:>20}")
 
 
-def print_items(arms, key):
+def print_items(arms, key, baseline):
     """The same for each item: its mean over the seeds that both have, ± standard error over items."""
-    for name in [name for name in arms if name != "vanilla"]:
-        shared = arms[name].keys() & arms["vanilla"].keys()
-        more = [
-            np.subtract(arms[name][seed][key], arms["vanilla"][seed][key], dtype=float) for seed in shared
-        ]
+    for name in [name for name in arms if name != baseline]:
+        shared = arms[name].keys() & arms[baseline].keys()
+        more = [np.subtract(arms[name][seed][key], arms[baseline][seed][key], dtype=float) for seed in shared]
         mean, error = mean_and_error(np.mean(more, axis=0))
-        print(f"{name}: {mean:.4f} ± {error:.4f} more than vanilla, over {len(more[0])} items")
+        print(f"{name}: {mean:.4f} ± {error:.4f} more than {baseline}, over {len(more[0])} items")
 
 
 def print_writing(found):
@@ -164,15 +163,15 @@ def draw_rates(figure, found):
     axes.legend()
 
 
-def tables(folder):
+def tables(folder, baseline):
     found = read_measured(folder)
     for (table, row, _), arms in found.items():
         if table == "bound":
-            print_values(f"nats per token, {row}", arms, lambda row: row["mean"])
+            print_values(f"nats per token, {row}", arms, lambda row: row["mean"], baseline)
         if table == "items":
             for key in ("acc", "log_p"):
-                print_values(f"{key}, {row}", arms, lambda row, key=key: np.mean(row[key]))
-                print_items(arms, key)
+                print_values(f"{key}, {row}", arms, lambda row, key=key: np.mean(row[key]), baseline)
+                print_items(arms, key, baseline)
     print_writing(found)
     figure = configurator.need("matplotlib.figure", "matplotlib").Figure(figsize=(7, 4), layout="constrained")
     draw_rates(figure, found)
@@ -186,7 +185,7 @@ def main():
     if names[:1] == ["measure"] and len(names) > 2:
         measure(names[1], names[2:], cfg)
     elif names[:1] == ["tables"] and len(names) == 2:
-        tables(names[1])
+        tables(names[1], cfg.baseline)
     else:
         raise ValueError("wanted: measure RUN DATA [DATA ...] [--key=value ...], or tables FOLDER")
 
