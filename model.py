@@ -115,6 +115,12 @@ def apply_rope(x, cos, sin):
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).type_as(x)
 
 
+def sink_mask(S, n_sink, device=None):
+    """(S, S) bool, True where query i may attend to key j: content to every key, a sink only to itself."""
+    positions = torch.arange(S, device=device)
+    return (positions >= n_sink)[:, None] | (positions[:, None] == positions)
+
+
 class Attention(nn.Module):
     def __init__(self, config: MDMConfig):
         super().__init__()
@@ -125,9 +131,10 @@ class Attention(nn.Module):
         self.gate = nn.Linear(config.n_embd, config.n_embd, bias=False) if config.gated_attention else None
 
     def heads(self, x, cos, sin):
-        """Of x (B, S, C), queries (B, H, S, d), and keys and values (B, n_kv_head, S, d)."""
+        """x (B, S, C) -> q (B, H, S, d), k and v (B, K, S, d). K = H, but for grouped queries."""
         (B, S, C), H, K = x.shape, self.config.n_head, self.config.n_kv_head
-        q, k, v = self.qkv(x).view(B, S, H + 2 * K, C // H).transpose(1, 2).split((H, K, K), dim=1)
+        qkv = self.qkv(x).view(B, S, H + 2 * K, C // H).transpose(1, 2)  # (B, H + 2K, S, d)
+        q, k, v = qkv.split((H, K, K), dim=1)
         if self.config.sink_zero_value:
             v = F.pad(v[:, :, self.config.n_sink :], (0, 0, self.config.n_sink, 0))
         return apply_rope(q, cos, sin), apply_rope(k, cos, sin), v
@@ -212,23 +219,23 @@ class MDM(nn.Module):
                 else:
                     p.normal_(std=math.sqrt(2 / (5 * C)), generator=generator)
 
-    def forward(self, xt, masked=None):
-        """xt (B, T) ids, mask_id where hidden -> logits (B, T, V), or only where masked (B, T): (N, V)."""
+    def forward(self, xt, masked=None, targets=None):
+        """xt (B, T) ids, mask_id where hidden -> logits (B, T, V), or only where masked (B, T): (N, V).
+        With targets (N,), the clean tokens there: -log p of each, (N,) float32."""
         x = self.trunk(xt)
-        return self.head(x if masked is None else x[masked])
+        logits = self.head(x if masked is None else x[masked])
+        return logits if targets is None else self.nll(logits, targets)
 
     def trunk(self, xt):
         """Embedding, sinks, blocks: (B, T) ids -> (B, T, C). Its shape is fixed: train.py compiles it."""
         (B, T), n_sink = xt.shape, self.config.n_sink
         if T > self.config.block_size:
             raise ValueError(f"a sequence of {T} tokens exceeds block_size {self.config.block_size}")
-        x, attn_mask = self.wte(xt), None
-        positions = torch.arange(n_sink + T, device=xt.device)
+        x, positions, attn_mask = self.wte(xt), torch.arange(n_sink + T, device=xt.device), None
         if n_sink:
             x = torch.cat((self.sink.expand(B, -1, -1), x), dim=1)  # (B, S, C): the sinks are the first rows
             if self.config.sink_attention == "mask" and not self.config.sink_attends_all:
-                # content sees every key, a sink only itself
-                attn_mask = (positions >= n_sink)[:, None] | (positions[:, None] == positions)
+                attn_mask = sink_mask(n_sink + T, n_sink, xt.device)
             if self.config.sink_position == "end":  # attention knows the order from these angles alone
                 positions = positions.roll(n_sink)  # sinks T, T + 1, ...; content 0, 1, ...
         cos, sin = self.rope_cos[positions], self.rope_sin[positions]
@@ -269,9 +276,7 @@ def load_checkpoint(path) -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in many ways
-        raise ValueError(
-            f"{path} is damaged or no checkpoint ({type(error).__name__}); take another"
-        ) from error
+        raise ValueError(f"{path} is damaged or no checkpoint ({type(error).__name__})") from error
     if not isinstance(checkpoint, dict) or "model_config" not in checkpoint:
         raise ValueError(f"{path} is no checkpoint of train.py; python -m extras.convert reads SMDM's")
     return checkpoint
@@ -294,9 +299,8 @@ def weighted_nll(model, x0, xt, masked, p_mask):
     """Sum over each row's hidden tokens of -log p(x0_i | xt) / p_mask, in nats: (B,) on the model's device.
     x0, xt, masked (B, T) and p_mask (B, 1) are on the CPU: no GPU is asked how many tokens are hidden."""
     device = next(model.parameters()).device
-    logits = model(xt.to(device), masked)  # (N, V)
-    nll = getattr(model, "module", model).nll(logits, x0[masked].to(device))  # DDP keeps the model in .module
-    nll = nll / p_mask.expand_as(x0)[masked].to(device)
+    nll = model(xt.to(device), masked, x0[masked].to(device))
+    nll = nll / p_mask.expand_as(x0)[masked].to(device)  # (N,)
     return nll.new_zeros(x0.shape).masked_scatter(masked.to(device), nll).sum(dim=1)
 
 
@@ -311,8 +315,7 @@ def diffusion_loss(model, x0, maskable, stratified=False, random_length=0.0):
         x0, maskable = x0[:, :T], maskable[:, :T]
     t = (torch.rand(1, 1) + torch.arange(B)[:, None] / B) % 1 if stratified else torch.rand(B, 1)
     p_mask = noise_levels(t)
-    mask_id = getattr(model, "module", model).config.mask_id  # DDP keeps the model in .module
-    xt, masked = mask_tokens(x0, p_mask, maskable, mask_id)
+    xt, masked = mask_tokens(x0, p_mask, maskable, model.config.mask_id)
     return weighted_nll(model, x0, xt, masked, p_mask).sum() / maskable.sum().clamp(min=1)
 
 
@@ -372,34 +375,39 @@ def generate(model, x, steps, temperature=0.0, remasking="confidence", threshold
     x = x.cpu().clone()  # a step's decisions are a few small operations on all rows at once
     given, passes = x != mask_id, torch.zeros(B, dtype=torch.long)
     for steps_left in range(steps, 0, -1):
-        rows = (x == mask_id).any(dim=1).nonzero()[:, 0]  # those that are not complete
-        if len(rows) == 0:
+        active = (x == mask_id).any(dim=1).nonzero()[:, 0]  # the rows that are not complete
+        if len(active) == 0:
             break
-        passes[rows] += 2 if cfg_scale else 1
-        xt = x[rows]
-        hidden = xt == mask_id
-        uniform = np.stack([streams[row].random((2, T)) for row in rows.tolist()], axis=1)
+        passes[active] += 2 if cfg_scale else 1
+        xt = x[active]
+        masked = xt == mask_id
+        uniform = np.stack([streams[row].random((2, T)) for row in active.tolist()], axis=1)
         uniform = torch.from_numpy(uniform)  # (2, R, T): for tokens, for positions
-        # 1. predict every hidden token
+        # 1. predict every masked token
         tokens, confidence = xt.clone(), torch.full(xt.shape, -1.0, dtype=torch.float64)
-        row, column = hidden.nonzero(as_tuple=True)
-        for piece, logits in guided_logits(model, xt, hidden, given[rows], cfg_scale):
-            at = row[piece], column[piece]
+        b, i = masked.nonzero(as_tuple=True)
+        for piece, logits in guided_logits(model, xt, masked, given[active], cfg_scale):
+            at = b[piece], i[piece]
             tokens[at], confidence[at] = sample_tokens(logits, temperature, uniform[0][at])
         # 2. choose row by row what to keep
         if remasking == "random":
             keep = uniform[1] < 1 / steps_left
         else:
-            rank = confidence.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-            keep = rank < (hidden.sum(dim=1, keepdim=True) / steps_left).ceil()
+            rank = confidence.argsort(dim=1, descending=True, stable=True).argsort(dim=1)  # 0 is the surest
+            keep = rank < (masked.sum(dim=1, keepdim=True) / steps_left).ceil()
         if threshold is not None:
             keep |= confidence > threshold
         # 3. write
-        x[rows] = torch.where(keep & hidden, tokens, xt)
+        x[active] = torch.where(keep & masked, tokens, xt)
         if eot_id is not None:
-            hidden = x == mask_id
-            ends = (x == eot_id) & ~given & (hidden.cumsum(dim=1) == 0)  # nothing is hidden before it
-            x = torch.where(hidden & ends.any(dim=1, keepdim=True), eot_id, x)
+            x = end_rows(x, given, eot_id, mask_id)
         if on_step is not None:
             on_step(x.clone())
     return x, passes
+
+
+def end_rows(x, given, eot_id, mask_id):
+    """Fills what is hidden behind an end-of-text that was written, once nothing is hidden before it."""
+    masked = x == mask_id
+    ends = (x == eot_id) & ~given & (masked.cumsum(dim=1) == 0)
+    return torch.where(masked & ends.any(dim=1, keepdim=True), eot_id, x)

@@ -266,6 +266,7 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
         model.trunk = lambda xt: compiled(xt) if xt.shape == (B, T) else trunk(xt)
         model.nll = torch.compile(model.nll, dynamic=True)  # another number of tokens each time
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world_size > 1 else model
+    ddp.config = model.config  # which DDP hides, and the loss needs
     options = {"lr": cfg.learning_rate, "betas": (cfg.beta1, cfg.beta2), "weight_decay": cfg.weight_decay}
     optimizer = torch.optim.AdamW(model.parameters(), **options, fused=device.type in ("cuda", "cpu"))
     if "optimizer" in resume:

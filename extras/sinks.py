@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import configurator
 from eval import validation
-from model import generate, seed_for
+from model import generate, seed_for, sink_mask
 from sample import load_trained, readable
 from train import made_by, mean_and_error, setup_distributed, spread_levels, validate, write_file
 
@@ -90,15 +90,14 @@ def attention_maps(model, xt):
     model.trunk(xt.to(next(model.parameters()).device))
     for hook in hooks:
         hook.remove()
-    for layer, ((x, cos, sin, attn_mask), output) in zip(layers, seen):  # as in Attention.forward
+    S = config.n_sink + xt.size(1)
+    may_attend = sink_mask(S, 0 if config.sink_attends_all else config.n_sink).to(model.wte.weight.device)
+    for layer, ((x, cos, sin, _), output) in zip(layers, seen):  # as in Attention.forward
         q, k, v = layer.heads(x, cos, sin)
         k, values = (t.repeat_interleave(config.n_head // config.n_kv_head, dim=1) for t in (k, v))  # as q
         scores = q @ k.transpose(2, 3) / math.sqrt(q.size(-1))
-        if attn_mask is not None:
-            scores = scores.masked_fill(~attn_mask, -math.inf)
-        weights, norms = scores.softmax(dim=-1), v.norm(dim=-1).mean(dim=1)
-        if config.sink_attention == "split" and not config.sink_attends_all:  # a sink attends to itself
-            weights[:, :, : config.n_sink] = torch.eye(x.size(1), device=x.device)[: config.n_sink]
+        weights = scores.masked_fill(~may_attend, -math.inf).softmax(dim=-1)
+        norms = v.norm(dim=-1).mean(dim=1)
         y = (weights[:1] @ values[:1]).transpose(1, 2).flatten(2)  # of the first text
         y = layer.proj(y if layer.gate is None else y * torch.sigmoid(layer.gate(x[:1])))
         if (y - output[:1]).abs().max() > 1e-3 * output.abs().max():
