@@ -37,7 +37,7 @@ from prepare_data import (
     whole_lines,
 )
 from sample import load_trained
-from sft_gsm8k import SFTConfig, answer, example_batches
+from sft_gsm8k import SFTConfig, answer, example_batches, load_examples
 
 
 @dataclass
@@ -63,9 +63,11 @@ class EvalConfig:
     dtype: str = "auto"  # float32 or bfloat16
 
     def __post_init__(self):
-        counts = (self.limit, self.batch_size, self.mc_num, self.length, self.seed + 1, self.cfg_scale + 1)
-        if not all(count is None or 1 <= count < math.inf for count in counts):
-            raise ValueError("wanted limit, batch_size, mc_num, length of 1 or more, seed and cfg_scale of 0")
+        counts = self.limit, self.batch_size, self.mc_num, self.length
+        if not all(count is None or count >= 1 for count in counts):
+            raise ValueError("wanted limit, batch_size, mc_num and length of at least 1")
+        if self.seed < 0 or not 0 <= self.cfg_scale < math.inf:
+            raise ValueError("wanted seed and cfg_scale of at least 0")
         if self.nll_type not in ("mc", "chain_rule") or self.mc_masking not in ("exact", "coins"):
             raise ValueError("wanted nll_type mc or chain_rule, and mc_masking exact or coins")
         if self.task not in ("loss", "gsm8k") and not os.path.isfile(self.task):
@@ -266,15 +268,56 @@ def validation(checkpoint, data, limit):
     meta = load_meta(folder)
     if meta["tokenizer"] | {"pattern": None} != checkpoint["meta"]["tokenizer"] | {"pattern": None}:
         raise ValueError(f"{folder} has another vocabulary than the checkpoint; prepare it again")
-    config_class = SFTConfig if "epochs" in run else train.TrainConfig
-    cfg = config_class(**{key: run[key] for key in run if key in config_class.__dataclass_fields__})
+    config_class, batches, n = (
+        train.TrainConfig,
+        train.token_batches,
+        meta["tokens"]["val"] // run["block_size"],
+    )
     if "epochs" in run:  # a model of sft_gsm8k.py
-        get_batch, examples = example_batches(folder, meta, cfg)
-        n = len(examples["val"][1])
-    else:
-        get_batch, n = train.token_batches(folder, meta, cfg), meta["tokens"]["val"] // cfg.block_size
-    cfg.eval_seqs = max(2, min(n, limit or n))
-    return get_batch, cfg.eval_seqs, meta
+        config_class, batches = SFTConfig, example_batches
+        n = len(load_examples(folder, meta, "val", run["block_size"])[1])
+    n = max(2, min(n, limit or n))
+    settings = {key: run[key] for key in run if key in config_class.__dataclass_fields__}
+    return batches(folder, meta, config_class(**settings | {"eval_seqs": n})), n, meta
+
+
+def result_name(cfg, path, data):
+    """A result is named by what it depends on: settings, data and checkpoint."""
+    aside = {"out_dir": "", "results": "", "batch_size": 0, "device": ""}
+    facts = json.dumps([asdict(cfg) | aside, data, file_sha256(path)])
+    task = os.path.splitext(os.path.basename(cfg.task))[0]
+    return f"{task}-{zlib.crc32(facts.encode()):08x}"
+
+
+def means(records, keys):
+    """{key: mean, key_se: standard error} over records; nan where they are too few."""
+    result = {}
+    for key in keys:
+        v = np.array([record[key] for record in records] or [math.nan], float)
+        result |= {key: v.mean(), f"{key}_se": v.std() / math.sqrt(len(v) - 1 or math.nan)}
+    return result
+
+
+def gsm8k(model, tokenizer, problems, cfg, path, rank, world_size):
+    def work(indices, problems):
+        return answer_problems(model, tokenizer, indices, problems, cfg)
+
+    records = measure(path, problems, cfg.batch_size, work, rank, world_size)
+    asked = [record for record in records if record["thoughts"] is not None]  # there was room for thoughts
+    wrong = [record for record in asked if not record["acc"]]
+    result = {"n": len(asked), **means(asked, ["acc", "forward_passes"]), "wrong": len(wrong)}
+    result["wrong_and_empty"] = sum(not record["answer"] for record in wrong)
+    return result | {"no_room": len(records) - len(asked)}
+
+
+def likelihoods(model, tokenizer, items, cfg, path, rank, world_size):
+    def work(indices, items):
+        return (score_item(model, tokenizer, item, cfg) for item in items)
+
+    records = measure(path, items, cfg.batch_size, work, rank, world_size)
+    keys = ["acc", "acc_norm", "acc_bytes"] if "choices" in items[0] else ["acc", "log_p"]
+    cut = sum(record["cut"] > 0 for record in records)
+    return {"n": len(records), **means(records, keys), "contexts_cut": cut}
 
 
 def main():
@@ -291,9 +334,6 @@ def main():
         print(configurator.describe(cfg, set_by))
     if cfg.task == "loss":
         get_batch, n, data = validation(checkpoint, cfg.data, cfg.limit)
-        B = run["micro_batch_size"]
-        nats, se, *_ = train.validate(model, get_batch, B, n, cfg.dtype, cfg.mc_num, rank, world_size)
-        result = {"n": n, "nats_per_token": nats, "nats_per_token_se": se, "perplexity_bound": math.exp(nats)}
     elif cfg.task == "gsm8k":
         corpus = os.path.join(run["data_dir"], run["dataset"])
         data = read_problems(cfg.data or corpus, f"{corpus}/download")[: cfg.limit]
@@ -301,35 +341,14 @@ def main():
         data = read_items(cfg.task)[: cfg.limit]
         for item in data:  # a text that is too long is told before the work
             encode_item(tokenizer, item, cfg.delimiter, model.config.block_size)
-
-    def work(indices, items):
-        if cfg.task == "gsm8k":
-            return answer_problems(model, tokenizer, indices, items, cfg)
-        return (score_item(model, tokenizer, item, cfg) for item in items)
-
-    # A result is named by what it depends on: settings, data, checkpoint and code
-    aside = {"out_dir": "", "results": "", "batch_size": 0, "device": ""}
-    facts = [asdict(cfg) | aside, data, file_sha256(path)]
-    for module in ("model", "train", "sft_gsm8k", "prepare_data", "eval"):
-        facts.append(file_sha256(os.path.join(os.path.dirname(os.path.abspath(__file__)), f"{module}.py")))
-    name = f"{os.path.splitext(os.path.basename(cfg.task))[0]}-{zlib.crc32(json.dumps(facts).encode()):08x}"
-    if cfg.task != "loss":
-        records = measure(os.path.join(folder, name), data, cfg.batch_size, work, rank, world_size)
-        asked = records
-        if cfg.task == "gsm8k":  # a question that left no room for thoughts was not asked
-            asked = [record for record in records if record["thoughts"] is not None]
-        result, keys = {"n": len(asked)}, ("acc", "acc_norm", "acc_bytes")
-        if "choices" not in records[0]:
-            keys = ("acc", "forward_passes") if cfg.task == "gsm8k" else ("acc", "log_p")
-        for key in keys:
-            v = np.array([record[key] for record in asked] or [math.nan], float)
-            result |= {key: v.mean(), f"{key}_se": v.std() / math.sqrt(len(v) - 1 or math.nan)}  # nan for one
-        if cfg.task == "gsm8k":
-            wrong = [record for record in asked if not record["acc"]]
-            result |= {"wrong": len(wrong), "wrong_and_empty": sum(not record["answer"] for record in wrong)}
-            result["no_room"] = len(records) - len(asked)
-        else:
-            result["contexts_cut"] = sum(record["cut"] > 0 for record in records)
+    name = result_name(cfg, path, data)
+    if cfg.task == "loss":
+        B = run["micro_batch_size"]
+        nats, se, *_ = train.validate(model, get_batch, B, n, cfg.dtype, cfg.mc_num, rank, world_size)
+        result = {"n": n, "nats_per_token": nats, "nats_per_token_se": se, "perplexity_bound": math.exp(nats)}
+    else:
+        task = gsm8k if cfg.task == "gsm8k" else likelihoods
+        result = task(model, tokenizer, data, cfg, os.path.join(folder, name), rank, world_size)
     if rank == 0:
         results[name] = {**result, "step": checkpoint["step"], "settings": asdict(cfg), **train.made_by()}
         train.write_file(results_path, lambda file: file.write(json.dumps(results, indent=1).encode()))

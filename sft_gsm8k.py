@@ -66,9 +66,9 @@ def load_examples(folder, meta, split, block_size):
 
 
 def example_batches(folder, meta, cfg):
-    """get_batch for fine-tuning, and {split: what load_examples returns}. Training takes the examples in an
-    order drawn from (seed, epoch), each once an epoch for any number of processes. Validation takes eval_seqs
-    examples: half of them spread evenly over the first stage, then the others over the second; or all."""
+    """get_batch for fine-tuning. Training takes the examples in an order drawn from (seed, epoch), each once
+    an epoch for any number of processes. Validation takes eval_seqs examples: half of them spread evenly over
+    the first stage, then the others over the second; or all."""
     B, T = cfg.micro_batch_size, cfg.block_size
     data = {split: load_examples(folder, meta, split, T) for split in ("train", "val")}
 
@@ -95,32 +95,40 @@ def example_batches(folder, meta, cfg):
             maskable[row, : response - start] = False
         return x0, maskable
 
-    return get_batch, data
+    return get_batch
 
 
-def answer(model, tokenizer, questions, seeds, length=None, on_step=None, **options):
+def respond(model, tokenizer, prompts, seeds, length, **options):
+    """Continues prompts, lists of token ids, up to an end-of-text, in rows of length tokens. Each has a seed.
+    Returns (token ids, forward passes) for each; (None, 0) where there is no room."""
+    responses, eot_id = [(None, 0)] * len(prompts), tokenizer.eot_token
+    fit = [i for i, prompt in enumerate(prompts) if len(prompt) < length]
+    x = torch.full((len(fit), length), model.config.mask_id)
+    for row, i in enumerate(fit):
+        x[row, : len(prompts[i])] = torch.tensor(prompts[i])
+    x, passes = generate(model, x, seeds=[seeds[i] for i in fit], eot_id=eot_id, **options)
+    for i, ids, n in zip(fit, x.tolist(), passes.tolist()):
+        ids = ids[len(prompts[i]) :] + [eot_id]
+        responses[i] = ids[: ids.index(eot_id)], n
+    return responses
+
+
+def answer(model, tokenizer, questions, seeds, length=None, **options):
     """Answers questions in two stages: thoughts from the question, the answer from both. The second prompt is
     the first with the token ids that the model wrote, as in training. Each question has a seed, an integer:
     an answer does not depend on the rest of the batch. length is that of a row, prompt included; None: the
-    model's block_size. options go to generate. Returns (thoughts, answer, forward passes) for each question;
-    a text for which there was no room is None."""
-    length, eot_id = length or model.config.block_size, tokenizer.eot_token
+    model's block_size. options go to generate. Returns (thoughts, answer, forward passes) for each question.
+    A text is None if the prompt left no room for it."""
+    length = length or model.config.block_size
     prompts = [tokenizer.encode_ordinary(f"Question: {question.strip()}") for question in questions]
-    answers = [[None, None, 0] for _ in questions]
-    for stage in (0, 1):
-        rows = [i for i, prompt in enumerate(prompts) if len(prompt) < length]
-        x = torch.full((len(rows), length), model.config.mask_id)
-        for row, i in enumerate(rows):
-            x[row, : len(prompts[i])] = torch.tensor(prompts[i])
-        stage_seeds = [seed_for(seeds[i], stage) for i in rows]
-        x, passes = generate(model, x, seeds=stage_seeds, eot_id=eot_id, on_step=on_step, **options)
-        for i, ids, n in zip(rows, x.tolist(), passes.tolist()):
-            ids = ids[len(prompts[i]) :] + [eot_id]
-            response = ids[: ids.index(eot_id)]
-            answers[i][stage] = tokenizer.decode(response).strip()
-            answers[i][2] += n
-            prompts[i] += response
-    return [tuple(result) for result in answers]
+    thoughts = respond(model, tokenizer, prompts, [seed_for(seed, 0) for seed in seeds], length, **options)
+    prompts = [prompt + (ids or []) for prompt, (ids, _) in zip(prompts, thoughts)]
+    answers = respond(model, tokenizer, prompts, [seed_for(seed, 1) for seed in seeds], length, **options)
+    results = []
+    for (first, n), (second, m) in zip(thoughts, answers):
+        texts = [None if ids is None else tokenizer.decode(ids).strip() for ids in (first, second)]
+        results.append((*texts, n + m))
+    return results
 
 
 def main():
@@ -129,14 +137,15 @@ def main():
         cfg.epochs, set_by["epochs"] = None, set_by["max_steps"]
     rank, _, _ = setup_distributed(cfg.device)
     cfg, meta, model, resume = start_run(cfg, set_by)
-    get_batch, data = example_batches(os.path.join(cfg.data_dir, cfg.dataset), meta, cfg)
+    folder = os.path.join(cfg.data_dir, cfg.dataset)
+    examples = {split: load_examples(folder, meta, split, cfg.block_size) for split in ("train", "val")}
     if cfg.epochs is not None:
-        cfg.max_steps = int(cfg.epochs * len(data["train"][1]) / cfg.batch_size)
+        cfg.max_steps = int(cfg.epochs * len(examples["train"][1]) / cfg.batch_size)
     if rank == 0:
         print(configurator.describe(cfg, set_by))
-        for split, (_, examples, too_long) in data.items():
-            print(f"{split}: {len(examples):,} examples; {too_long:,} left out, longer than block_size")
-    train(cfg, model, get_batch, meta, resume)
+        for split, (_, kept, too_long) in examples.items():
+            print(f"{split}: {len(kept):,} examples; {too_long:,} left out, longer than block_size")
+    train(cfg, model, example_batches(folder, meta, cfg), meta, resume)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Trains a masked diffusion language model, on a laptop or on many GPUs.
 
     python train.py                                                        # arithmetic, minutes on a CPU
-    torchrun --standalone --nproc_per_node=8 train.py config/pretrain_472m_sink.py
+    torchrun --standalone --nproc_per_node=8 train.py config/pretrain_472m.py
     python train.py --init_from=resume --out_dir=out/arithmetic            # continues where it stopped
 
 Data and masks of a micro-batch follow from (seed, index), its number in the run: a resumed run continues
@@ -34,6 +34,8 @@ OF_DATA_OR_START = {"vocab_size", "shift", "n_kv_head", "qkv_bias", "rope_base",
 MODEL_KEYS = [field.name for field in fields(MDMConfig) if field.name not in OF_DATA_OR_START]
 MAY_CHANGE = {"data_dir", "max_steps", "train_flops", "epochs", "eval_interval", "log_interval", "wandb"}
 MAY_CHANGE |= {"keep_all", "device", "compile", "sink_attention"}  # on resume; others keep their values
+LEAST = {"eval_seqs": 2}  # of a setting; of other numbers 0
+LEAST |= dict.fromkeys(("block_size", "batch_size", "micro_batch_size", "eval_interval", "log_interval"), 1)
 
 
 @dataclass
@@ -82,10 +84,12 @@ class TrainConfig:
         if os.path.isfile(self.out_dir):
             raise ValueError(f"out_dir {self.out_dir!r} is a file; wanted the folder of a run")
         for name, value in asdict(self).items():
-            least = 2 if name == "eval_seqs" else int(name.endswith(("_size", "_interval")))
-            most = 1 if name in ("warmup", "random_length", "beta1", "beta2") else 1e30
-            if isinstance(value, (int, float)) and not least <= value <= most:
-                raise ValueError(f"{name} is {value}; it must lie between {least} and {most}")
+            least = LEAST.get(name, 0)
+            if isinstance(value, (int, float)) and not least <= value < math.inf:
+                raise ValueError(f"{name} is {value}; it must be at least {least}, and finite")
+        for name in ("warmup", "random_length", "beta1", "beta2"):
+            if getattr(self, name) > 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at most 1")
         self.min_lr = self.learning_rate / 10 if self.min_lr is None else self.min_lr
         if self.min_lr > self.learning_rate:
             raise ValueError(f"min_lr {self.min_lr} is above learning_rate {self.learning_rate}; lower it")
@@ -96,8 +100,8 @@ if lacking := sorted(set(MODEL_KEYS) - {field.name for field in fields(TrainConf
 
 
 def token_batches(folder: str, meta: dict, cfg: TrainConfig):
-    """get_batch for pretraining: all tokens are maskable. Training texts start anywhere, by (seed, index); if
-    documents are one a line, at an end-of-text. The eval_seqs validation texts are spread evenly."""
+    """get_batch for pretraining: all tokens are maskable. A training text starts at a random token, or, if
+    documents are one a line, at a random end-of-text. It gives eval_seqs validation texts."""
     B, T = cfg.micro_batch_size, cfg.block_size
     data = {}
     for split in ("train", "val"):
@@ -113,9 +117,10 @@ def token_batches(folder: str, meta: dict, cfg: TrainConfig):
 
     def get_batch(split, index):
         tokens, starts = data[split]
-        chosen = np.arange(index * B, (index + 1) * B) * len(starts) // cfg.eval_seqs % len(starts)
         if split == "train":
             chosen = np.random.default_rng([cfg.seed, index]).integers(len(starts), size=B)
+        else:  # spread evenly
+            chosen = np.arange(index * B, (index + 1) * B) * len(starts) // cfg.eval_seqs % len(starts)
         x0 = np.stack([tokens[starts[i] :][:T] for i in chosen]).astype(np.int64)
         return torch.from_numpy(x0), torch.ones(B, T, dtype=torch.bool)
 
@@ -245,6 +250,7 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
     """Trains model in place on get_batch(split, index) -> x0, maskable: (micro_batch_size, T) on the CPU.
     Writes ckpt.pt (with meta), best.pt (lowest validation loss), log.jsonl. resume: model's own checkpoint.
     Ctrl-C or SIGTERM ends the step, saves, exits with 128 + signal; a second Ctrl-C exits at once."""
+    # ---- set up: how much work, on what
     rank, world_size, device = setup_distributed(cfg.device)
     B, T, max_steps = cfg.micro_batch_size, cfg.block_size, cfg.max_steps
     precision = autocast(device, cfg.dtype)
@@ -259,6 +265,7 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
     start, best_val_loss, losses = resume["step"], resume["best_val_loss"], resume["losses"]
     if start > max_steps:
         raise ValueError(f"the run to resume has made {start} steps, but max_steps is {max_steps}; raise it")
+    # ---- set up: model and optimizer
     model.to(device)
     if cfg.compile:
         # only for whole micro-batches: a shorter text would compile one more
@@ -271,6 +278,7 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
     optimizer = torch.optim.AdamW(model.parameters(), **options, fused=device.type in ("cuda", "cpu"))
     if "optimizer" in resume:
         optimizer.load_state_dict(resume["optimizer"])
+    # ---- set up: logs, checkpoints, signals
     log_path = os.path.join(cfg.out_dir, "log.jsonl")
     log_file = open_locked(log_path) if rank == 0 else None
     if rank == 0 and "optimizer" not in resume and (rows := whole_lines(log_file.buffer)):
@@ -278,8 +286,10 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
             file.write(rows)  # of a start that saved no checkpoint
         log_file.truncate(0)
     bar = tqdm(total=max_steps, initial=start, desc=cfg.out_dir, disable=rank > 0 or None)  # None: on a tty
-    names = {"project": cfg.wandb, "name": cfg.out_dir, "id": resume.get("wandb_id"), "resume": "allow"}
-    wandb = configurator.need("wandb").init(**names, config=asdict(cfg)) if cfg.wandb and rank == 0 else None
+    wandb = None
+    if cfg.wandb and rank == 0:
+        run = {"project": cfg.wandb, "name": cfg.out_dir, "id": resume.get("wandb_id"), "resume": "allow"}
+        wandb = configurator.need("wandb").init(**run, config=asdict(cfg))
 
     def log(line, **row):  # a resumed run may log a step again: its last row counts
         if rank == 0:
@@ -303,14 +313,15 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
 
     stop = stop_signal = 0
     handlers = {signum: signal.signal(signum, request_stop) for signum in (signal.SIGINT, signal.SIGTERM)}
-    work = f"{model.num_params(False):,} parameters; a step is {grad_accum} x {world_size} x {B} x {T} tokens"
+    size = f"{model.num_params(False):,} parameters; a step is {grad_accum} x {world_size} x {B} x {T} tokens"
     facts = made_by() | {"config": asdict(cfg), "data_sha256": meta and meta["sha256"], "device": str(device)}
-    log(f"{work} on {device}, {torch.get_num_threads()} threads", step=start, processes=world_size, **facts)
+    log(f"{size} on {device}, {torch.get_num_threads()} threads", step=start, processes=world_size, **facts)
     index = start * grad_accum * world_size + rank  # of the micro-batch in the whole run
     x0, maskable = get_batch("train", index)
     log_time, log_step = time.perf_counter(), start
     try:
         for step in range(start, max_steps + 1):
+            # ---- validate and save
             if stop:  # without a validation that is due: there may be no time for it
                 save("ckpt.pt", validated=False)
                 if rank == 0:
@@ -324,11 +335,13 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
                 if bound < best_val_loss:
                     best_val_loss = bound
                     save("best.pt", validated=True)
-                for name in ("ckpt.pt", f"{step}.pt")[: 1 + cfg.keep_all]:
-                    save(name, validated=True)
+                save("ckpt.pt", validated=True)
+                if cfg.keep_all:
+                    save(f"{step}.pt", validated=True)
                 log_time, log_step = time.perf_counter(), step  # a validation does not count in tokens/s
             if step == max_steps:
                 break
+            # ---- one optimizer step
             lr = get_lr(step + 1, max_steps, cfg.learning_rate, cfg.min_lr, round(cfg.warmup * max_steps))
             optimizer.param_groups[0]["lr"] = lr
             stats = torch.zeros(3, device=device)  # loss, gradient norm, stop
@@ -351,7 +364,8 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
                 raise ValueError(f"{problem}; start a new run with a lower learning_rate (now {lr:.1e})")
             optimizer.step()
             optimizer.zero_grad()
-            done = step + 1  # the rest is reporting
+            # ---- report
+            done = step + 1
             losses.append(loss)
             bar.update(1)
             if done % cfg.log_interval == 0 or done == max_steps:

@@ -137,15 +137,15 @@ def test_every_key_of_every_script_is_explained(config_class):
     assert all(len(line.split("  # ")[1]) > 3 for line in lines)
 
 
-CONFIGS = ["ablation", "pretrain_472m_gate", "pretrain_472m_sink", "pretrain_472m_vanilla", "sft_arithmetic"]
-CONFIGS += [
-    "adapt_qwen2.5_0.5b",
-    "adapt_qwen2.5_1.5b",
-    "sft_gsm8k",
-    "shakespeare",
-    "tinystories_34m",
-    "wikitext2",
-]  # and not those that a user adds
+CONFIGS = [
+    "ablation",
+    "adapt_qwen2.5",
+    "adapt_smollm2",
+    "adapt_smollm2_gpu",
+    "pretrain_472m",
+    "sft_arithmetic",
+]
+CONFIGS += ["sft_gsm8k", "shakespeare", "stories", "tinystories_34m", "wikitext2"]  # and not those of a user
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -292,18 +292,6 @@ def test_second_evaluation_into_a_folder_is_told_so(out_dir, evaluate, monkeypat
     assert result["n"] == len(records) == 20 and len(results_of(out_dir)) == 1
 
 
-def test_a_result_depends_on_our_modules_and_on_no_file_beside_them(out_dir, evaluate, monkeypatch, tmp_path):
-    names = ["model.py", "train.py", "sft_gsm8k.py", "prepare_data.py", "eval.py"]
-    for name in names:
-        shutil.copy(ROOT / name, tmp_path)
-    monkeypatch.setattr(eval_module, "__file__", str(tmp_path / "eval.py"))
-    for n_results, name in enumerate(["notes.py", *names], start=1):
-        evaluate(*LOSS, "--limit=2")
-        (tmp_path / name).write_text("# changed")
-        evaluate(*LOSS, "--limit=2")
-        assert len(results_of(out_dir)) == n_results, name
-
-
 def test_problems_are_identified_by_question_and_gold(out_dir, oracle, evaluate):
     """With the oracle's wrong answer to problem 3 as its gold, that answer is right."""
     changed = [(question, "21" if i == 3 else gold) for i, (question, gold) in enumerate(PROBLEMS)]

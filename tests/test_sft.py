@@ -71,7 +71,9 @@ def few(tmp_path):
 
 def batches(few, **settings):
     settings = {"init_from": "scratch", "block_size": 64, "micro_batch_size": 4, **settings}
-    return example_batches(few, load_meta(few), SFTConfig(**settings))
+    cfg, meta = SFTConfig(**settings), load_meta(few)
+    examples = {split: load_examples(few, meta, split, cfg.block_size) for split in ("train", "val")}
+    return example_batches(few, meta, cfg), examples
 
 
 def texts_of(x0, maskable):
@@ -230,7 +232,7 @@ def test_the_answer_follows_the_ids_that_the_model_wrote(monkeypatch):
     assert tokenizer.encode_ordinary(" AB") == [32, 256]
     rows = [[q + thoughts + [eot, 0], r + [67, 68, 69]], [q + thoughts + [67, eot]]]
 
-    def generate(model, x, seeds, eot_id, on_step, steps):
+    def generate(model, x, seeds, eot_id, steps):
         calls.append((x.tolist(), seeds, eot_id, steps))
         return torch.tensor(rows[len(calls) - 1]), torch.tensor([3, 4][: len(x)])
 

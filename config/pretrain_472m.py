@@ -1,6 +1,8 @@
 # The paper's 0.5B model from scratch (Table 2), with one sink token.
 #   python prepare_data.py slimpajama --max_tokens=120e9
-#   torchrun --standalone --nproc_per_node=8 train.py config/pretrain_472m_sink.py
+#   torchrun --standalone --nproc_per_node=8 train.py config/pretrain_472m.py
+# Other arms: --n_sink=0 --out_dir=out/472m-vanilla (the paper's DLM row), or
+# --n_sink=0 --gated_attention=True --out_dir=out/472m-gate.
 # Cost: 300e18 FLOPs = 202,089 steps of 256 x 2048 tokens (106B). Result: not run here; the paper's is in
 # the README.
 # The paper uses the 32,000 tokens of Llama 2 (--tokenizer=TinyLlama/TinyLlama_v1.1), GPT-2 has 50,257.

@@ -3,11 +3,12 @@
 #   python -m extras.convert causal --source=qwen2.5-0.5b --out_dir=out/qwen2.5-0.5b
 #   python prepare_data.py fineweb --source=hub:HuggingFaceFW/fineweb@sample-100BT \
 #     --tokenizer=qwen2.5-0.5b/tokenizer.json --max_tokens=30e9
-#   torchrun --standalone --nproc_per_node=8 train.py config/adapt_qwen2.5_0.5b.py
+#   torchrun --standalone --nproc_per_node=8 train.py config/adapt_qwen2.5.py
 # Other arms: convert with --n_sink=0, or with --n_sink=0 --gated_attention=True, to another --out_dir, and
-# train with other --init_from and --out_dir.
-# Cost: 28,610 steps of 512 x 2048 tokens (30B), 6.4e19 FLOPs in the blocks; 10 GB for weights, gradients and
-# AdamW, before activations. Result: not run; docs/weights.md has the paper's.
+# train with other --init_from and --out_dir. The paper's 1.5B model is the same from Qwen2.5-1.5B on 100e9
+# tokens, with --batch_size=4096 --micro_batch_size=4 --max_steps=11921.
+# Cost: 28,610 steps of 512 x 2048 tokens (30B), 6.4e19 FLOPs in the blocks (1.5B: 7.9e20); 10 GB (28 GB) for
+# weights, gradients and AdamW, before activations. Result: not run; docs/weights.md has the paper's.
 dataset = "fineweb"
 init_from = "out/qwen2.5-0.5b"
 out_dir = "out/qwen2.5-0.5b-sink"
