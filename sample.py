@@ -6,7 +6,6 @@
     python sample.py --out_dir=out/sft-arithmetic --question="Tom has 3 apples and buys 4 more. How many now?"
 Samples go to stdout, with a line of dashes between them; what they took goes to stderr."""
 
-import functools
 import re
 import sys
 import time
@@ -48,13 +47,6 @@ class SampleConfig:
             with open_text(self.prompt[5:]) as file:
                 self.prompt = file.read().removesuffix("\n")  # which an editor adds
 
-    def decoding(self, tokenizer, mask_id, start):
-        """What generate and answer take. start: token ids of the first row before the first step."""
-        seeds = [seed_for(self.seed, i) for i in range(self.num_samples)]
-        on_step = functools.partial(draw, tokenizer, mask_id, [start]) if self.show else None
-        keys = ("steps", "temperature", "remasking", "threshold", "cfg_scale")
-        return {"seeds": seeds, "on_step": on_step, **{key: getattr(self, key) for key in keys}}
-
 
 def readable(tokenizer, token):
     """A token as text that a terminal can show."""
@@ -62,16 +54,23 @@ def readable(tokenizer, token):
     return "".join(c if c.isprintable() or c == "\n" else "�" for c in text)
 
 
-def draw(tokenizer, mask_id, rows, x):
-    """Draws the first row of x, in place in a terminal, else as a line. It joins rows, the earlier ones."""
-    step, text, in_place = len(rows), "", sys.stdout.isatty()
-    rows.append(x[0].tolist())
-    for token, before in zip(rows[step], rows[step - 1]):
-        part = "_" if token == mask_id else readable(tokenizer, token)
-        style = 2 if token == mask_id else 92 if token != before else 0  # dim, bright green, plain
-        text += f"\033[{style}m{part}\033[0m" if in_place else part
-    print(f"\033[H\033[Jstep {step}\n{text}" if in_place else f"step {step:>3}  {text!r}", flush=True)
-    time.sleep(0.05 if in_place else 0)  # slow enough to follow
+def show_steps(tokenizer, mask_id, before):
+    """on_step of generate: draws the first row after each step, in place in a terminal, else as a line. Its
+    tokens were before, a list of ids, at the start."""
+    step, in_place = 0, sys.stdout.isatty()
+
+    def on_step(x):
+        nonlocal step, before
+        row, step, text = x[0].tolist(), step + 1, ""
+        for token, old in zip(row, before):
+            part = "_" if token == mask_id else readable(tokenizer, token)
+            style = 2 if token == mask_id else 92 if token != old else 0  # dim, bright green, plain
+            text += f"\033[{style}m{part}\033[0m" if in_place else part
+        print(f"\033[H\033[Jstep {step}\n{text}" if in_place else f"step {step:>3}  {text!r}", flush=True)
+        time.sleep(0.05 if in_place else 0)  # slow enough to follow
+        before = row
+
+    return on_step
 
 
 def load_trained(path, device):
@@ -102,6 +101,13 @@ def encode_prompt(prompt, tokenizer, mask_id):
     return ids
 
 
+def decoding(cfg):
+    """What generate and answer take from the settings."""
+    keys = ("steps", "temperature", "remasking", "threshold", "cfg_scale")
+    seeds = [seed_for(cfg.seed, i) for i in range(cfg.num_samples)]
+    return {"seeds": seeds, **{key: getattr(cfg, key) for key in keys}}
+
+
 def sample(cfg, model, tokenizer, meta):
     """Texts that continue the prompt or fill its gaps, and their mean number of forward passes."""
     eot_id, mask_id, room = tokenizer.eot_token, model.config.mask_id, model.config.block_size
@@ -113,7 +119,8 @@ def sample(cfg, model, tokenizer, meta):
         raise ValueError(f"prompt {len(given)}, text {len(start)}, room {room} tokens; shorten one of them")
     x = torch.tensor([start] * cfg.num_samples)
     stop = None if mask_id in given else eot_id  # a gap is filled to its end
-    x, passes = generate(model, x, eot_id=stop, **cfg.decoding(tokenizer, mask_id, start))
+    on_step = show_steps(tokenizer, mask_id, start) if cfg.show else None
+    x, passes = generate(model, x, eot_id=stop, on_step=on_step, **decoding(cfg))
     rows = [row + [eot_id] for row in x.tolist()]
     texts = [tokenizer.decode(row[len(opening) : row.index(eot_id, len(given))]) or "(empty)" for row in rows]
     return texts, passes.float().mean()
@@ -121,8 +128,10 @@ def sample(cfg, model, tokenizer, meta):
 
 def ask(cfg, model, tokenizer):
     """Thoughts and answers to the question, and their mean number of forward passes."""
-    settings = cfg.decoding(tokenizer, model.config.mask_id, [model.config.mask_id] * model.config.block_size)
-    answers = answer(model, tokenizer, [cfg.question] * cfg.num_samples, length=cfg.length, **settings)
+    mask_id = model.config.mask_id
+    on_step = show_steps(tokenizer, mask_id, [mask_id] * model.config.block_size) if cfg.show else None
+    questions, options = [cfg.question] * cfg.num_samples, decoding(cfg)
+    answers = answer(model, tokenizer, questions, length=cfg.length, on_step=on_step, **options)
     shown = {None: "(no room left)", "": "(empty)"}
     texts = [f"{shown.get(first, first)}\n{shown.get(second, second)}" for first, second, _ in answers]
     return texts, sum(passes for *_, passes in answers) / len(answers)

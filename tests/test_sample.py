@@ -15,7 +15,7 @@ from conftest import make_model
 import sample
 from model import seed_for
 from prepare_data import load_tokenizer, make_tokenizer
-from sample import SampleConfig, draw, encode_prompt
+from sample import SampleConfig, encode_prompt, show_steps
 
 EOT, MASK = 256, 257  # ids of a model with the byte vocabulary
 BYTES = {"name": "bytes", "pattern": r"[\s\S]", "vocab_size": 257}
@@ -166,9 +166,9 @@ def test_show_draws_in_place_in_a_terminal(monkeypatch):
     """Hidden tokens are dim, new ones bright, and the model's own control characters do nothing."""
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     sys.stdout.isatty = lambda: True
-    rows = [[97, MASK, MASK, EOT]]
-    draw(TOKENIZER, MASK, rows, torch.tensor([[97, MASK, 120, EOT], [1, 2, 3, 4]]))
-    draw(TOKENIZER, MASK, rows, torch.tensor([[97, 27, 120, EOT], [1, 2, 3, 4]]))
+    on_step = show_steps(TOKENIZER, MASK, [97, MASK, MASK, EOT])
+    on_step(torch.tensor([[97, MASK, 120, EOT], [1, 2, 3, 4]]))
+    on_step(torch.tensor([[97, 27, 120, EOT], [1, 2, 3, 4]]))
     frames = sys.stdout.getvalue().split("\033[H\033[J")  # which clears the screen
     plain, dim, bright = "\033[0m{}\033[0m", "\033[2m{}\033[0m", "\033[92m{}\033[0m"
     assert frames[1] == "step 1\n" + (plain + dim + bright + plain).format("a", "_", "x", "∎") + "\n"
