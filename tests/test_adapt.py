@@ -67,7 +67,7 @@ def test_tables(tmp_path, call):
         acc = [True, name == "sink", seed == 0]
         rows = [
             {"table": "facts", "row": "", "config": {"block_size": 9, "n_sink": name == "sink"}},
-            {"table": "bound", "row": "stories", "mean": value},
+            {"table": "bound", "row": "stories", "mean": value, "nats": [value * 5] * 4, "tokens": [5] * 4},
             {"table": "items", "row": "x", "acc": acc, "log_p": [-1, -2, -value]},
             {"table": "attention", "row": "layer 0", "rate": [0, 0.5]},
         ]
@@ -80,9 +80,10 @@ def test_tables(tmp_path, call):
     assert lines[2] == "gate 1 4.0000 ± nan 0.0000 ± nan -"
     assert lines[3] == "sink 2 4.3500 ± 0.5500 -0.1500 ± 0.0500 -0.786 to 0.486"  # ± 12.71 errors
     assert lines[4] == "vanilla 2 4.5000 ± 0.5000 - -"
+    assert lines[6] == "sink: -0.1500 ± 0.0000 more than vanilla, over 4 texts"
     assert any(line.startswith("sink 2 0.8333 ± 0.1667 0.3333 ± 0.0000") for line in lines)
-    assert "sink: 0.3333 ± 0.3333 more than vanilla, over 3 items" in lines
-    assert "sink: 0.0500 ± 0.0500 more than vanilla, over 3 items" in lines
+    assert "sink: 0.3333 ± 0.3333 more than vanilla, over 3 texts" in lines
+    assert "sink: 0.0500 ± 0.0500 more than vanilla, over 3 texts" in lines
     assert "vanilla 6 0.556 1.000 - - - -" in lines and "sink 6 0.500 1.000 - - - -" in lines
 
 

@@ -18,12 +18,13 @@ import torch
 from tqdm import tqdm
 
 import configurator
+import train
 from docs.results.anchor import keep_first_visible
 from docs.results.study import attention_by_kind, numbers
 from eval import EvalConfig, read_items, score_item, validation
 from extras.ablations import compare, mean_and_error
 from extras.sinks import Run, SinksConfig, look_at
-from train import made_by, setup_distributed, validate, write_file
+from train import made_by, setup_distributed, spread_levels, validate, write_file
 
 
 @dataclass
@@ -122,13 +123,17 @@ def print_values(title, arms, value, baseline):
         print(f"{name:<42}{len(seeds):>7}{f'{mean:.4f} ± {error:.4f}':>18}{more:>22}{interval:>20}")
 
 
-def print_items(arms, key, baseline):
-    """The same for each item: its mean over the seeds that both have, ± standard error over items."""
+def print_pairs(arms, key, baseline):
+    """The same on each text or item: means over the seeds that both have, ± standard error over texts."""
     for name in [name for name in arms if name != baseline]:
         shared = arms[name].keys() & arms[baseline].keys()
         more = [np.subtract(arms[name][seed][key], arms[baseline][seed][key], dtype=float) for seed in shared]
-        mean, error = mean_and_error(np.mean(more, axis=0))
-        print(f"{name}: {mean:.4f} ± {error:.4f} more than {baseline}, over {len(more[0])} items")
+        more, (row, *_) = np.mean(more, axis=0), arms[name].values()
+        mean, error = mean_and_error(more)
+        if key == "nats":  # of texts at different noise levels
+            tokens = torch.tensor(row["tokens"]).double()
+            mean, error = train.mean_and_error(torch.from_numpy(more), tokens, spread_levels(len(more)))
+        print(f"{name}: {mean:.4f} ± {error:.4f} more than {baseline}, over {len(more)} texts")
 
 
 def print_writing(found):
@@ -168,10 +173,11 @@ def tables(folder, baseline):
     for (table, row, _), arms in found.items():
         if table == "bound":
             print_values(f"nats per token, {row}", arms, lambda row: row["mean"], baseline)
+            print_pairs(arms, "nats", baseline)
         if table == "items":
             for key in ("acc", "log_p"):
                 print_values(f"{key}, {row}", arms, lambda row, key=key: np.mean(row[key]), baseline)
-                print_items(arms, key, baseline)
+                print_pairs(arms, key, baseline)
     print_writing(found)
     figure = configurator.need("matplotlib.figure", "matplotlib").Figure(figsize=(7, 4), layout="constrained")
     draw_rates(figure, found)
