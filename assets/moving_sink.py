@@ -8,12 +8,13 @@ import json
 from dataclasses import dataclass
 
 import configurator
+from prepare_data import open_text
 from train import write_file
 
 
 @dataclass
 class AnimationConfig:
-    file: str = ""  # sinks.json, which extras.sinks writes with --json
+    file: str = ""  # sinks.json or sinks.json.gz, which extras.sinks writes with --json
     layer: int = 0  # whose attention is shown
     prompt: int = 0  # which of the texts
     to: str = "moving_sink.svg"  # the file to write
@@ -82,7 +83,7 @@ def draw_run(run, layer, number, top):
 
 def main():
     cfg, _ = configurator.parse(AnimationConfig, positional="file")
-    with open(cfg.file, encoding="utf-8") as file:
+    with open_text(cfg.file) as file:
         runs = json.load(file)["runs"]
     parts, top = [], 0
     for run in runs:

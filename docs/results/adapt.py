@@ -1,7 +1,8 @@
 """docs/adapt.md in numbers: what an adapted model's losses are, and where its attention goes.
 
     python -m docs.results.adapt measure out/adapt/sink-0 data-smollm2/stories data-smollm2/wikitext2
-    python -m docs.results.adapt tables docs/results/adapt
+    python -m docs.results.adapt tables docs/results/adapt_long
+    python -m docs.results.adapt leftmost docs/results/adapt_short/sinks.json.gz
 
 measure writes measured.jsonl beside the checkpoint. Its parts are: bound, on held-out texts of each folder,
 also with the first token visible; attention, by kind of key; writing, attention while texts are written,
@@ -24,6 +25,7 @@ from docs.results.study import attention_by_kind, numbers
 from eval import EvalConfig, read_items, score_item, validation
 from extras.ablations import compare, mean_and_error
 from extras.sinks import Run, SinksConfig, look_at
+from prepare_data import open_text
 from train import made_by, setup_distributed, spread_levels, validate, write_file
 
 
@@ -152,6 +154,23 @@ def print_writing(found):
         print(f"{name:<26}{given:>6}" + "".join(cells))
 
 
+def print_leftmost(path):
+    """The share of denoising steps, without the first, at which the visible token furthest to the left gets
+    the most attention, means over texts and layers: the runs without a sink of a sinks.json of extras.sinks."""
+    with open_text(path) as file:
+        runs = json.load(file)["runs"]
+    for run in [run for run in runs if run["n_sink"] == 0]:
+        shares = []  # (texts, layers)
+        for prompt in run["prompts"]:
+            positions = np.array([layer["position"] for layer in prompt["layers"]])  # (layers, steps)
+            hidden = np.array(prompt["steps"]) > np.arange(positions.shape[1])[:, None]  # (steps, T)
+            leftmost = (~hidden).argmax(axis=1)
+            shares.append((positions == leftmost)[:, 1:].mean(axis=1))
+        by_layer = np.mean(shares, axis=0)
+        layers = f"layers 3 to 10: {by_layer[3:11].mean():.3f}, layers 12 and on: {by_layer[12:].mean():.3f}"
+        print(f"{path}: {run['run']}, {len(shares)} texts, the leftmost visible token is on top; {layers}")
+
+
 def draw_rates(figure, found):
     """The sink rate of each layer: mean over heads, a line for each run, a color for each arm."""
     axes, lines = figure.subplots(), {}
@@ -192,8 +211,11 @@ def main():
         measure(names[1], names[2:], cfg)
     elif names[:1] == ["tables"] and len(names) == 2:
         tables(names[1], cfg.baseline)
+    elif names[:1] == ["leftmost"] and len(names) == 2:
+        print_leftmost(names[1])
     else:
-        raise ValueError("wanted: measure RUN DATA [DATA ...] [--key=value ...], or tables FOLDER")
+        wanted = "measure RUN DATA [DATA ...] [--key=value ...], tables FOLDER, or leftmost SINKS_JSON"
+        raise ValueError(f"wanted: {wanted}")
 
 
 if __name__ == "__main__":
