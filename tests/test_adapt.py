@@ -87,6 +87,17 @@ def test_tables(tmp_path, call):
     assert "vanilla 6 0.556 1.000 - - - -" in lines and "sink 6 0.500 1.000 - - - -" in lines
 
 
+def test_the_leftmost_visible_token(tmp_path, call):
+    """Tokens 2, 1 and 0 are written in steps 1, 2 and 4; so 2, 1 and 1 are leftmost after the first state."""
+    layers = [{"position": position} for position in ([0, 2, 1, 1], [0, 2, 2, 0])]
+    prompt = {"steps": [4, 2, 1], "layers": [layers[0]] * 12 + [layers[1]]}
+    runs = [{"run": "a", "n_sink": 0, "prompts": [prompt]}, {"run": "b", "n_sink": 1, "prompts": [prompt]}]
+    (tmp_path / "sinks.json").write_text(json.dumps({"runs": runs}))
+    (line,) = call("leftmost", tmp_path / "sinks.json")
+    assert line.endswith("a, 1 texts, the leftmost visible token is on top; layers 3 to 10: 1.000, "
+                         "layers 12 and on: 0.333")  # fmt: skip
+
+
 def test_other_words_are_refused(call):
     for words in (["tables"], ["measure", "x"], ["draw", "x"]):
         with pytest.raises(ValueError, match="wanted: measure RUN"):

@@ -155,8 +155,8 @@ def print_writing(found):
 
 
 def print_leftmost(path):
-    """The share of denoising steps, without the first, at which the visible token furthest to the left gets
-    the most attention, means over texts and layers: the runs without a sink of a sinks.json of extras.sinks."""
+    """Of a sinks.json of extras.sinks, for runs without a sink: the share of denoising steps, but for the
+    first, at which the leftmost visible token gets the most attention, means over texts and layers."""
     with open_text(path) as file:
         runs = json.load(file)["runs"]
     for run in [run for run in runs if run["n_sink"] == 0]:
