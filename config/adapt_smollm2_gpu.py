@@ -1,5 +1,5 @@
 # SmolLM2-135M, a causal model, made an MDM on one GPU. docs/adapt.md has commands and results.
-# Cost: 300 steps of 64 x 128 tokens (2.5M, once through WikiText-2).
+# Cost: 300 steps of 64 x 128 tokens (2.5M, once through WikiText-2), about 16 GB of a GPU.
 # For an afternoon: --dataset=tinystories --max_steps=8000 (66M tokens; not run).
 dataset = "wikitext2"
 data_dir = "data-smollm2"
