@@ -26,7 +26,7 @@ import configurator
 import train
 from model import generate, guided_logits, seed_for
 from prepare_data import (
-    documents,
+    Documents,
     file_sha256,
     find_files,
     is_remote,
@@ -208,14 +208,16 @@ def read_problems(address, download_dir=None):
         if test is None:
             raise ValueError(f"{folder} has no test problems; give some with --data=FILE")
         address, download_dir = test if is_remote(test) else os.path.join(folder, test), f"{folder}/download"
-    texts = [text for text, _ in documents(find_files(address, download_dir), "problems")]
-    problems = []
-    for question, text in zip(texts[::3], texts[2::3]):  # between them stand the thoughts
+    documents, problems, n_left_out = Documents(find_files(address, download_dir), "problems"), [], 0
+    for question, _, text in documents:
         gold = final_number(text)
-        if gold is not None and not re.search(r"#### -?[0-9.,]++.*[/:\d]", text):
+        if gold is None or re.search(r"#### -?[0-9.,]++.*[/:\d]", text):
+            n_left_out += 1
+        else:
             problems.append((question.removeprefix("Question: "), str(gold)))
-    if len(problems) < len(texts) / 3:
-        print(f"{address}: left out {len(texts) // 3 - len(problems):,} problems whose answer is no number")
+    documents.report()
+    if n_left_out:
+        print(f"{address}: left out {n_left_out:,} problems whose answer is no number")
     if not problems:
         raise ValueError(f"{address} holds no problems whose answer is a number")
     return problems

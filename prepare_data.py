@@ -5,31 +5,27 @@
     python prepare_data.py novels --source=my_folder      # texts of your own, under any name
     python prepare_data.py fineweb_edu --max_tokens=1e9   # streams from the hub (pip install datasets)
 
-Public data sets: gsm8k, shakespeare, wikitext2, tinystories, openwebtext, fineweb_edu, slimpajama. Sources of
-your own are .txt, .jsonl or .parquet files, also compressed (.gz, .xz, .zst), or folders of such files.
+Public data sets: gsm8k, shakespeare, wikitext2, tinystories, fineweb_edu, slimpajama. Sources of your own are
+.txt, .jsonl or .parquet files, also compressed (.gz, .xz, .zst), or folders of such files.
 A .bin file is the tokens of all documents, one after another as uint16 (uint32 for a vocabulary over 65,536),
 each closed by the end-of-text token. A word problem reads "Question: ... Answer: <<3+4=7>> #### 7"; _cuts.npy
-files tell sft_gsm8k.py where the parts of each begin."""
+files tell sft_gsm8k.py where the parts of each begin. Prepared data are never replaced: remove the folder."""
 
 import collections
 import contextlib
 import glob
-import gzip
 import hashlib
-import http.client
-import io
 import itertools
 import json
-import lzma
 import os
 import random
-import shutil
 import sys
-import time
+import tempfile
 import unicodedata
 import urllib.request
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
+import fsspec
 import numpy as np
 import regex
 import tiktoken
@@ -52,12 +48,29 @@ class PrepareConfig:
     text_field: str = "text"  # of .jsonl, .parquet and hub rows
     tokenizer: str | None = None  # gpt2, bytes, words, or a tokenizer.json: a path, or a model on the hub
     vocab_size: int | None = None  # of words (None: 4096), or only the first tokens of gpt2
-    split_digits: bool | None = None  # every digit its own token; None: for problems
     max_tokens: float = 1e30  # stop after about this many tokens of source
-    overwrite: bool = False  # replace what was prepared with other settings
     data_dir: str = "data"  # where the data sets are
     num_problems: int = 50000  # arithmetic: training problems (1,000 more each for validation and test)
     seed: int = 0  # arithmetic: seed of the generator
+
+    def __post_init__(self):
+        """Replaces None by the data set's default. Raises ValueError for settings that do not go together."""
+        defaults = {"val_fraction": 0.01, "documents": "marked", "tokenizer": "gpt2"}
+        defaults |= CORPORA.get(self.name, {})
+        if self.source:
+            defaults.pop("val_source", None)
+        for key, value in defaults.items():
+            if getattr(self, key) is None:
+                setattr(self, key, value)
+        if os.path.exists(self.test_source or ""):
+            self.test_source = os.path.abspath(self.test_source)
+        if not regex.fullmatch(r"\w[\w.-]*", self.name) or bool(self.source) == (self.name == "arithmetic"):
+            wanted = f"wanted a new name with a --source, or {', '.join(CORPORA)} (arithmetic is generated)"
+            raise ValueError(f"name {self.name!r}, source {self.source!r}: {wanted}")
+        if self.documents not in MARKS or not 0 < self.val_fraction <= 0.5 or not self.max_tokens >= 1:
+            wanted = f"documents of {', '.join(MARKS)}, val_fraction from 0 to 0.5, max_tokens of 1 or more"
+            got = f"{self.documents!r}, {self.val_fraction}, {self.max_tokens}"
+            raise ValueError(f"wanted {wanted}; got {got}")
 
 
 GITHUB, HF = "https://raw.githubusercontent.com", "https://huggingface.co/datasets"
@@ -67,7 +80,7 @@ SHAKESPEARE = f"{GITHUB}/karpathy/char-rnn/master/data/tinyshakespeare/input.txt
 WIKITEXT2 = f"{GITHUB}/pytorch/examples/main/word_language_model/data/wikitext-2"
 TINYSTORIES = f"{HF}/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4"
 FINEWEB, SLIMPAJAMA = "hub:HuggingFaceFW/fineweb-edu@sample-10BT", "hub:cerebras/SlimPajama-627B"
-CORPORA = {  # settings in place of None
+CORPORA = {  # what None stands for
     "arithmetic": {"documents": "problems", "tokenizer": "words", "test_source": "test.txt"},
     "gsm8k": {"source": f"{ICOT_LFS}/{ICOT}/train.txt", "val_source": f"{GITHUB}/{ICOT}/valid.txt"}
     | {"documents": "problems", "test_source": GSM8K_TEST},
@@ -75,7 +88,6 @@ CORPORA = {  # settings in place of None
     "wikitext2": {"source": f"{WIKITEXT2}/train.txt", "val_source": f"{WIKITEXT2}/valid.txt"}
     | {"documents": "articles"},
     "tinystories": {"source": f"{TINYSTORIES}-train.txt", "val_source": f"{TINYSTORIES}-valid.txt"},
-    "openwebtext": {"source": "hub:Skylion007/openwebtext", "val_fraction": 0.0005},
     "fineweb_edu": {"source": FINEWEB, "val_fraction": 0.0005},
     "slimpajama": {"source": f"{SLIMPAJAMA}:train", "val_source": f"{SLIMPAJAMA}:validation"},
 }
@@ -180,16 +192,29 @@ def check_exact(tokenizer, texts):
             raise ValueError(f"the tokenizer loses text: {change}; take one of all bytes, such as gpt2")
 
 
-# ---------- Documents: pieces (text, is_end_of_document)
+# ---------- Documents: each a list of its parts, which are texts
 
 KINDS = regex.compile(r"(?i)(\.parquet|(\.txt|\.jsonl)(\.gz|\.xz|\.zst)?)$")
 HELD_OUT = regex.compile(r"(?i)(?<![a-z])(validation|valid|val|dev|test)(?![a-z])")
-MARKS = {"marked": r"\n?<\|endoftext\|>\n?", "articles": r"(?m)^(?= = [^=\s].* = \n)", "problems": None}
+MARKS = {"marked": r"<\|endoftext\|>\n?", "articles": r"^(?= = [^=\s].* = \n)", "problems": None}
+TEXT = regex.compile(r"(?i)\.txt(\.gz|\.xz|\.zst)?$")
 WORDS = regex.compile(r"(?s).*\S(?:\n(?=\S)|(?= \S))")  # up to a single blank: there tokens begin anew
 
 
 def is_remote(address):
     return "://" in address or address.startswith("hub:")  # all else is a path, with colons or without
+
+
+def list_files(path):
+    """All files in a folder and below it, also behind links; a path that is no folder as it is."""
+    files, seen = [], set()
+    for folder, folders, names in os.walk(path, followlinks=True):
+        if os.path.realpath(folder) in seen:  # a link led here for the second time
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(folder))
+        files += [os.path.join(folder, name) for name in names]
+    return files or [path]
 
 
 def find_files(address, download_dir, training=False):
@@ -198,25 +223,23 @@ def find_files(address, download_dir, training=False):
     and what is left out. Raises ValueError if there are none."""
     if address.startswith("hub:"):
         return [address]
-    path, found, seen = download(address, download_dir) if is_remote(address) else address, [], set()
-    for folder, folders, names in os.walk(path, followlinks=True):
-        if os.path.realpath(folder) in seen:  # a link led here for the second time
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(folder))
-        found += [os.path.join(folder, name) for name in names]
-    found, start = found or [path], len(path.rstrip(os.sep))
-    files = sorted(file for file in found if KINDS.search(file) and f"{os.sep}." not in file[start:])
-    files = [file for file in files if os.path.isfile(file)]  # not a link that leads nowhere
+    path = download(address, download_dir) if is_remote(address) else address
+    start, files, others, held_out = len(path.rstrip(os.sep)), [], [], []
+    for file in sorted(list_files(path)):
+        if not (KINDS.search(file) and os.path.isfile(file)) or f"{os.sep}." in file[start:]:
+            others.append(file)
+        elif training and HELD_OUT.search(file[start:]):
+            held_out.append(file)
+        else:
+            files.append(file)
+    if not files:  # all have such names
+        files, held_out = held_out, []
     if not files:
         wanted = "wanted .txt, .jsonl or .parquet files, also as .gz, .xz or .zst, or a folder of them"
         raise ValueError(f"source {path!r} does not exist, or holds no texts; {wanted}")
-    if others := sorted(set(found).difference(files)):
-        print(f"{path}: leaves out {len(others):,} (hidden, or of another kind): {', '.join(others[:9])}")
-    held_out = [file for file in files if HELD_OUT.search(file[start:])]
-    if training and 0 < len(held_out) < len(files):
-        files = sorted(set(files).difference(held_out))
-        print(f"{path}: leaves out {len(held_out):,}, held out by their names: {', '.join(held_out[:9])}")
+    for left_out, why in ((others, "hidden, or of another kind"), (held_out, "held out by their names")):
+        if left_out:
+            print(f"{path}: leaves out {len(left_out):,} ({why}): {', '.join(left_out[:9])}")
     print(f"{path}: reads {sum(map(os.path.getsize, files)):,} bytes, number of files: {len(files):,}")
     print(", ".join(files[:9]) + ", ..." * (len(files) > 9))
     return files
@@ -232,27 +255,27 @@ def refuse_pointer(path):
 def open_text(path):
     """A text file, also compressed: UTF-8 with or without a byte order mark, and with any line ends."""
     refuse_pointer(path)
-    suffix = os.path.splitext(path)[1].lower()
-    unpack = {".gz": gzip.open, ".xz": lzma.open}.get(suffix, open)
-    if suffix == ".zst":
-        unpack = configurator.need("backports.zstd").open
+    if path.lower().endswith(".zst"):
+        configurator.need("backports.zstd")  # which fsspec then takes
+    local = fsspec.filesystem("file")  # and not fsspec.open: a path with colons is no address
     try:
-        with unpack(path, "rb") as file:
-            yield io.TextIOWrapper(file, encoding="utf-8-sig")
+        with local.open(os.path.abspath(path), "rt", encoding="utf-8-sig", compression="infer") as file:
+            yield file
     except Exception as error:  # each format raises its own
         raise ValueError(f"{path} cannot be read as UTF-8 text ({error}); convert it") from error
 
 
-def read_rows(address):
-    """(row, position): the lines of a text file that are not blank; or the dicts of a .parquet file or of
-    hub:ID[@CONFIG][:SPLIT], where the datasets library tries 20 times if a connection breaks."""
+def read_rows(address, kind="problems"):
+    """(row, position) for all that is not blank: the lines of a .jsonl file or of problems; the documents of
+    other .txt files; the dicts of .parquet or of hub:ID[@CONFIG][:SPLIT], where datasets tries 20 times."""
     options = {"path": "parquet", "data_files": glob.escape(address), "split": "train"}
     if address.startswith("hub:"):
         name, config, split = regex.fullmatch(r"hub:([^@:]*)@?([^:]*):?(.*)", address).groups()
         options = {"path": name, "name": config or None, "split": split or "train"}
     elif not address.lower().endswith(".parquet"):
         with open_text(address) as file:
-            yield from ((line, f"{address}, line {n}") for n, line in enumerate(file, 1) if line.strip())
+            rows = file if kind == "problems" or not TEXT.search(address) else split_text(file, kind)
+            yield from ((row, f"{address}, line {n}") for n, row in enumerate(rows, 1) if row.strip())
         return
     load_dataset, n = configurator.need("datasets").load_dataset, 0
     try:
@@ -264,42 +287,40 @@ def read_rows(address):
         raise ValueError(f"{problem}; {hint}") from error
 
 
+def split_text(file, kind):
+    """The documents of a text file: between <|endoftext|> marks, or from one title to the next."""
+    lines = []
+    for line in file:
+        *ends, rest = regex.split(MARKS[kind], line)
+        for end in ends:
+            document = "".join([*lines, end])
+            yield document.removesuffix("\n") if kind == "marked" else document
+            lines = []
+        lines.append(rest)
+    yield "".join(lines)
+
+
 def cut(text):
-    """A text in pieces (text, is_end) of up to 2 * PIECE characters, cut between words if there are any."""
-    start = 0
+    """A text in pieces of up to 2 * PIECE characters, cut between words if there are any."""
+    pieces, start = [], 0
     while len(text) - start > 2 * PIECE:
         words = WORDS.match(text, start, start + PIECE)
         end = words.end() if words else start + PIECE
-        yield text[start:end], False
+        pieces.append(text[start:end])
         start = end
-    yield text[start:], True
-
-
-def split(file, mark):
-    """The documents of a text file between marks, in pieces. It is read as far as the pieces are taken."""
-    text, is_open = "", False
-    while chunk := file.read(PIECE):
-        chunk += file.read(1) if chunk.endswith(">") else ""  # the line end behind a mark is part of it
-        *documents, text = regex.split(mark, text + chunk)
-        for document in documents:
-            if is_open or document.strip():
-                yield from cut(document)
-            is_open = False
-        *pieces, (text, _) = cut(text)
-        yield from pieces
-        is_open = is_open or bool(pieces)
-    if is_open or text.strip():
-        yield text, True
+    return [*pieces, text[start:]]
 
 
 def parse(row, kind, text_field):
-    """Pieces of a row: its text, or the three parts of a problem. A problem is a line of augmented GSM8K,
-    question||<<3+4=7>> <<7*2=14>> #### 14, or OpenAI's {"question": ..., "answer": "... #### 14"}, where the
-    equations <<...>> are the thoughts, or the prose if it has none. A part begins with a space, where every
-    tokenizer begins a word: it has the same tokens alone, as an evaluation meets it, and in the whole."""
+    """The parts of a row: the pieces of its text, none if it is blank; or question, thoughts and answer.
+    A problem is a line of augmented GSM8K, question||<<3+4=7>> <<7*2=14>> #### 14, or OpenAI's {"question":
+    ..., "answer": "... #### 14"}, where the equations <<...>> are the thoughts, or the prose if it has none.
+    A part begins with a space, where every tokenizer begins a word: it has the same tokens alone, as an
+    evaluation meets it, and in the whole."""
     if kind != "problems":
-        row[text_field].encode()  # fails for None, and for half a surrogate pair
-        return cut(row[text_field]) if row[text_field].strip() else []
+        text = row if isinstance(row, str) else row[text_field]
+        text.encode()  # fails for None, and for half a surrogate pair
+        return cut(text) if text.strip() else []
     is_line = isinstance(row, str)
     question, solution = row.split("||", 1) if is_line else (row["question"], row["answer"])
     thoughts, hashes, answer = solution.rpartition("####")
@@ -308,46 +329,46 @@ def parse(row, kind, text_field):
     question, thoughts, answer = question.strip(), thoughts.strip(), answer.strip()
     if not (hashes and question and answer) or len(question + thoughts) > PIECE:
         raise ValueError("wanted question||thoughts #### answer")
-    texts = f"Question: {question}", f" Answer: {thoughts}".rstrip(), f" #### {answer}"
-    "".join(texts).encode()
-    return zip(texts, (False, False, True))
+    parts = [f"Question: {question}", f" Answer: {thoughts}".rstrip(), f" #### {answer}"]
+    "".join(parts).encode()
+    return parts
 
 
-def documents(files, kind, text_field="text"):
-    """The documents of files in pieces (text, is_end). Rows that do not fit are left out and counted. Raises
-    ValueError if these are more than 1 in 100."""
-    n_rows, n_bad, first_bad, notes = 0, 0, None, collections.Counter()
+class Documents:
+    """The documents of files, to be read once or more: each a list of its parts. Rows that are empty, or do
+    not fit, are left out and counted."""
 
-    def check_bad_rows(at_least):
-        if n_bad >= at_least and n_bad > n_rows / 100:
-            hint = "More than 1 in 100 is too many: fix them, or set --text_field or --documents"
-            raise ValueError(f"{n_bad:,} of {n_rows:,} rows do not fit; the first is {first_bad}. {hint}")
+    def __init__(self, files, kind, text_field="text"):
+        self.files, self.kind, self.text_field = files, kind, text_field
 
-    try:
-        for path in files:
-            is_text = regex.search(r"(?i)\.txt(\.gz|\.xz|\.zst)?$", path)
-            if is_text and kind != "problems":
-                with open_text(path) as file:
-                    yield from split(file, MARKS[kind])
-                continue
-            for row, position in read_rows(path):
-                n_rows += 1
+    def __iter__(self):
+        self.n_rows, self.n_empty, self.n_bad, self.first_bad = 0, 0, 0, None
+        for path in self.files:
+            for row, position in read_rows(path, self.kind):
+                self.n_rows += 1
                 try:
-                    row = row if is_text or isinstance(row, dict) else json.loads(row)
-                    pieces = list(parse(row, kind, text_field))
+                    is_json = isinstance(row, str) and not TEXT.search(path)
+                    parts = parse(json.loads(row) if is_json else row, self.kind, self.text_field)
+                    self.n_empty += not parts
                 except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-                    n_bad, first_bad = n_bad + 1, first_bad or f"{position}, {error!r}: {str(row)[:80]!r}"
-                    check_bad_rows(at_least=100)
-                    continue
-                notes["empty rows left out"] += not pieces
-                notes["problems without thoughts, only an answer"] += (" Answer:", False) in pieces
-                yield from pieces
-        check_bad_rows(at_least=1)
-    finally:  # also where max_tokens ends it
-        notes[f"of {n_rows:,} rows do not fit and are left out; the first is {first_bad}"] = n_bad
-        for note, n in notes.items():
-            if n:
-                print(f"{n:,} {note}")
+                    parts = []
+                    self.n_bad += 1
+                    self.first_bad = self.first_bad or f"{position}, {error!r}: {str(row)[:80]!r}"
+                    if self.n_bad == 100:  # a wrong setting is told early
+                        self.report()
+                if parts:
+                    yield parts
+
+    def report(self):
+        """Prints what was left out so far. Raises ValueError if more than 1 in 100 rows do not fit."""
+        bad = f"{self.n_bad:,} of {self.n_rows:,} rows do not fit"
+        if self.n_bad > self.n_rows / 100:
+            hint = "More than 1 in 100 is too many: fix them, or set --text_field or --documents"
+            raise ValueError(f"{bad}; the first is {self.first_bad}. {hint}")
+        if self.n_bad:
+            print(f"{bad} and are left out; the first is {self.first_bad}")
+        if self.n_empty:
+            print(f"{self.n_empty:,} empty rows left out")
 
 
 def download(url, folder):
@@ -359,7 +380,7 @@ def download(url, folder):
         print(f"downloading {url}", flush=True)
         try:
             urllib.request.urlretrieve(url, path + ".tmp")
-        except (OSError, ValueError, http.client.HTTPException) as error:
+        except Exception as error:  # whatever can go wrong on the way
             raise ValueError(f"cannot download {url} ({error}); give the path of a local copy") from error
         os.replace(path + ".tmp", path)
     return path
@@ -400,23 +421,31 @@ def open_locked(path):
     return file
 
 
-def write_tokens(pieces, files, tokenizer, dtype, max_tokens, sizes):
-    """Encodes pieces (split, text, is_end) to files[split], and an end-of-text behind each document. Appends
-    how many tokens a piece has to sizes[split], if that exists. Returns how many documents were written."""
+def parts_of(documents, n):
+    """(split, part, is_last) for all parts of documents; the split of every n-th is val (n=0: of none)."""
+    for number, parts in enumerate(documents, start=1):
+        split = "val" if n and number % n == 0 else "train"
+        for i, part in enumerate(parts, start=1):
+            yield split, part, i == len(parts)
+
+
+def write_tokens(parts, files, tokenizer, dtype, sizes, max_tokens=float("inf")):
+    """Encodes parts (split, text, is_last) to files[split], and an end-of-text behind each document. Appends
+    how many tokens a part has to sizes[split], if that exists. Returns how many documents were written."""
     n_tokens, n_documents = 0, 0
     wait = 0.1 if sys.stderr.isatty() else 30  # seconds between two lines of progress
     with tqdm(unit=" tokens", unit_scale=True, mininterval=wait, delay=wait) as bar:
-        while batch := list(itertools.islice(pieces, 256)):  # as many at a time: this bounds the memory
+        while batch := list(itertools.islice(parts, 256)):  # as many at a time: this bounds the memory
             texts = [text for _, text, _ in batch]
             encoded = tokenizer.encode_ordinary_batch(texts, num_threads=os.cpu_count())
-            for (split, _, is_end), ids in zip(batch, encoded):
+            for (split, _, is_last), ids in zip(batch, encoded):
                 if n_tokens >= max_tokens:
                     return n_documents
-                ids += [tokenizer.eot_token] * is_end
+                ids += [tokenizer.eot_token] * is_last
                 files[split].write(np.array(ids, dtype).tobytes())
                 if split in sizes:
                     sizes[split].append(len(ids))
-                n_documents += is_end
+                n_documents += is_last
                 n_tokens += len(ids)
                 bar.update(len(ids))
     return n_documents
@@ -427,113 +456,95 @@ def file_sha256(path):
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def resolve(cfg: PrepareConfig) -> PrepareConfig:
-    """cfg with what None stands for. Raises ValueError for settings that contradict each other."""
-    defaults = {"val_fraction": 0.01, "documents": "marked", "tokenizer": "gpt2"} | CORPORA.get(cfg.name, {})
-    if cfg.source:
-        defaults.pop("val_source", None)
-    cfg = replace(cfg, **{key: value for key, value in defaults.items() if getattr(cfg, key) is None})
-    if not regex.fullmatch(r"\w[\w.-]*", cfg.name) or bool(cfg.source) == (cfg.name == "arithmetic"):
-        wanted = f"wanted a new name with a --source, or {', '.join(CORPORA)} (arithmetic is generated)"
-        raise ValueError(f"name {cfg.name!r}, source {cfg.source!r}: {wanted}")
-    if cfg.documents not in MARKS or not 0 < cfg.val_fraction <= 0.5 or cfg.max_tokens < 1:
-        wanted = f"documents of {', '.join(MARKS)}, val_fraction from 0 to 0.5, max_tokens of 1 or more"
-        raise ValueError(f"wanted {wanted}; got {cfg.documents!r}, {cfg.val_fraction}, {cfg.max_tokens}")
-    if os.path.exists(cfg.test_source or ""):
-        cfg.test_source = os.path.abspath(cfg.test_source)
-    if cfg.split_digits is None:
-        cfg.split_digits = cfg.documents == "problems"
-    return cfg
-
-
 def prepare(cfg: PrepareConfig) -> dict:
-    """Writes data_dir/name/{train.bin,val.bin,meta.json}, returns the meta. The files appear only when all is
-    complete, meta.json last. Raises ValueError for a source that cannot be read or is too short, and for data
-    that would replace others."""
-    cfg = resolve(cfg)
-    settings = {key: value for key, value in asdict(cfg).items() if key not in ("data_dir", "overwrite")}
-    folder, has_parts = os.path.join(cfg.data_dir, cfg.name), cfg.documents == "problems"
-    new = f"{folder}/.new"  # the files go there until all are complete
-    with open_locked(f"{folder}/.lock"), contextlib.ExitStack() as stack:
-        old = settings
-        with contextlib.suppress(FileNotFoundError, ValueError):
-            old = read_json(f"{folder}/meta.json").get("settings", {"version": "earlier"})
-        changed = [f"{key}={old[key]!r}" for key in old if old[key] != settings.get(key)]
-        if changed and not cfg.overwrite:
-            hint = "choose another name or data_dir, or replace them with --overwrite=True"
-            raise ValueError(f"{folder} holds data prepared with {', '.join(changed)}; {hint}")
-        shutil.rmtree(new, ignore_errors=True)  # of a run that was killed
-        os.mkdir(new)
-        stack.callback(shutil.rmtree, new)
-        if cfg.name == "arithmetic":
-            sources = [[path] for path in write_arithmetic(new, cfg)]
-        else:
-            sources = [find_files(cfg.source, f"{folder}/download", training=True)]
-            sources += [find_files(cfg.val_source, f"{folder}/download")] if cfg.val_source else []
-        n = 0 if len(sources) == 2 else round(1 / cfg.val_fraction)
-
-        def pieces():
-            number = 0
-            for text, is_end in documents(sources[0], cfg.documents, cfg.text_field):
-                yield "val" if n and number % n == n - 1 else "train", text, is_end
-                number += is_end
-
-        texts = (text for split, text, _ in pieces() if split == "train")
-        spec = make_tokenizer(cfg.tokenizer, cfg.split_digits, cfg.vocab_size, texts)
-        tokenizer = load_tokenizer(spec)
-        if "json" in spec:  # those of our own are exact
-            check_exact(tokenizer, (text for _, text, _ in itertools.islice(pieces(), 1000)))
-        dtype = np.dtype("uint16" if spec["vocab_size"] <= 1 << 16 else "uint32")
-        sizes = {"train": [], "val": []} if has_parts else {}
-        with open(f"{new}/train.bin", "w+b") as train, open(f"{new}/val.bin", "wb") as val:
-            work = {"train": train, "val": val}, tokenizer, dtype
-            n_documents = write_tokens(pieces(), *work, cfg.max_tokens, sizes)
-            held_out = f"1 of every {n} documents"
-            if len(sources) == 2:
-                held_out = cfg.val_source or "1,000 other problems"
-                val_pieces = documents(sources[1], cfg.documents, cfg.text_field)
-                write_tokens((("val", *piece) for piece in val_pieces), *work, 1e30, sizes)
-            elif val.tell() == 0 and not (has_parts or cfg.tokenizer == "words"):
-                held_out = f"the last {cfg.val_fraction:.2%} of the text"
-                start = round(train.tell() // dtype.itemsize * (1 - cfg.val_fraction)) * dtype.itemsize
-                train.seek(start)
-                shutil.copyfileobj(train, val)
-                train.truncate(start)
-        n_tokens = {name: os.path.getsize(f"{new}/{name}.bin") // dtype.itemsize for name in ("train", "val")}
-        if not all(n_tokens.values()):
-            hint = "raise --val_fraction, or give a --val_source"
-            raise ValueError(f"{cfg.source} is empty, or too short to hold out {held_out}: {hint}")
-        for split, array in sizes.items():  # where question, thoughts and answer begin, and where they end
-            ends = np.cumsum(array[: len(array) // 3 * 3], dtype=np.int64).reshape(-1, 3)
-            begins = np.append(0, ends[:-1, 2])[: len(ends)]
-            np.save(f"{new}/{split}_cuts.npy", np.column_stack([begins, ends]))
-        meta = {"name": cfg.name, "settings": settings, "held_out": held_out, "documents": n_documents}
-        meta |= {"one_per_line": has_parts, "vocab_size": spec["vocab_size"], "eot_id": tokenizer.eot_token}
-        meta |= {"dtype": dtype.name, "tokens": n_tokens, "tokenizer": spec}
-        names = sorted(os.listdir(new))
-        paths = {name.split(".")[0]: f"{new}/{name}" for name in names if not name.endswith(".txt")}
-        meta["sha256"] = {name: file_sha256(path) for name, path in paths.items()}
+    """Writes data_dir/name/{train.bin,val.bin,meta.json}, returns the meta. They come when all are complete,
+    meta.json last: a folder without it is not prepared. Raises ValueError for a source that cannot be read or
+    is too short, and for a folder that was prepared with other settings."""
+    folder = os.path.join(cfg.data_dir, cfg.name)
+    settings = {key: value for key, value in asdict(cfg).items() if key != "data_dir"}
+    if os.path.exists(f"{folder}/meta.json"):
+        meta = load_meta(folder)
+        old = meta.get("settings", {})
+        changed = [f"{key}={old.get(key)!r}" for key in settings if old.get(key) != settings[key]]
+        if changed:
+            hint = f"remove {folder} to prepare it again, or choose another name or data_dir"
+            raise ValueError(f"{folder} was prepared with {', '.join(changed)}; {hint}")
+        print(f"{folder} is prepared already; to prepare it again, remove it")
+        return meta
+    os.makedirs(folder, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".new", dir=folder) as new:
+        meta = {"name": cfg.name, "settings": settings} | write_data(cfg, folder, new)
+        if os.path.exists(f"{folder}/meta.json"):
+            raise ValueError(f"{folder} was prepared by another run in the meantime; its data are kept")
+        for name in os.listdir(new):
+            os.replace(f"{new}/{name}", f"{folder}/{name}")
         with open(f"{new}/meta.json", "w", encoding="utf-8") as file:
             json.dump(meta, file, indent=1)
-        for name in ("meta.json", "train_cuts.npy", "val_cuts.npy"):
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(f"{folder}/{name}")  # without meta.json the folder counts as not prepared
-        for name in [*names, "meta.json"]:
-            os.replace(f"{new}/{name}", f"{folder}/{name}")
+        os.replace(f"{new}/meta.json", f"{folder}/meta.json")
+    return meta
+
+
+def write_data(cfg, folder, new):
+    """Writes token files to the folder new, downloads to folder. Returns what meta.json says of them."""
+    if cfg.name == "arithmetic":
+        files, val_files = ([path] for path in write_arithmetic(new, cfg))
+    else:
+        files = find_files(cfg.source, f"{folder}/download", training=True)
+        val_files = find_files(cfg.val_source, f"{folder}/download") if cfg.val_source else []
+    documents = Documents(files, cfg.documents, cfg.text_field)
+    val_documents = Documents(val_files, cfg.documents, cfg.text_field)
+    n = 0 if val_files else round(1 / cfg.val_fraction)
+    is_problems = cfg.documents == "problems"
+
+    texts = (text for split, text, _ in parts_of(documents, n) if split == "train")
+    spec = make_tokenizer(cfg.tokenizer, is_problems, cfg.vocab_size, texts)
+    tokenizer = load_tokenizer(spec)
+    if "json" in spec:  # those of our own are exact
+        texts = (text for _, text, _ in parts_of(documents, n))
+        check_exact(tokenizer, itertools.islice(texts, 1000))
+
+    dtype = np.dtype("uint16" if spec["vocab_size"] <= 1 << 16 else "uint32")
+    sizes = {"train": [], "val": []} if is_problems else {}
+    with open(f"{new}/train.bin", "wb") as train, open(f"{new}/val.bin", "wb") as val:
+        output = {"train": train, "val": val}, tokenizer, dtype, sizes
+        n_documents = write_tokens(parts_of(documents, n), *output, cfg.max_tokens)
+        documents.report()
+        write_tokens(parts_of(val_documents, 1), *output)
+        val_documents.report()
+    held_out = (cfg.val_source or "1,000 other problems") if val_files else f"1 of every {n} documents"
+    if not (os.path.getsize(f"{new}/val.bin") or val_files or is_problems or cfg.tokenizer == "words"):
+        held_out = f"the last {cfg.val_fraction:.2%} of the text"
+        tokens = np.fromfile(f"{new}/train.bin", dtype)
+        start = round(len(tokens) * (1 - cfg.val_fraction))
+        tokens[:start].tofile(f"{new}/train.bin")
+        tokens[start:].tofile(f"{new}/val.bin")
+    n_tokens = {split: os.path.getsize(f"{new}/{split}.bin") // dtype.itemsize for split in ("train", "val")}
+    if not all(n_tokens.values()):
+        hint = "raise --val_fraction, or give a --val_source"
+        raise ValueError(f"{cfg.source} is empty, or too short to hold out {held_out}: {hint}")
+    for split in sizes:  # where question, thoughts and answer of each whole problem begin, and where it ends
+        borders = np.cumsum([0, *sizes[split]])
+        starts = np.arange(0, len(sizes[split]) - 2, 3)
+        np.save(f"{new}/{split}_cuts.npy", borders[starts[:, None] + np.arange(4)])
+
+    names = sorted(name for name in os.listdir(new) if not name.endswith(".txt"))
+    meta = {"held_out": held_out, "documents": n_documents, "one_per_line": is_problems}
+    meta |= {"vocab_size": spec["vocab_size"], "eot_id": tokenizer.eot_token, "dtype": dtype.name}
+    meta |= {"tokens": n_tokens, "tokenizer": spec}
+    meta["sha256"] = {name.split(".")[0]: file_sha256(f"{new}/{name}") for name in names}
     return meta
 
 
 def load_meta(folder: str) -> dict:
     """meta.json of prepared data. Raises ValueError if it is missing, or a token file has another size."""
-    path, hint = f"{folder}/meta.json", "or say where it is: --data_dir (eval.py: --data)"
-    again = f"prepare it with prepare_data.py, {hint}"
+    path, again = f"{folder}/meta.json", f"prepare it again: remove {folder}, then run prepare_data.py"
     if not os.path.exists(path):
-        raise ValueError(f"no prepared data in {str(folder)!r}; {again}")
+        hint = "prepare it with prepare_data.py, or say where it is: --data_dir (eval.py: --data)"
+        raise ValueError(f"no prepared data in {str(folder)!r}; {hint}")
     try:
-        with open(path, encoding="utf-8") as file:
-            meta = json.load(file)
+        meta = read_json(path)
         sizes = {split: n * np.dtype(meta["dtype"]).itemsize for split, n in meta["tokens"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is damaged ({error!r}); {again}") from error
     for split, size in sizes.items():
         path = f"{folder}/{split}.bin"
@@ -602,12 +613,10 @@ def write_arithmetic(folder, cfg):
 def main():
     cfg, set_by = configurator.parse(PrepareConfig, positional="name")
     print(configurator.describe(cfg, set_by))
-    start = time.perf_counter()
     meta = prepare(cfg)
-    tokens, spec, seconds = meta["tokens"], meta["tokenizer"], time.perf_counter() - start
+    tokens, spec = meta["tokens"], meta["tokenizer"]
     print(f"{cfg.data_dir}/{cfg.name}: {spec['name']} vocabulary of {spec['vocab_size']:,}")
     print(f"{tokens['train']:,} training and {tokens['val']:,} validation tokens ({meta['held_out']})")
-    print(f"{seconds:.1f} s, {sum(tokens.values()) / seconds:,.0f} tokens/s")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import hashlib
 import http.client
 import json
 import lzma
-import multiprocessing
 import os
 import random
 import re
@@ -28,8 +27,8 @@ import train
 from eval import read_problems
 from prepare_data import (
     EOT,
+    Documents,
     PrepareConfig,
-    documents,
     find_files,
     is_remote,
     load_tokenizer,
@@ -64,9 +63,9 @@ def write(path, text):
 
 def prepared(tmp_path, name="mine", **kwargs):
     """meta, {split: tokens} and the tokenizer."""
-    options = {"tokenizer": "bytes", "overwrite": True, **kwargs}
-    prepare(PrepareConfig(name=name, data_dir=str(tmp_path / "data"), **options))
     folder = tmp_path / "data" / name
+    (folder / "meta.json").unlink(missing_ok=True)  # without it the folder counts as not prepared
+    prepare(PrepareConfig(name=name, data_dir=str(tmp_path / "data"), **{"tokenizer": "bytes", **kwargs}))
     meta = json.loads((folder / "meta.json").read_text())
     splits = {split: np.fromfile(folder / f"{split}.bin", meta["dtype"]) for split in ("train", "val")}
     return meta, splits, load_tokenizer(meta["tokenizer"])
@@ -76,6 +75,14 @@ def texts_of(tmp_path, name="mine", **kwargs):
     """Documents of training, and then of validation."""
     _, splits, encoding = prepared(tmp_path, name, **kwargs)
     return [encoding.decode(tokens.tolist()).split(EOT)[:-1] for tokens in splits.values()]
+
+
+def parts_of(*paths, kind="marked", **options):
+    """The documents of files, each a list of its parts."""
+    documents = Documents([str(path) for path in paths], kind, **options)
+    parts = list(documents)
+    documents.report()
+    return parts
 
 
 def contents(folder):
@@ -122,6 +129,13 @@ def test_every_source_keeps_every_document(tmp_path, monkeypatch, tokenizer, opt
     assert meta["tokens"] == {split: len(tokens) for split, tokens in splits.items()}
 
 
+def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
+    path = write(tmp_path / "a.txt.zst", MARKED)
+    monkeypatch.setitem(sys.modules, "backports.zstd", None)
+    with pytest.raises(ValueError, match="run: pip install backports.zstd"):
+        parts_of(path)
+
+
 def parquet(path, rows):
     pytest.importorskip("datasets")
     pyarrow = pytest.importorskip("pyarrow")
@@ -141,11 +155,10 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_parquet(tmp_path, cache):
-    rows = [{"id": i, "content": story if i != 7 else None} for i, story in enumerate(STORIES * 5)]
-    files = [parquet(tmp_path / "e.parquet", rows)]
-    assert [text for text, _ in documents(files, "marked", "content")] == (STORIES * 5)[:7] + (STORIES * 5)[
-        8:
-    ]
+    stories = STORIES * 5
+    rows = [{"id": i, "content": story if i != 7 else None} for i, story in enumerate(stories)]
+    path = parquet(tmp_path / "e.parquet", rows)
+    assert parts_of(path, text_field="content") == [[story] for i, story in enumerate(stories) if i != 7]
 
 
 def test_a_folder_tells_what_it_reads_and_what_not(tmp_path, capsys, cache):
@@ -165,8 +178,7 @@ def test_a_folder_tells_what_it_reads_and_what_not(tmp_path, capsys, cache):
     (folder / "b" / "loop").symlink_to(folder)
     (folder / "b" / "broken.txt").symlink_to("nothing.txt")
     found = find_files(str(folder), "")
-    texts = sorted(text for text, _ in documents(found, "marked"))
-    assert texts == sorted([*STORIES, "About."])
+    assert sorted(parts_of(*found)) == sorted([text] for text in [*STORIES, "About."])
     printed = capsys.readouterr().out
     size = sum(os.path.getsize(path) for path in found)
     assert f"{folder}: reads {size:,} bytes, number of files: 5\n" in printed
@@ -182,7 +194,7 @@ def test_hub_data_sets_stream(tmp_path, monkeypatch):
     load.assert_called_once_with(**wanted)
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ValueError, match="pip install datasets"):
-        prepared(tmp_path, "openwebtext")
+        prepared(tmp_path, "fineweb_edu")
 
 
 def test_a_stream_that_breaks_off_tells_what_is_lost(monkeypatch):
@@ -195,7 +207,7 @@ def test_a_stream_that_breaks_off_tells_what_is_lost(monkeypatch):
         "hub:a/b cannot be read beyond row 15 .ConnectionError: reset by peer.; nothing is kept: try again"
     )
     with pytest.raises(ValueError, match=message):
-        list(documents(["hub:a/b"], "marked"))
+        parts_of("hub:a/b")
 
 
 def test_the_library_tries_again():
@@ -206,7 +218,7 @@ def test_the_library_tries_again():
 def test_errors_of_the_datasets_library_are_one_line(tmp_path, cache, address):
     parquet(tmp_path / "train.parquet", [{"text": "a"}])
     with pytest.raises(ValueError, match="^hub:.*cannot be read beyond row 0"):
-        list(documents([address.format(tmp_path)], "marked"))
+        parts_of(address.format(tmp_path))
 
 
 def test_a_broken_shard_is_named(tmp_path, cache):
@@ -214,7 +226,7 @@ def test_a_broken_shard_is_named(tmp_path, cache):
     data = Path(path).read_bytes()
     Path(path).write_bytes(data[: len(data) // 2])
     with pytest.raises(ValueError, match="e.parquet cannot be read beyond row"):
-        list(documents([path], "marked"))
+        parts_of(path)
 
 
 def test_urls_are_fetched_once_and_kept_apart(tmp_path):
@@ -263,44 +275,24 @@ def test_a_long_document_is_cut_between_tokens(tmp_path, monkeypatch):
     encoding = load_tokenizer(make_tokenizer("words", texts=[text]))  # blanks of all lengths are tokens
     monkeypatch.setattr(prepare_data, "PIECE", 300)
     for path in (write(tmp_path / "a.txt", text), write(tmp_path / "a.jsonl", json.dumps({"text": text}))):
-        pieces = list(documents([path], "marked"))
-        assert len(pieces) > 100 and max(len(piece) for piece, _ in pieces) <= 600
-        tokens = [token for piece, _ in pieces for token in encoding.encode_ordinary(piece)]
+        (pieces,) = parts_of(path)
+        assert len(pieces) > 100 and max(map(len, pieces)) <= 600
+        tokens = [token for piece in pieces for token in encoding.encode_ordinary(piece)]
         assert tokens == encoding.encode_ordinary(text)
 
 
-def joined(path, kind="marked"):
-    """The documents, each closed by a stop."""
-    return "".join(text + "\0" * is_end for text, is_end in documents([path], kind))
+def test_documents_end_at_marks(tmp_path):
+    """With one line end before and behind a mark; what is blank between two is no document."""
+    path = write(
+        tmp_path / "a.txt", f"w w{EOT}two\n{EOT}\n{EOT}\n\nthree\n\n\n{EOT}long{EOT} \n{EOT}\nend\n\n"
+    )
+    assert parts_of(path) == [["w w"], ["two"], ["\nthree\n\n"], ["long"], ["end\n\n"]]
 
 
-@pytest.mark.parametrize("piece", range(14, 40))
-def test_a_mark_is_found_wherever_a_border_falls(tmp_path, monkeypatch, piece):
-    monkeypatch.setattr(prepare_data, "PIECE", piece)
-    text = f"w w w{EOT}two\n{EOT}\n{EOT}\n\nthree\n\n\n{EOT}{'long ' * 30}{EOT} \n{EOT}\nend\n\n"
-    wanted = f"w w w\0two\0\nthree\n\n\0{'long ' * 30}\0end\n\n\0"
-    assert joined(write(tmp_path / "a.txt", text)) == wanted
-
-
-@pytest.mark.parametrize("piece", range(14, 40))
-def test_an_article_is_found_wherever_a_border_falls(tmp_path, monkeypatch, piece):
-    monkeypatch.setattr(prepare_data, "PIECE", piece)
-    path = write(tmp_path / "a.txt", " = A = \n x = y \n = B = c \n = C = D = \n z")
-    assert joined(path, "articles") == " = A = \n x = y \n = B = c \n\0 = C = D = \n z\0"
-
-
-def test_a_mark_at_the_border_of_two_reads(tmp_path):
-    text = "w " * ((2**20 - 5) // 2)
-    assert joined(write(tmp_path / "a.txt", f"{text}w{EOT}two")) == f"{text}w\0two\0"
-
-
-def test_the_blank_end_of_an_open_document_keeps_its_end_of_text(tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_data, "PIECE", 14)
-    text = f"{'abcdefgh' * 9}{' ' * 80}"
-    for end in (f"{EOT}next", ""):
-        path = write(tmp_path / "a.txt", text + end)
-        assert len(list(documents([path], "marked"))) > 5
-        assert joined(path) == f"{text}\0" + "next\0" * bool(end)
+def test_an_article_begins_with_its_title(tmp_path):
+    path = write(tmp_path / "a.txt", " = A = \n x = y \n = B = c \n = = Part = = \n = C = D = \n z")
+    wanted = [[" = A = \n x = y \n = B = c \n = = Part = = \n"], [" = C = D = \n z"]]
+    assert parts_of(path, kind="articles") == wanted
 
 
 @pytest.mark.parametrize("monster", [" " * 1_000_067, "\n" * 1_000_067, "A" * 1_000_067, "!" * 1_000_067])
@@ -322,7 +314,7 @@ def gpt2_is_there():
 
 def test_a_file_name_is_no_pattern(tmp_path, cache):
     path = parquet(tmp_path / "data[1]*.parquet", [{"text": "a"}])
-    assert list(documents([path], "marked")) == [("a", True)]
+    assert parts_of(path) == [["a"]]
 
 
 BAD_ROWS = [
@@ -338,32 +330,22 @@ BAD_ROWS = [
 @pytest.mark.parametrize("bad", [*BAD_ROWS, "[" * 99999])
 def test_rows_that_do_not_fit_are_counted_and_named(tmp_path, capsys, bad):
     path = write(tmp_path / "a.jsonl", "".join(ROWS * 5) + bad)
-    assert len(list(documents([path], "marked"))) == 200
+    assert len(parts_of(path)) == 200
     wanted = f"1 of 201 rows do not fit and are left out; the first is {path}, line 201"
     assert wanted in capsys.readouterr().out
     write(tmp_path / "a.jsonl", "".join(ROWS) + bad)
-    with pytest.raises(
-        ValueError, match="1 of 41 rows do not fit; the first is .*, line 41.*More than 1 in 100"
-    ):
-        list(documents([path], "marked"))
+    with pytest.raises(ValueError, match="1 of 41 rows do not fit; .*, line 41.*More than 1 in 100"):
+        parts_of(path)
 
 
 def test_another_field_is_told_at_once(tmp_path):
     path = write(tmp_path / "a.jsonl", '{"content": "Once"}\n' * 9999)
     message = "100 of 100 rows do not fit; the first is .*line 1, KeyError.'text'.*Once.*--text_field"
     with pytest.raises(ValueError, match=message):
-        list(documents([path], "marked"))
+        next(iter(Documents([path], "marked")))
 
 
-def test_too_many_bad_rows_of_one_file_lose_nothing_of_it(tmp_path):
-    """101 bad rows end the reading, although all files together have less than 1 % of them."""
-    paths = [write(tmp_path / "a.jsonl", '{"text": null}\n' * 101 + ROWS[0] * 99)]
-    paths += [write(tmp_path / "b.jsonl", ROWS[0] * 20_000)]
-    with pytest.raises(ValueError, match="100 of 100 rows do not fit"):
-        list(documents(paths, "marked"))
-
-
-def test_notes_are_printed_also_when_no_more_is_wanted(tmp_path, capsys):
+def test_what_is_left_out_is_printed_also_when_no_more_is_wanted(tmp_path, capsys):
     path = write(tmp_path / "a.jsonl", ROWS[0] + "[1]\n" + '{"text": ""}\n' + ROWS[0] * 200)
     prepared(tmp_path, source=path, max_tokens=60, val_source=write(tmp_path / "b.txt", MARKED))
     printed = capsys.readouterr().out
@@ -372,13 +354,7 @@ def test_notes_are_printed_also_when_no_more_is_wanted(tmp_path, capsys):
 
 
 LINES = {  # a good one, then bad ones
-    "p.txt": [
-        "q||<<1+1=2>> #### 2",
-        "no bars #### 3",
-        "q||no answer",
-        "||x #### 1",
-        "q||#### ",
-    ],
+    "p.txt": ["q||<<1+1=2>> #### 2", "no bars #### 3", "q||no answer", "||x #### 1", "q||#### "],
     "p.jsonl": [
         ROW,
         r'{"question": "\ud83d", "answer": "a #### 1"}',
@@ -401,16 +377,9 @@ def test_malformed_problems_are_counted(tmp_path, capsys, file):
     assert wanted in capsys.readouterr().out
 
 
-def test_problems_without_thoughts_are_counted(tmp_path, capsys):
-    path = write(tmp_path / "a.txt", "q||#### 4\n" + SUMS)
-    wanted = [("Question: q", False), (" Answer:", False), (" #### 4", True)]
-    assert list(documents([path], "problems"))[:3] == wanted
-    assert "1 problems without thoughts, only an answer" in capsys.readouterr().out
-
-
-def test_a_blank_row_is_no_document(tmp_path):
-    path = write(tmp_path / "a.jsonl", '{"text": " "}\n{"text": "a"}\n')
-    assert list(documents([path], "marked")) == [("a", True)]
+def test_a_problem_without_thoughts_has_three_parts_too(tmp_path):
+    path = write(tmp_path / "a.txt", "q||#### 4\n")
+    assert parts_of(path, kind="problems") == [["Question: q", " Answer:", " #### 4"]]
 
 
 # ---- nothing is replaced without a word
@@ -422,12 +391,8 @@ BAD_SOURCES = [
     ("a.md", "text", {}, "a.md' does not exist, or holds no texts; wanted .txt, .jsonl or .parquet files"),
     ("a.txt", "text", {"source": "nothing.txt"}, "nothing.txt' does not exist"),
     ("a.txt", "text", {"tokenizer": "words", "vocab_size": 0}, "vocab_size is 0; wanted 257 to 50257"),
-    ("a.txt", "text", {"tokenizer": "gpt2", "vocab_size": 50258}, "vocab_size is 50258"),
     ("a.txt", "text", {"vocab_size": 300}, "vocab_size is 300; wanted .*, with gpt2 or words"),
     ("a.txt", "text", {"val_fraction": 0}, "val_fraction from 0 to 0.5.*; got .*0"),
-    ("a.txt", "text", {"tokenizer": "words", "vocab_size": 256}, "vocab_size is 256; wanted 257"),
-    ("a.txt.gz", "no gzip", {"raw": True}, "a.txt.gz cannot be read as UTF-8 text"),
-    ("a.txt", "text", {"val_fraction": 1.5}, "val_fraction from 0 to 0.5.*; got .*1.5"),
     ("a.txt", "text", {"documents": "poems"}, "wanted documents of marked, articles, problems.*'poems'"),
     (
         "a.txt",
@@ -460,77 +425,72 @@ BAD_SOURCES = [
 
 
 @pytest.mark.parametrize("file, text, options, message", BAD_SOURCES)
-def test_bad_sources_overwrite_nothing(tmp_path, file, text, options, message):
-    prepared(tmp_path, source=write(tmp_path / "good.txt", MARKED))
-    before = contents(tmp_path)
+def test_bad_sources_leave_nothing_behind(tmp_path, file, text, options, message):
     source = write(tmp_path / file, text)
-    if options.pop("raw", False):
-        Path(source).write_bytes(text.encode())
     if options.pop("cut", False):
         Path(source).write_bytes(Path(source).read_bytes()[:-4])
     with pytest.raises(ValueError, match=message):
         prepared(tmp_path, **{"source": source, **options})
-    assert before.keys() == {"train.bin", "val.bin", "meta.json"} and contents(tmp_path) == before
+    assert list(tmp_path.glob("data/*/*")) == []
 
 
-def test_other_data_are_not_replaced_without_a_word(tmp_path):
-    a, b = (write(tmp_path / f"{name}.txt", MARKED.replace("cat", name)) for name in "ab")
-    prepared(tmp_path, source=a, overwrite=False)
+def test_prepared_data_are_never_replaced(tmp_path, capsys):
+    source, data_dir = write(tmp_path / "a.txt", MARKED), str(tmp_path / "data")
+    meta = prepare(PrepareConfig("mine", source, tokenizer="bytes", data_dir=data_dir))
     before = contents(tmp_path)
-    prepared(tmp_path, source=a, overwrite=False)
-    prepared(tmp_path, "another", source=b, overwrite=False)
-    for options in ({"source": b}, {"source": a, "tokenizer": "words"}, {"source": a, "max_tokens": 9}):
-        with pytest.raises(
-            ValueError, match="mine holds data prepared with .*; choose another name.*--overwrite"
-        ):
-            prepared(tmp_path, **options, overwrite=False)
-    assert {name: (tmp_path / "data" / "mine" / name).read_bytes() for name in before} == before
+    message = "mine was prepared with tokenizer='bytes', max_tokens=1e.30; remove .*mine to prepare it again"
+    with pytest.raises(ValueError, match=message):
+        prepare(PrepareConfig("mine", source, tokenizer="words", max_tokens=9, data_dir=data_dir))
     (tmp_path / "data").rename(tmp_path / "moved")
-    prepare(PrepareConfig("mine", a, tokenizer="bytes", data_dir=str(tmp_path / "moved"), overwrite=True))
-    prepare(PrepareConfig("mine", a, tokenizer="bytes", data_dir=str(tmp_path / "moved")))
-    (tmp_path / "moved").rename(tmp_path / "data")
-    meta = tmp_path / "data" / "mine" / "meta.json"
-    kept = meta.read_text()
-    meta.write_text("{}")
-    with pytest.raises(ValueError, match="mine holds data prepared with version='earlier'"):
-        prepared(tmp_path, source=a, overwrite=False)
-    meta.write_text(kept)
-    prepared(tmp_path, source=b)
-    assert (tmp_path / "data" / "mine" / "train.bin").read_bytes() != before["train.bin"]
+    (tmp_path / "a.txt").unlink()
+    again = PrepareConfig("mine", source, tokenizer="bytes", data_dir=str(tmp_path / "moved"))
+    assert prepare(again) == meta and "mine is prepared already" in capsys.readouterr().out
+    assert {path.name: path.read_bytes() for path in (tmp_path / "moved/mine").iterdir()} == before
+    (tmp_path / "moved/mine/meta.json").write_text("{}")
+    with pytest.raises(ValueError, match="meta.json is damaged .*; prepare it again: remove .*mine"):
+        prepare(again)
 
 
-def test_the_old_meta_goes_before_the_first_new_file_comes(tmp_path, monkeypatch):
-    """A power cut between two renames leaves no meta.json beside files that are not its own."""
-    path = write(tmp_path / "a.txt", MARKED)
-    prepared(tmp_path, source=path)
-    for done in (0, 1):
-        replaced = [os.replace] * done + [Mock(side_effect=OSError("power cut"))]
-        monkeypatch.setattr(prepare_data.os, "replace", lambda *paths, left=replaced: left.pop(0)(*paths))
-        with pytest.raises(OSError, match="power cut"):
-            prepared(tmp_path, source=path, tokenizer="words", val_fraction=0.1)
-        assert contents(tmp_path).keys() == {"train.bin", "val.bin"}
-        monkeypatch.undo()
-    (tmp_path / "data" / "mine" / "meta.json").write_text("{")  # damaged: counts as not prepared, too
-    (tmp_path / "data" / "mine" / ".new").mkdir()  # of a run that was killed
-    with pytest.raises(ValueError, match="meta.json is damaged"):
-        prepare_data.load_meta(tmp_path / "data" / "mine")
-    assert prepared(tmp_path, source=path, overwrite=False)[0]["tokens"]
+def test_data_of_an_earlier_version_are_prepared_already(tmp_path):
+    """Settings that are gone since then do not count."""
+    source = write(tmp_path / "a.txt", MARKED)
+    meta = prepared(tmp_path, source=source)[0]
+    meta["settings"]["split_digits"] = False
+    (tmp_path / "data/mine/meta.json").write_text(json.dumps(meta))
+    assert prepare(PrepareConfig("mine", source, tokenizer="bytes", data_dir=str(tmp_path / "data"))) == meta
 
 
-def test_what_other_data_left_is_removed(tmp_path):
-    prepared(tmp_path, documents="problems", source=write(tmp_path / "p.txt", SUMS))
-    assert len(contents(tmp_path)) == 5
-    prepared(tmp_path, source=write(tmp_path / "a.txt", MARKED))
-    assert contents(tmp_path).keys() == {"train.bin", "val.bin", "meta.json"}
-
-
-def test_a_failed_preparation_changes_no_test_problems(tmp_path, monkeypatch):
-    prepared(tmp_path, "arithmetic", num_problems=100)
-    before = contents(tmp_path)
+def test_an_interrupted_preparation_counts_as_none(tmp_path, monkeypatch):
+    """Whether it stops while it writes, or between two files that it moves."""
+    folder = tmp_path / "data" / "arithmetic"
     monkeypatch.setattr(prepare_data, "write_tokens", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        prepared(tmp_path, "arithmetic", num_problems=100, seed=1)
-    assert contents(tmp_path) == before and len(os.listdir(tmp_path / "data" / "arithmetic")) == 9
+        prepared(tmp_path, "arithmetic", num_problems=100)
+    assert os.listdir(folder) == []
+    monkeypatch.undo()
+    moves = [os.replace, os.replace, Mock(side_effect=OSError("disk full"))]
+    monkeypatch.setattr(prepare_data.os, "replace", lambda *paths: moves.pop(0)(*paths))
+    with pytest.raises(OSError, match="disk full"):
+        prepared(tmp_path, "arithmetic", num_problems=100)
+    monkeypatch.undo()
+    assert len(os.listdir(folder)) == 2 and "meta.json" not in os.listdir(folder)
+    assert prepared(tmp_path, "arithmetic", num_problems=100, seed=1)[0]["settings"]["seed"] == 1
+
+
+def test_another_run_in_the_meantime(tmp_path, monkeypatch):
+    """Its data are kept."""
+    config = PrepareConfig(data_dir=str(tmp_path / "data"), num_problems=100)
+    write_data = prepare_data.write_data
+
+    def slow(*args):
+        monkeypatch.setattr(prepare_data, "write_data", write_data)
+        prepare(PrepareConfig(data_dir=str(tmp_path / "data"), num_problems=100, seed=1))
+        return write_data(*args)
+
+    monkeypatch.setattr(prepare_data, "write_data", slow)
+    with pytest.raises(ValueError, match="arithmetic was prepared by another run in the meantime"):
+        prepare(config)
+    assert json.loads(contents(tmp_path)["meta.json"])["settings"]["seed"] == 1
 
 
 def test_test_problems_of_ones_own(tmp_path, monkeypatch):
@@ -539,22 +499,6 @@ def test_test_problems_of_ones_own(tmp_path, monkeypatch):
     prepared(tmp_path, documents="problems", source=source, test_source="test.txt")
     monkeypatch.chdir("/")
     assert read_problems(str(tmp_path / "data" / "mine")) == [("q", "5")] == read_problems(test)
-
-
-def test_two_preparations_at_once(tmp_path):
-    """The second is told so; each folder is as one alone makes it."""
-    source = write(tmp_path / "a.txt", MARKED * 300)
-    context = multiprocessing.get_context("spawn")
-    configs = [
-        PrepareConfig("mine", source, tokenizer="words", vocab_size=257 + i, data_dir=str(tmp_path / "data"))
-        for i in (5, 9)
-    ]
-    with prepare_data.open_locked(str(tmp_path / "data" / "mine" / ".lock")):
-        process = context.Process(target=prepare, args=(configs[0],))
-        process.start()
-        process.join()
-        assert process.exitcode == 1 and not (tmp_path / "data" / "mine" / "meta.json").exists()
-    prepare(configs[0])
 
 
 # ---- what is held out
@@ -627,13 +571,12 @@ def test_a_source_of_ones_own_has_no_public_validation_set(tmp_path):
 
 def test_public_data_sets():
     """What None stands for, by the name."""
-    of = {name: prepare_data.resolve(PrepareConfig(name)) for name in prepare_data.CORPORA}
+    of = {name: PrepareConfig(name) for name in prepare_data.CORPORA}
     assert {name: cfg.documents for name, cfg in of.items() if cfg.documents != "marked"} == {
         "arithmetic": "problems",
         "gsm8k": "problems",
         "wikitext2": "articles",
     }
-    assert [name for name, cfg in of.items() if cfg.split_digits] == ["arithmetic", "gsm8k"]
     assert {name for name, cfg in of.items() if cfg.tokenizer != "gpt2"} == {"arithmetic", "shakespeare"}
     assert of["shakespeare"].val_fraction == 0.1 and of["tinystories"].val_fraction == 0.01
     for name in ("gsm8k", "wikitext2", "tinystories", "slimpajama"):
@@ -682,8 +625,6 @@ def test_problems_have_a_token_for_each_digit(tmp_path, kind, tokens):
     options = {"source": path, "val_source": path, "documents": kind, "tokenizer": "words"}
     encoding = prepared(tmp_path, **options)[2]
     assert [encoding.decode([i]) for i in encoding.encode(" is 123")] == tokens
-    encoding = prepared(tmp_path, **options, split_digits=kind == "marked")[2]
-    assert len(encoding.encode(" is 123")) == 7 - len(tokens)
 
 
 def hub_tokenizer(tmp_path, kind):
@@ -893,9 +834,9 @@ def test_the_parts_of_a_problem_have_the_tokens_of_the_whole(name, texts):
     """What makes it right to encode a question alone, and to go on with token ids, at evaluation."""
     row = {"question": texts[0], "answer": f"<<{texts[1]}>>#### {texts[2]}"}
     with contextlib.suppress(ValueError):
-        pieces = [text for text, _ in prepare_data.parse(row, "problems", None)]
-        tokens = [token for piece in pieces for token in ENCODINGS[name].encode_ordinary(piece)]
-        assert tokens == ENCODINGS[name].encode_ordinary("".join(pieces))
+        parts = prepare_data.parse(row, "problems", None)
+        tokens = [token for part in parts for token in ENCODINGS[name].encode_ordinary(part)]
+        assert tokens == ENCODINGS[name].encode_ordinary("".join(parts))
 
 
 # ---- real files, where they are
@@ -919,7 +860,7 @@ def test_a_local_clone_trains_on_its_training_part(tmp_path, capsys):
     names = [f"{clone}/{name}" for name in ("contest.txt", "latest.txt", "train-0.txt")]
     assert find_files(clone, "", training=True) == names
     out = capsys.readouterr().out
-    assert "leaves out 3, held out by their names: " in out and out.endswith(", ".join(names) + "\n")
+    assert "leaves out 3 (held out by their names): " in out and out.endswith(", ".join(names) + "\n")
     assert find_files(f"{clone}/validation-0.txt", "", training=True) == [f"{clone}/validation-0.txt"]
     assert len(find_files(f"{clone}/sub", "", training=True)) == 2
     assert len(find_files(clone, "")) == 6  # to validate or to test
