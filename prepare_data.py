@@ -441,11 +441,12 @@ def write_tokens(parts, files, tokenizer, dtype, sizes, max_tokens=float("inf"))
             for (split, _, is_last), ids in zip(batch, encoded):
                 if n_tokens >= max_tokens:
                     return n_documents
-                ids += [tokenizer.eot_token] * is_last
+                if is_last:
+                    ids.append(tokenizer.eot_token)
+                    n_documents += 1
                 files[split].write(np.array(ids, dtype).tobytes())
                 if split in sizes:
                     sizes[split].append(len(ids))
-                n_documents += is_last
                 n_tokens += len(ids)
                 bar.update(len(ids))
     return n_documents
@@ -506,10 +507,10 @@ def write_data(cfg, folder, new):
     dtype = np.dtype("uint16" if spec["vocab_size"] <= 1 << 16 else "uint32")
     sizes = {"train": [], "val": []} if is_problems else {}
     with open(f"{new}/train.bin", "wb") as train, open(f"{new}/val.bin", "wb") as val:
-        output = {"train": train, "val": val}, tokenizer, dtype, sizes
-        n_documents = write_tokens(parts_of(documents, n), *output, cfg.max_tokens)
+        outputs = {"train": train, "val": val}
+        n_documents = write_tokens(parts_of(documents, n), outputs, tokenizer, dtype, sizes, cfg.max_tokens)
         documents.report()
-        write_tokens(parts_of(val_documents, 1), *output)
+        write_tokens(parts_of(val_documents, 1), outputs, tokenizer, dtype, sizes)
         val_documents.report()
     held_out = (cfg.val_source or "1,000 other problems") if val_files else f"1 of every {n} documents"
     if not (os.path.getsize(f"{new}/val.bin") or val_files or is_problems or cfg.tokenizer == "words"):
