@@ -31,10 +31,8 @@ from prepare_data import (
     find_files,
     is_remote,
     load_meta,
-    open_locked,
     read_json,
     read_rows,
-    whole_lines,
 )
 from sample import load_trained
 from sft_gsm8k import SFTConfig, answer, example_batches, load_examples
@@ -242,7 +240,7 @@ def measure(path, items, batch_size, work, rank, world_size):
     done = {}
     for part in glob.glob(glob.escape(path) + ".*.jsonl"):
         with open(part, "r+b") as file:
-            lines = whole_lines(file).splitlines()
+            lines = train.whole_lines(file).splitlines()
         try:
             done |= {record["index"]: record for record in map(json.loads, lines)}
         except (ValueError, TypeError, KeyError) as error:
@@ -250,7 +248,7 @@ def measure(path, items, batch_size, work, rank, world_size):
     if world_size > 1:
         torch.distributed.barrier()  # all have read before one writes
     todo = [i for i in range(rank, len(items), world_size) if i not in done]
-    with open_locked(f"{path}.{rank}.jsonl") as file, tqdm(total=len(todo), disable=rank > 0) as bar:
+    with train.open_locked(f"{path}.{rank}.jsonl") as file, tqdm(total=len(todo), disable=rank > 0) as bar:
         for indices in (todo[i : i + batch_size] for i in range(0, len(todo), batch_size)):
             for index, record in zip(indices, work(indices, [items[i] for i in indices])):
                 done[index] = {**record, "index": index}
@@ -332,7 +330,7 @@ def main():
     results_path = os.path.join(folder, "results.json")
     results = read_json(results_path) if os.path.exists(results_path) else {}
     if rank == 0:
-        locked = open_locked(os.path.join(folder, ".eval.lock"))  # noqa: F841
+        locked = train.open_locked(os.path.join(folder, ".eval.lock"))  # noqa: F841
         print(configurator.describe(cfg, set_by))
     if cfg.task == "loss":
         get_batch, n, data = validation(checkpoint, cfg.data, cfg.limit)

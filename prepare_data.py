@@ -398,29 +398,6 @@ def read_json(path):
         raise ValueError(f"{path} is damaged ({error}); take another copy") from error
 
 
-def whole_lines(file):
-    """The bytes of a file that runs append to. A crash may have cut off its last line: that is removed."""
-    file.seek(0)
-    text = file.read()
-    size = text.rfind(b"\n") + 1
-    file.truncate(size)
-    return text[:size]
-
-
-def open_locked(path):
-    """path, locked until it is closed, opened to append behind its last whole line. Raises ValueError if
-    another run holds the lock. To open and close path once more in the same process ends the lock."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    file = open(path, "a+", encoding="utf-8")
-    try:
-        if hasattr(os, "lockf"):  # not on Windows
-            os.lockf(file.fileno(), os.F_TLOCK, 0)
-    except OSError as error:
-        raise ValueError(f"{path} is locked by another run ({error}); wait, or set another folder") from error
-    whole_lines(file.buffer)
-    return file
-
-
 def parts_of(documents, n):
     """(split, part, is_last) for all parts of documents; the split of every n-th is val (n=0: of none)."""
     for number, parts in enumerate(documents, start=1):

@@ -28,7 +28,7 @@ import configurator
 from model import MDM, MDMConfig, diffusion_loss, load_checkpoint, mask_tokens, noise_levels, seed_for
 
 from model import weighted_nll  # isort: skip
-from prepare_data import load_meta, open_locked, whole_lines
+from prepare_data import load_meta
 
 OF_DATA_OR_START = {"vocab_size", "shift", "n_kv_head", "qkv_bias", "rope_base", "norm_eps"}  # not of a run
 MODEL_KEYS = [field.name for field in fields(MDMConfig) if field.name not in OF_DATA_OR_START]
@@ -192,6 +192,29 @@ def write_file(path, write):
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
+
+
+def whole_lines(file):
+    """The bytes of a file that runs append to. A crash may have cut off its last line: that is removed."""
+    file.seek(0)
+    text = file.read()
+    size = text.rfind(b"\n") + 1
+    file.truncate(size)
+    return text[:size]
+
+
+def open_locked(path):
+    """path, locked until it is closed, opened to append behind its last whole line. Raises ValueError if
+    another run holds the lock. To open and close path once more in the same process ends the lock."""
+    os.makedirs(os.path.dirname(path), exist_ok=True)
+    file = open(path, "a+", encoding="utf-8")
+    try:
+        if hasattr(os, "lockf"):  # not on Windows
+            os.lockf(file.fileno(), os.F_TLOCK, 0)
+    except OSError as error:
+        raise ValueError(f"{path} is locked by another run ({error}); wait, or set another folder") from error
+    whole_lines(file.buffer)
+    return file
 
 
 def get_lr(step, max_steps, peak, floor, warmup_steps):

@@ -18,9 +18,9 @@ from tqdm import tqdm
 
 import configurator
 from model import seed_for
-from prepare_data import load_meta, open_locked, whole_lines
+from prepare_data import load_meta
 from sample import load_trained
-from train import made_by, write_file
+from train import made_by, open_locked, whole_lines, write_file
 
 FOLDER = "docs/results/open_mask"
 T, N = 128, 64  # tokens of a text, texts of a kind
