@@ -155,8 +155,8 @@ def load_tokenizer(spec: dict):
         hint = "set TIKTOKEN_CACHE_DIR to a folder with its vocabulary, or choose --tokenizer=words"
         raise ValueError(f"gpt2 could not be downloaded ({type(error).__name__}); {hint}") from error
     except Exception as error:  # tiktoken defines no exception class
-        fault = f"the tokenizer's description is damaged ({error!r})"
-        raise ValueError(f"{fault}; prepare the data set again") from error
+        hint = "prepare the data set again"
+        raise ValueError(f"the tokenizer's description is damaged ({error!r}); {hint}") from error
 
 
 class HubTokenizer:
@@ -282,9 +282,8 @@ def read_rows(address, kind="problems"):
         for n, row in enumerate(load_dataset(**options, streaming=True), start=1):
             yield row, f"{address}, row {n}"
     except Exception as error:  # of the library, or of one that it calls
-        problem = f"{address} cannot be read beyond row {n:,} ({type(error).__name__}: {error})"
         hint = "nothing is kept: try again, or download it and give the folder as --source"
-        raise ValueError(f"{problem}; {hint}") from error
+        raise ValueError(f"{address} cannot be read beyond row {n:,} ({error!r}); {hint}") from error
 
 
 def split_text(file, kind):
@@ -315,8 +314,7 @@ def parse(row, kind, text_field):
     """The parts of a row: the pieces of its text, none if it is blank; or question, thoughts and answer.
     A problem is a line of augmented GSM8K, question||<<3+4=7>> <<7*2=14>> #### 14, or OpenAI's {"question":
     ..., "answer": "... #### 14"}, where the equations <<...>> are the thoughts, or the prose if it has none.
-    A part begins with a space, where every tokenizer begins a word: it has the same tokens alone, as an
-    evaluation meets it, and in the whole."""
+    A part begins with a space, as words do: alone, as in an evaluation, it has the same tokens."""
     if kind != "problems":
         text = row if isinstance(row, str) else row[text_field]
         text.encode()  # fails for None, and for half a surrogate pair
@@ -478,8 +476,7 @@ def write_data(cfg, folder, new):
     spec = make_tokenizer(cfg.tokenizer, is_problems, cfg.vocab_size, texts)
     tokenizer = load_tokenizer(spec)
     if "json" in spec:  # those of our own are exact
-        texts = (text for _, text, _ in parts_of(documents, n))
-        check_exact(tokenizer, itertools.islice(texts, 1000))
+        check_exact(tokenizer, (text for _, text, _ in itertools.islice(parts_of(documents, n), 1000)))
 
     dtype = np.dtype("uint16" if spec["vocab_size"] <= 1 << 16 else "uint32")
     sizes = {"train": [], "val": []} if is_problems else {}
