@@ -276,7 +276,8 @@ def load_checkpoint(path) -> dict:
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in many ways
-        raise ValueError(f"{path} is damaged or no checkpoint ({type(error).__name__})") from error
+        problem = f"{path} is damaged or no checkpoint ({type(error).__name__})"
+        raise ValueError(f"{problem}; take another") from error
     if not isinstance(checkpoint, dict) or "model_config" not in checkpoint:
         raise ValueError(f"{path} is no checkpoint of train.py; python -m extras.convert reads SMDM's")
     return checkpoint
