@@ -245,6 +245,8 @@ def measure(path, items, batch_size, work, rank, world_size):
             done |= {record["index"]: record for record in map(json.loads, lines)}
         except (ValueError, TypeError, KeyError) as error:
             raise ValueError(f"{part} is damaged ({error!r}); remove it, to do its items again") from error
+    if done and rank == 0:
+        print(f"{len(done):,} of {len(items):,} items are in {path}.*.jsonl; remove it to do them again")
     if world_size > 1:
         torch.distributed.barrier()  # all have read before one writes
     todo = [i for i in range(rank, len(items), world_size) if i not in done]
@@ -299,8 +301,8 @@ def means(records, keys):
 
 
 def gsm8k(model, tokenizer, problems, cfg, path, rank, world_size):
-    def work(indices, problems):
-        return answer_problems(model, tokenizer, indices, problems, cfg)
+    def work(indices, batch):
+        return answer_problems(model, tokenizer, indices, batch, cfg)
 
     records = measure(path, problems, cfg.batch_size, work, rank, world_size)
     asked = [record for record in records if record["thoughts"] is not None]  # there was room for thoughts
@@ -311,8 +313,8 @@ def gsm8k(model, tokenizer, problems, cfg, path, rank, world_size):
 
 
 def likelihoods(model, tokenizer, items, cfg, path, rank, world_size):
-    def work(indices, items):
-        return (score_item(model, tokenizer, item, cfg) for item in items)
+    def work(indices, batch):
+        return (score_item(model, tokenizer, item, cfg) for item in batch)
 
     records = measure(path, items, cfg.batch_size, work, rank, world_size)
     keys = ["acc", "acc_norm", "acc_bytes"] if "choices" in items[0] else ["acc", "log_p"]

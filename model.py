@@ -221,7 +221,7 @@ class MDM(nn.Module):
 
     def forward(self, xt, masked=None, targets=None):
         """xt (B, T) ids, mask_id where hidden -> logits (B, T, V), or only where masked (B, T): (N, V).
-        With targets (N,), the clean tokens there: -log p of each, (N,) float32."""
+        With masked and targets (N,), the clean tokens there: -log p of each, (N,) float32."""
         x = self.trunk(xt)
         logits = self.head(x if masked is None else x[masked])
         return logits if targets is None else self.nll(logits, targets)

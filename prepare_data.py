@@ -194,7 +194,7 @@ def check_exact(tokenizer, texts):
 
 # ---------- Documents: each a list of its parts, which are texts
 
-KINDS = regex.compile(r"(?i)(\.parquet|(\.txt|\.jsonl)(\.gz|\.xz|\.zst)?)$")
+FILES = regex.compile(r"(?i)(\.parquet|(\.txt|\.jsonl)(\.gz|\.xz|\.zst)?)$")
 HELD_OUT = regex.compile(r"(?i)(?<![a-z])(validation|valid|val|dev|test)(?![a-z])")
 MARKS = {"marked": r"<\|endoftext\|>\n?", "articles": r"^(?= = [^=\s].* = \n)", "problems": None}
 TEXT = regex.compile(r"(?i)\.txt(\.gz|\.xz|\.zst)?$")
@@ -226,7 +226,7 @@ def find_files(address, download_dir, training=False):
     path = download(address, download_dir) if is_remote(address) else address
     start, files, others, held_out = len(path.rstrip(os.sep)), [], [], []
     for file in sorted(list_files(path)):
-        if not (KINDS.search(file) and os.path.isfile(file)) or f"{os.sep}." in file[start:]:
+        if not (FILES.search(file) and os.path.isfile(file)) or f"{os.sep}." in file[start:]:
             others.append(file)
         elif training and HELD_OUT.search(file[start:]):
             held_out.append(file)
@@ -255,8 +255,8 @@ def refuse_pointer(path):
 def open_text(path):
     """A text file, also compressed: UTF-8 with or without a byte order mark, and with any line ends."""
     refuse_pointer(path)
-    if path.lower().endswith(".zst"):
-        configurator.need("backports.zstd")  # which fsspec then takes
+    if path.lower().endswith(".zst") and "zst" not in fsspec.utils.compressions:
+        raise ValueError(f"{path} needs a package; run: pip install -U fsspec backports.zstd")
     local = fsspec.filesystem("file")  # and not fsspec.open: a path with colons is no address
     try:
         with local.open(os.path.abspath(path), "rt", encoding="utf-8-sig", compression="infer") as file:
@@ -340,19 +340,21 @@ class Documents:
         self.files, self.kind, self.text_field = files, kind, text_field
 
     def __iter__(self):
-        self.n_rows, self.n_empty, self.n_bad, self.first_bad = 0, 0, 0, None
+        self.n_rows = self.n_empty = self.n_bad = 0
+        self.first_bad = None
         for path in self.files:
             for row, position in read_rows(path, self.kind):
                 self.n_rows += 1
                 try:
-                    is_json = isinstance(row, str) and not TEXT.search(path)
-                    parts = parse(json.loads(row) if is_json else row, self.kind, self.text_field)
+                    if isinstance(row, str) and not TEXT.search(path):
+                        row = {**json.loads(row)}  # fails for what is no dict
+                    parts = parse(row, self.kind, self.text_field)
                     self.n_empty += not parts
                 except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                     parts = []
                     self.n_bad += 1
                     self.first_bad = self.first_bad or f"{position}, {error!r}: {str(row)[:80]!r}"
-                    if self.n_bad == 100:  # a wrong setting is told early
+                    if self.n_bad >= 100 and self.n_bad > self.n_rows / 100:  # a wrong setting is told early
                         self.report()
                 if parts:
                     yield parts
@@ -376,11 +378,12 @@ def download(url, folder):
     if not os.path.exists(path):
         os.makedirs(folder, exist_ok=True)
         print(f"downloading {url}", flush=True)
+        temporary = f"{path}.{os.getpid()}.tmp"  # another run may download it, too
         try:
-            urllib.request.urlretrieve(url, path + ".tmp")
+            urllib.request.urlretrieve(url, temporary)
         except Exception as error:  # whatever can go wrong on the way
             raise ValueError(f"cannot download {url} ({error}); give the path of a local copy") from error
-        os.replace(path + ".tmp", path)
+        os.replace(temporary, path)
     return path
 
 
@@ -443,15 +446,22 @@ def prepare(cfg: PrepareConfig) -> dict:
         old = meta.get("settings", {})
         changed = [f"{key}={old.get(key)!r}" for key in settings if old.get(key) != settings[key]]
         if changed:
-            hint = f"remove {folder} to prepare it again, or choose another name or data_dir"
+            hint = (
+                f"remove {folder} (or, to keep downloads, its meta.json), or choose another name or data_dir"
+            )
             raise ValueError(f"{folder} was prepared with {', '.join(changed)}; {hint}")
         print(f"{folder} is prepared already; to prepare it again, remove it")
         return meta
     os.makedirs(folder, exist_ok=True)
+    if others := glob.glob(f"{glob.escape(folder)}/.new*"):
+        print(f"{', '.join(others)}: of another run; remove what no run is working on")
     with tempfile.TemporaryDirectory(prefix=".new", dir=folder) as new:
         meta = {"name": cfg.name, "settings": settings} | write_data(cfg, folder, new)
         if os.path.exists(f"{folder}/meta.json"):
             raise ValueError(f"{folder} was prepared by another run in the meantime; its data are kept")
+        for name in ("train_cuts.npy", "val_cuts.npy"):  # of data whose meta.json was removed
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(f"{folder}/{name}")
         for name in os.listdir(new):
             os.replace(f"{new}/{name}", f"{folder}/{name}")
         with open(f"{new}/meta.json", "w", encoding="utf-8") as file:

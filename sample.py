@@ -55,8 +55,8 @@ def readable(tokenizer, token):
 
 
 def show_steps(tokenizer, mask_id, before):
-    """on_step of generate: draws the first row after each step, in place in a terminal, else as a line. Its
-    tokens were before, a list of ids, at the start."""
+    """on_step of generate: draws the first row after each step, in place in a terminal, else as a line.
+    before: the row's token ids before the first step."""
     step, in_place = 0, sys.stdout.isatty()
 
     def on_step(x):

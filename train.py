@@ -101,7 +101,7 @@ if lacking := sorted(set(MODEL_KEYS) - {field.name for field in fields(TrainConf
 
 def token_batches(folder: str, meta: dict, cfg: TrainConfig):
     """get_batch for pretraining: all tokens are maskable. A training text starts at a random token, or, if
-    documents are one a line, at a random end-of-text. It gives eval_seqs validation texts."""
+    documents are one a line, at a random end-of-text. Validation takes eval_seqs texts."""
     B, T = cfg.micro_batch_size, cfg.block_size
     data = {}
     for split in ("train", "val"):

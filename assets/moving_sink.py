@@ -1,10 +1,12 @@
-"""Draws moving_sink.svg, the animation of the README: the first text of each run, step by step.
+"""Draws one text of each run, step by step, as an animation; that of the README by the last command.
 
 python -m extras.sinks out/sink out/vanilla --json --to=plots
-python -m assets.moving_sink plots/sinks.json --layer=1"""
+python -m assets.moving_sink plots/sinks.json --layer=1
+python -m assets.moving_sink docs/results/adapt_short/sinks.json.gz --layer=24 --prompt=1"""
 
 import html
 import json
+import os
 from dataclasses import dataclass
 
 import configurator
@@ -83,9 +85,14 @@ def draw_run(run, layer, number, top):
 
 def main():
     cfg, _ = configurator.parse(AnimationConfig, positional="file")
+    if not os.path.isfile(cfg.file):
+        raise ValueError(f"no file {cfg.file!r}; wanted sinks.json: python -m extras.sinks RUN --json")
     with open_text(cfg.file) as file:
-        runs = json.load(file)["runs"]
-    parts, top = [], 0
+        text = file.read()
+    runs, parts, top = json.loads(text)["runs"], [], 0
+    n_texts, n_layers = (min(len(run[key]) for run in runs) for key in ("prompts", "layers"))
+    if not (0 <= cfg.prompt < n_texts and 0 <= cfg.layer < n_layers):
+        raise ValueError(f"there are prompts below {n_texts} and layers below {n_layers}")
     for run in runs:
         more, top = draw_run(run, cfg.layer, cfg.prompt, top)
         parts += more

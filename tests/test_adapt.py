@@ -98,6 +98,28 @@ def test_the_leftmost_visible_token(tmp_path, call):
                          "layers 12 and on: 0.333")  # fmt: skip
 
 
+def test_what_cannot_be_had_is_refused(data_dir, tmp_path, call):
+    (tmp_path / "sink-1").mkdir()
+    (tmp_path / "sink-1" / "measured.jsonl").write_text('{"table": "facts", "row": "", "config": {}}\n')
+    with pytest.raises(
+        ValueError, match="has no run vanila-SEED with measured.jsonl; set another --baseline"
+    ):
+        call("tables", tmp_path, "--baseline=vanila")
+    folder = save(tmp_path / "vanilla-0", data_dir, n_sink=0)
+    with pytest.raises(ValueError, match="parts are bound, .* got bounds"):
+        call("measure", folder, data_dir / "arithmetic", "--parts=attention,bounds")
+
+
+def test_a_run_without_a_partner_is_not_compared(tmp_path, call):
+    pytest.importorskip("matplotlib")
+    for name in ("vanilla-0", "sink-1"):
+        (tmp_path / name).mkdir()
+        rows = [{"table": "facts", "row": "", "config": {}}]
+        rows += [{"table": "bound", "row": "x", "mean": 1, "nats": [1, 2], "tokens": [1, 1]}]
+        (tmp_path / name / "measured.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "sink 1 1.0000 ± nan - -" in call("tables", tmp_path)
+
+
 def test_other_words_are_refused(call):
     for words in (["tables"], ["measure", "x"], ["draw", "x"]):
         with pytest.raises(ValueError, match="wanted: measure RUN"):

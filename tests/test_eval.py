@@ -221,6 +221,15 @@ def test_of_a_prepared_folder_the_test_problems_are_read(data, tmp_path, capsys)
 # ---- interrupted, repeated, in parallel
 
 
+def test_items_of_an_earlier_run_are_announced(out_dir, evaluate, capsys):
+    evaluate(*GSM8K, "--limit=2")
+    assert "items are in" not in capsys.readouterr().out
+    evaluate(*GSM8K, "--limit=2")
+    (path,) = out_dir.glob("gsm8k-*.0.jsonl")
+    line = f"2 of 2 items are in {str(path)[:-8]}.*.jsonl; remove it to do them again"
+    assert line in capsys.readouterr().out
+
+
 def test_interrupted_equals_uninterrupted(out_dir, evaluate, monkeypatch):
     """Two processes got so far: item 6 is there twice, and each was ended in the middle of a line."""
     _, whole = evaluate(*GSM8K)

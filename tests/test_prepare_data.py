@@ -320,6 +320,7 @@ def test_a_file_name_is_no_pattern(tmp_path, cache):
 BAD_ROWS = [
     '{"id": 7, "text": null}',
     '{"text": 5}',
+    '"text"',
     "[1]",
     '{"a": 1}',
     '{"text": "half a pair \\ud83d"}',
@@ -343,6 +344,14 @@ def test_another_field_is_told_at_once(tmp_path):
     message = "100 of 100 rows do not fit; the first is .*line 1, KeyError.'text'.*Once.*--text_field"
     with pytest.raises(ValueError, match=message):
         next(iter(Documents([path], "marked")))
+
+
+def test_bad_rows_after_many_good_ones_are_told_at_once(tmp_path):
+    """After 40 good ones at the 100th bad row; after 20,000 at the 203rd, which is more than 1 in 100."""
+    for n_good, n_bad in ((40, 100), (20_000, 203)):
+        path = write(tmp_path / "a.jsonl", ROWS[0] * n_good + "[1]\n" * 99_999)
+        with pytest.raises(ValueError, match=f"{n_bad} of {n_good + n_bad:,} rows do not fit"):
+            list(Documents([path], "marked"))
 
 
 def test_what_is_left_out_is_printed_also_when_no_more_is_wanted(tmp_path, capsys):
@@ -477,8 +486,17 @@ def test_an_interrupted_preparation_counts_as_none(tmp_path, monkeypatch):
     assert prepared(tmp_path, "arithmetic", num_problems=100, seed=1)[0]["settings"]["seed"] == 1
 
 
-def test_another_run_in_the_meantime(tmp_path, monkeypatch):
-    """Its data are kept."""
+def test_cuts_of_earlier_data_go(tmp_path):
+    """Of problems whose meta.json was removed to prepare a text in their place."""
+    source = write(tmp_path / "p.txt", SUMS)
+    prepared(tmp_path, documents="problems", source=source)
+    assert (tmp_path / "data/mine/train_cuts.npy").exists()
+    prepared(tmp_path, source=write(tmp_path / "t.txt", MARKED))
+    assert not (tmp_path / "data/mine/train_cuts.npy").exists()
+
+
+def test_another_run_in_the_meantime(tmp_path, monkeypatch, capsys):
+    """Its data are kept. It says that there is one."""
     config = PrepareConfig(data_dir=str(tmp_path / "data"), num_problems=100)
     write_data = prepare_data.write_data
 
@@ -491,6 +509,7 @@ def test_another_run_in_the_meantime(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="arithmetic was prepared by another run in the meantime"):
         prepare(config)
     assert json.loads(contents(tmp_path)["meta.json"])["settings"]["seed"] == 1
+    assert re.search(r"arithmetic/\.new\w+: of another run; remove", capsys.readouterr().out)
 
 
 def test_test_problems_of_ones_own(tmp_path, monkeypatch):

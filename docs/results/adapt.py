@@ -85,6 +85,8 @@ def measure(path, folders, cfg):
     torch.set_float32_matmul_precision("highest")  # no TF32
     sinks = SinksConfig(limit=64, prompt_length=0)
     run = Run(path, sinks, device)
+    if wrong := set(cfg.parts.split(",")) - {"bound", "attention", "writing", "items"}:
+        raise ValueError(f"parts are bound, attention, writing and items; got {', '.join(sorted(wrong))}")
     step, facts = run.checkpoint["step"], made_by() | {"settings": asdict(cfg), "folders": folders}
     rows = [{"table": "facts", "row": "", "config": run.checkpoint["run_config"], **facts}]
     if "bound" in cfg.parts:
@@ -129,6 +131,8 @@ def print_pairs(arms, key, baseline):
     """The same on each text or item: means over the seeds that both have, ± standard error over texts."""
     for name in [name for name in arms if name != baseline]:
         shared = arms[name].keys() & arms[baseline].keys()
+        if not shared:
+            continue
         more = [np.subtract(arms[name][seed][key], arms[baseline][seed][key], dtype=float) for seed in shared]
         more, (row, *_) = np.mean(more, axis=0), arms[name].values()
         mean, error = mean_and_error(more)
@@ -154,12 +158,26 @@ def print_writing(found):
         print(f"{name:<26}{given:>6}" + "".join(cells))
 
 
+def print_deep(found):
+    """Means over the layers from 12 on: the sink rate over seeds, and the norm while texts are written."""
+    for table, key in (("attention", "rate"), ("writing", "norm")):
+        print(f"\n{key}, layers 12 and on ({table})")
+        deep = {}
+        for (other, row, given), arms in found.items():
+            if other == table and int(row.split()[1]) >= 12:
+                for name, seeds in arms.items():
+                    values = [np.mean(values[key]) for values in seeds.values()]
+                    deep.setdefault((name, given), []).append(np.mean(values))
+        for (name, given), values in deep.items():
+            print(f"{name:<20}{'' if given is None else f'{given} given':<12}{np.mean(values):.4f}")
+
+
 def print_leftmost(path):
     """Of a sinks.json of extras.sinks, for runs without a sink: the share of denoising steps, but for the
     first, at which the leftmost visible token gets the most attention, means over texts and layers."""
     with open_text(path) as file:
-        runs = json.load(file)["runs"]
-    for run in [run for run in runs if run["n_sink"] == 0]:
+        text = file.read()
+    for run in [run for run in json.loads(text)["runs"] if run["n_sink"] == 0]:
         shares = []  # (texts, layers)
         for prompt in run["prompts"]:
             positions = np.array([layer["position"] for layer in prompt["layers"]])  # (layers, steps)
@@ -189,6 +207,8 @@ def draw_rates(figure, found):
 
 def tables(folder, baseline):
     found = read_measured(folder)
+    if baseline not in found.get(("facts", "", None), {}):
+        raise ValueError(f"{folder} has no run {baseline}-SEED with measured.jsonl; set another --baseline")
     for (table, row, _), arms in found.items():
         if table == "bound":
             print_values(f"nats per token, {row}", arms, lambda row: row["mean"], baseline)
@@ -198,6 +218,7 @@ def tables(folder, baseline):
                 print_values(f"{key}, {row}", arms, lambda row, key=key: np.mean(row[key]), baseline)
                 print_pairs(arms, key, baseline)
     print_writing(found)
+    print_deep(found)
     figure = configurator.need("matplotlib.figure", "matplotlib").Figure(figsize=(7, 4), layout="constrained")
     draw_rates(figure, found)
     write_file(f"{folder}/rates.png", figure.savefig)
