@@ -35,7 +35,7 @@ from prepare_data import (
     read_rows,
 )
 from sample import load_trained
-from sft_gsm8k import SFTConfig, answer, example_batches, load_examples
+from sft_gsm8k import SFTConfig, answer, example_batches, is_fine_tuned, load_examples
 
 
 @dataclass
@@ -275,7 +275,7 @@ def validation(checkpoint, data, limit):
         train.token_batches,
         meta["tokens"]["val"] // run["block_size"],
     )
-    if "epochs" in run:  # a model of sft_gsm8k.py
+    if is_fine_tuned(checkpoint):
         config_class, batches = SFTConfig, example_batches
         n = len(load_examples(folder, meta, "val", run["block_size"])[1])
     n = max(2, min(n, limit or n))

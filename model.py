@@ -269,7 +269,9 @@ class MDM(nn.Module):
 
 
 def load_checkpoint(path) -> dict:
-    """What train.py saved, from a file or from a folder's ckpt.pt. Raises ValueError if it cannot be read."""
+    """What train.py saved, from a file or from a folder's ckpt.pt: model, model_config, run_config, step, meta
+    (of the data, with the tokenizer); to resume optimizer, validated, best_val_loss, losses, wandb_id.
+    Raises ValueError if it cannot be read."""
     path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
     if not os.path.isfile(path):
         raise ValueError(f"no checkpoint at {path}; train a model first: python train.py --out_dir=...")

@@ -16,7 +16,7 @@ import torch
 import configurator
 from model import MDM, generate, load_checkpoint, seed_for
 from prepare_data import load_tokenizer, open_text
-from sft_gsm8k import answer
+from sft_gsm8k import answer, is_fine_tuned
 from train import autocast, setup_distributed
 
 
@@ -141,7 +141,7 @@ def main():
     cfg, _ = configurator.parse(SampleConfig)
     _, _, device = setup_distributed(cfg.device)
     model, tokenizer, ckpt = load_trained(cfg.out_dir, device)
-    if cfg.question and "epochs" not in ckpt["run_config"]:
+    if cfg.question and not is_fine_tuned(ckpt):
         print("note: this model was not fine-tuned to answer; sft_gsm8k.py does that", file=sys.stderr)
     start = time.perf_counter()
     with autocast(device, cfg.dtype):

@@ -45,6 +45,10 @@ class SFTConfig(TrainConfig):
         super().__post_init__()
 
 
+def is_fine_tuned(checkpoint):
+    return "epochs" in checkpoint["run_config"]  # a setting of this script alone
+
+
 def load_examples(folder, meta, split, block_size):
     """Tokens of a split; its examples (n, 4): the stage, 0 or 1, where prompt and response begin, and where
     the response ends; how many are left out, because they do not fit into block_size with an end-of-text.

@@ -24,6 +24,7 @@ import configurator
 from eval import validation
 from model import generate, seed_for, sink_mask
 from sample import load_trained, readable
+from sft_gsm8k import is_fine_tuned
 from train import made_by, mean_and_error, setup_distributed, spread_levels, validate, write_file
 
 COLUMNS = {  # of the table: unit, meaning
@@ -72,7 +73,7 @@ class Run:
         self.x0, self.maskable = (torch.cat(tensors)[:n] for tensors in zip(*batches))
         T, length = self.x0.size(1), cfg.prompt_length
         if length is None:  # the question of a fine-tuned model is not maskable
-            length = 0 if "epochs" in run_config else T // 4
+            length = 0 if is_fine_tuned(self.checkpoint) else T // 4
         self.hidden = self.maskable & (torch.arange(T) >= length)
         if not self.hidden.any(dim=1).all():
             raise ValueError(f"prompt_length {length} leaves {name} nothing to write of {T} tokens; lower it")
