@@ -269,8 +269,8 @@ class MDM(nn.Module):
 
 
 def load_checkpoint(path) -> dict:
-    """What train.py saved, from a file or from a folder's ckpt.pt: model, model_config, run_config, step, meta
-    (of the data, with the tokenizer); to resume optimizer, validated, best_val_loss, losses, wandb_id.
+    """What train.py saved, from a file or a folder's ckpt.pt: model, model_config, run_config, step, meta (of
+    the data, with the tokenizer); to resume also optimizer, validated, best_val_loss, losses, wandb_id.
     Raises ValueError if it cannot be read."""
     path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
     if not os.path.isfile(path):
