@@ -270,14 +270,12 @@ def validation(checkpoint, data, limit):
     meta = load_meta(folder)
     if meta["tokenizer"] | {"pattern": None} != checkpoint["meta"]["tokenizer"] | {"pattern": None}:
         raise ValueError(f"{folder} has another vocabulary than the checkpoint; prepare it again")
-    config_class, batches, n = (
-        train.TrainConfig,
-        train.token_batches,
-        meta["tokens"]["val"] // run["block_size"],
-    )
     if is_fine_tuned(checkpoint):
         config_class, batches = SFTConfig, example_batches
         n = len(load_examples(folder, meta, "val", run["block_size"])[1])
+    else:
+        config_class, batches = train.TrainConfig, train.token_batches
+        n = meta["tokens"]["val"] // run["block_size"]
     n = max(2, min(n, limit or n))
     settings = {key: run[key] for key in run if key in config_class.__dataclass_fields__}
     return batches(folder, meta, config_class(**settings | {"eval_seqs": n})), n, meta
