@@ -219,6 +219,8 @@ def tables(folder, baseline):
                 print_pairs(arms, key, baseline)
     print_writing(found)
     print_deep(found)
+    if not any(table == "attention" for table, *_ in found):
+        return
     figure = configurator.need("matplotlib.figure", "matplotlib").Figure(figsize=(7, 4), layout="constrained")
     draw_rates(figure, found)
     write_file(f"{folder}/rates.png", figure.savefig)
