@@ -1,10 +1,13 @@
 """docs/results/adapt.py: what it measures of a model, and its tables."""
 
 import json
+import re
+import string
 import sys
 
 import numpy as np
 import pytest
+import torch
 from test_sinks import save
 
 from docs.results import adapt
@@ -87,15 +90,30 @@ def test_tables(tmp_path, call):
     assert "vanilla 6 0.556 1.000 - - - -" in lines and "sink 6 0.500 1.000 - - - -" in lines
 
 
-def test_the_leftmost_visible_token(tmp_path, call):
-    """Tokens 2, 1 and 0 are written in steps 1, 2 and 4; so 2, 1 and 1 are leftmost after the first state."""
-    layers = [{"position": position} for position in ([0, 2, 1, 1], [0, 2, 2, 0])]
-    prompt = {"steps": [4, 2, 1], "layers": [layers[0]] * 12 + [layers[1]]}
-    runs = [{"run": "a", "n_sink": 0, "prompts": [prompt]}, {"run": "b", "n_sink": 1, "prompts": [prompt]}]
-    (tmp_path / "sinks.json").write_text(json.dumps({"runs": runs}))
-    (line,) = call("leftmost", tmp_path / "sinks.json")
-    assert line.endswith("a, 1 texts, the leftmost visible token is on top; layers 3 to 10: 1.000, "
-                         "layers 12 and on: 0.333")  # fmt: skip
+@pytest.mark.parametrize(
+    "chosen, shares", [("token", "1.000, 0.000, 0.000"), ("mark", "0.000, 1.000, 1.000")]
+)
+def test_which_token_the_sink_is(data_dir, tmp_path, call, monkeypatch, chosen, shares):
+    """All attention goes to the leftmost visible token, or to the leftmost visible punctuation."""
+    folder = save(tmp_path / "vanilla-0", data_dir, n_sink=0, n_layer=13)
+    tokenizer = load_trained(folder, "cpu")[1]
+
+    def attention_maps(model, xt):
+        weights = torch.zeros(len(xt), 2, 24, 24)
+        for text, tokens in enumerate(xt.tolist()):
+            visible = [i for i, token in enumerate(tokens) if token != model.config.mask_id]
+            words = {i: tokenizer.decode([tokens[i]]).strip() for i in visible}
+            marks = [i for i, word in words.items() if word and all(c in string.punctuation for c in word)]
+            weights[text, :, :, [*(visible if chosen == "token" else marks), 0][0]] = 1
+        return [(weights, None)] * 13
+
+    monkeypatch.setattr(adapt, "attention_maps", attention_maps)
+    lines = call("sinks", folder, data_dir / "arithmetic")
+    assert re.fullmatch(
+        r".*arithmetic: sink rate [01].\d+ in layers 3 to 10, [01].\d+ from layer 12 on", lines[0]
+    )
+    for line in lines[1:]:
+        assert re.findall(r"[01]\.\d{3}", line) == shares.split(", ")
 
 
 def test_what_cannot_be_had_is_refused(data_dir, tmp_path, call):

@@ -2,7 +2,7 @@
 
     python -m docs.results.adapt measure out/adapt/sink-0 data-smollm2/stories data-smollm2/wikitext2
     python -m docs.results.adapt tables docs/results/adapt_long
-    python -m docs.results.adapt leftmost docs/results/adapt_short/sinks.json.gz
+    python -m docs.results.adapt sinks out/adapt/vanilla-0 data-smollm2/stories data-smollm2/wikitext2
 
 measure writes measured.jsonl beside the checkpoint. Its parts are: bound, on held-out texts of each folder,
 also with the first token visible; attention, by kind of key; writing, attention while texts are written,
@@ -11,7 +11,7 @@ without and with a prompt; items, the chain rule of the items of --items=lambada
 import json
 import sys
 from dataclasses import asdict, dataclass
-from itertools import takewhile
+from itertools import islice, takewhile
 from pathlib import Path
 
 import numpy as np
@@ -21,11 +21,11 @@ from tqdm import tqdm
 import configurator
 import train
 from docs.results.anchor import keep_first_visible
-from docs.results.study import attention_by_kind, numbers
+from docs.results.study import KINDS, attention_by_kind, kinds_of, numbers
 from eval import EvalConfig, read_items, score_item, validation
 from extras.ablations import compare, mean_and_error
-from extras.sinks import Run, SinksConfig, look_at
-from prepare_data import open_text
+from extras.sinks import Run, SinksConfig, attention_maps, look_at
+from model import mask_tokens
 from train import made_by, setup_distributed, spread_levels, validate, write_file
 
 
@@ -172,21 +172,35 @@ def print_deep(found):
             print(f"{name:<20}{'' if given is None else f'{given} given':<12}{np.mean(values):.4f}")
 
 
-def print_leftmost(path):
-    """Of a sinks.json of extras.sinks, for runs without a sink: the share of denoising steps, but for the
-    first, at which the leftmost visible token gets the most attention, means over texts and layers."""
-    with open_text(path) as file:
-        text = file.read()
-    for run in [run for run in json.loads(text)["runs"] if run["n_sink"] == 0]:
-        shares = []  # (texts, layers)
-        for prompt in run["prompts"]:
-            positions = np.array([layer["position"] for layer in prompt["layers"]])  # (layers, steps)
-            hidden = np.array(prompt["steps"]) > np.arange(positions.shape[1])[:, None]  # (steps, T)
-            leftmost = (~hidden).argmax(axis=1)
-            shares.append((positions == leftmost)[:, 1:].mean(axis=1))
-        by_layer = np.mean(shares, axis=0)
-        layers = f"layers 3 to 10: {by_layer[3:11].mean():.3f}, layers 12 and on: {by_layer[12:].mean():.3f}"
-        print(f"{path}: {run['run']}, {len(shares)} texts, the leftmost visible token is on top; {layers}")
+@torch.no_grad()
+def print_sinks(path, folder):
+    """On held-out texts of a folder: the sink rate, and which content token gets the most attention, where no
+    end-of-text is visible and the leftmost visible token is no punctuation: how often, from layer 12 on, it
+    is that token, the leftmost visible punctuation, or any punctuation."""
+    cfg = SinksConfig(limit=64, prompt_length=0, data=folder)
+    run = Run(path, cfg, "cpu")
+    rates = [np.mean(row["rate"]) for row in attention_by_kind(run, [(0, run.model)], cfg, "cpu")]
+    early, late = np.mean(rates[3:11]), np.mean(rates[12:])
+    print(f"{path}, {folder}: sink rate {early:.3f} in layers 3 to 10, {late:.3f} from layer 12 on")
+    kinds, n_sink = kinds_of(run.x0, run.tokenizer), run.model.config.n_sink
+    noise = torch.rand(run.x0.shape, generator=torch.Generator().manual_seed(0))
+    for t in (0.5, 0.8):
+        xt, masked = mask_tokens(run.x0, torch.tensor([[t]]), run.maskable, run.model.config.mask_id, noise)
+        is_mark = (kinds == KINDS.index("punctuation")) & ~masked
+        is_eot = (kinds == KINDS.index("end-of-text")) & ~masked
+        leftmost, mark = (~masked).int().argmax(dim=1), is_mark.int().argmax(dim=1)
+        texts = is_mark.any(dim=1) & ~is_eot.any(dim=1) & (leftmost != mark)
+        hits = []
+        for weights, _ in islice(attention_maps(run.model, xt), 12, None):
+            top = weights[:, :, n_sink:, n_sink:].mean(dim=(1, 2)).argmax(dim=1)
+            on_mark = is_mark.gather(1, top[:, None])[:, 0]
+            hits.append(
+                torch.stack((top == leftmost, top == mark, on_mark), dim=1)[texts].float().mean(dim=0)
+            )
+        shares = torch.stack(hits).mean(dim=0).tolist()
+        words = ("leftmost token", "leftmost punctuation", "any punctuation")
+        shown = ", ".join(f"{word} {share:.3f}" for word, share in zip(words, shares))
+        print(f"  {t:.0%} hidden, {texts.sum()} texts: {shown}")
 
 
 def draw_rates(figure, found):
@@ -234,10 +248,11 @@ def main():
         measure(names[1], names[2:], cfg)
     elif names[:1] == ["tables"] and len(names) == 2:
         tables(names[1], cfg.baseline)
-    elif names[:1] == ["leftmost"] and len(names) == 2:
-        print_leftmost(names[1])
+    elif names[:1] == ["sinks"] and len(names) > 2:
+        for folder in names[2:]:
+            print_sinks(names[1], folder)
     else:
-        wanted = "measure RUN DATA [DATA ...] [--key=value ...], tables FOLDER, or leftmost SINKS_JSON"
+        wanted = "measure RUN DATA [DATA ...] [--key=value ...], tables FOLDER, or sinks RUN DATA [DATA ...]"
         raise ValueError(f"wanted: {wanted}")
 
 

@@ -28,6 +28,16 @@ KINDS = ["sink", "hidden", "end-of-text", "punctuation", "other"]  # of keys
 COLORS = dict(zip(KINDS, ["tab:red", "0.5", "tab:green", "tab:blue", "tab:orange"]))
 
 
+def kinds_of(x0, tokenizer):
+    """The kind of each token of x0 (n, T), as indices into KINDS: end-of-text, punctuation or other."""
+    kind_of = {}
+    for token in x0.unique().tolist():
+        text = tokenizer.decode([token]).strip()
+        kind_of[token] = KINDS.index("other" if text.strip(string.punctuation) or not text else "punctuation")
+    kind_of[tokenizer.eot_token] = KINDS.index("end-of-text")
+    return x0.clone().apply_(kind_of.get)
+
+
 @torch.no_grad()
 def attention_by_kind(run, models, cfg, device):
     """Yields a row for each of models, (step, model) of a run, and each layer: what the keys of each kind get
@@ -37,12 +47,7 @@ def attention_by_kind(run, models, cfg, device):
     t = (torch.arange(len(x0)) + 0.5) / len(x0)
     noise = torch.rand(x0.shape, generator=torch.Generator().manual_seed(cfg.seed))
     xt, masked = mask_tokens(x0, noise_levels(t[:, None]), run.maskable, config.mask_id, noise)
-    kind_of = {}
-    for token in x0.unique().tolist():
-        text = run.tokenizer.decode([token]).strip()
-        kind_of[token] = KINDS.index("other" if text.strip(string.punctuation) or not text else "punctuation")
-    kind_of[run.tokenizer.eot_token] = KINDS.index("end-of-text")
-    kinds = x0.clone().apply_(kind_of.get).masked_fill(masked, KINDS.index("hidden"))
+    kinds = kinds_of(x0, run.tokenizer).masked_fill(masked, KINDS.index("hidden"))
     kinds = F.pad(kinds, (config.n_sink, 0), value=KINDS.index("sink"))
     is_kind = F.one_hot(kinds, len(KINDS)).float().to(device)  # (n, S, kinds)
     even = is_kind.mean(dim=(0, 1))
