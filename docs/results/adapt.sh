@@ -3,7 +3,7 @@
 # skipped, the others resume.
 #   sh docs/results/adapt.sh CONFIG FOLDER PROCESSES [--key=value ...]
 #   sh docs/results/adapt.sh config/adapt_smollm2.py out/adapt 2        # on two cores
-#   items=lambada.jsonl sh docs/results/adapt.sh config/adapt_smollm2_gpu.py out/adapt_gpu 5
+#   items=lambada.jsonl sh docs/results/adapt.sh config/adapt_smollm2_gpu.py out/adapt_gpu 4
 config=$1 folder=$2 processes=$3
 shift 3
 export config folder settings="$*" items OMP_NUM_THREADS=1
