@@ -270,15 +270,18 @@ def validation(checkpoint, data, limit):
     meta = load_meta(folder)
     if meta["tokenizer"] | {"pattern": None} != checkpoint["meta"]["tokenizer"] | {"pattern": None}:
         raise ValueError(f"{folder} has another vocabulary than the checkpoint; prepare it again")
-    if is_fine_tuned(checkpoint):
-        config_class, batches = SFTConfig, example_batches
-        n = len(load_examples(folder, meta, "val", run["block_size"])[1])
+    fine_tuned, T = is_fine_tuned(checkpoint), run["block_size"]
+    if fine_tuned:
+        examples = {split: load_examples(folder, meta, split, T) for split in ("train", "val")}
+        config_class, n = SFTConfig, len(examples["val"][1])
     else:
-        config_class, batches = train.TrainConfig, train.token_batches
-        n = meta["tokens"]["val"] // run["block_size"]
+        config_class, n = train.TrainConfig, meta["tokens"]["val"] // T
     n = max(2, min(n, limit or n))
     settings = {key: run[key] for key in run if key in config_class.__dataclass_fields__}
-    return batches(folder, meta, config_class(**settings | {"eval_seqs": n})), n, meta
+    cfg = config_class(**settings | {"eval_seqs": n})
+    if fine_tuned:
+        return example_batches(examples, meta, cfg), n, meta
+    return train.token_batches(folder, meta, cfg), n, meta
 
 
 def result_name(cfg, path, data):

@@ -446,10 +446,8 @@ def prepare(cfg: PrepareConfig) -> dict:
         old = meta.get("settings", {})
         changed = [f"{key}={old.get(key)!r}" for key in settings if old.get(key) != settings[key]]
         if changed:
-            hint = (
-                f"remove {folder} (or, to keep downloads, its meta.json), or choose another name or data_dir"
-            )
-            raise ValueError(f"{folder} was prepared with {', '.join(changed)}; {hint}")
+            problem = f"{folder} was prepared with {', '.join(changed)}; remove {folder}"
+            raise ValueError(f"{problem} (or, to keep downloads, its meta.json), or choose another name")
         print(f"{folder} is prepared already; to prepare it again, remove it")
         return meta
     os.makedirs(folder, exist_ok=True)

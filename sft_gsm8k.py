@@ -69,20 +69,19 @@ def load_examples(folder, meta, split, block_size):
     return tokens, examples[fits], int((~fits).sum())
 
 
-def example_batches(folder, meta, cfg):
-    """get_batch for fine-tuning. Training takes the examples in an order drawn from (seed, epoch), each once
-    an epoch for any number of processes. Validation takes eval_seqs examples: half of them spread evenly over
-    the first stage, then the others over the second; or all."""
+def example_batches(examples, meta, cfg):
+    """get_batch for fine-tuning on examples, {split: what load_examples returns}. Training takes them in an
+    order drawn from (seed, epoch), each once an epoch for any number of processes. Validation takes eval_seqs
+    examples: half of them spread evenly over the first stage, then the others over the second; or all."""
     B, T = cfg.micro_batch_size, cfg.block_size
-    data = {split: load_examples(folder, meta, split, T) for split in ("train", "val")}
 
     @functools.lru_cache(maxsize=2)  # a batch may reach into the next epoch
     def order(epoch):
-        return np.random.default_rng([cfg.seed, epoch]).permutation(len(data["train"][1]))
+        return np.random.default_rng([cfg.seed, epoch]).permutation(len(examples["train"][1]))
 
     def get_batch(split, index):
-        tokens, examples, _ = data[split]
-        n = len(examples)
+        tokens, rows, _ = examples[split]
+        n = len(rows)
         x0, maskable = torch.full((B, T), meta["eot_id"]), torch.ones(B, T, dtype=torch.bool)
         for row, i in enumerate(range(index * B, (index + 1) * B)):
             if split == "train":
@@ -92,9 +91,9 @@ def example_batches(folder, meta, cfg):
             else:
                 half = (cfg.eval_seqs + 1) // 2
                 stage, number = divmod(i % cfg.eval_seqs, half)
-                of_stage = np.flatnonzero(examples[:, 0] == stage)
+                of_stage = np.flatnonzero(rows[:, 0] == stage)
                 chosen = of_stage[number * len(of_stage) // half]
-            _, start, response, end = examples[chosen]
+            _, start, response, end = rows[chosen]
             x0[row, : end - start] = torch.from_numpy(tokens[start:end].astype(np.int64))
             maskable[row, : response - start] = False
         return x0, maskable
@@ -149,7 +148,7 @@ def main():
         print(configurator.describe(cfg, set_by))
         for split, (_, kept, too_long) in examples.items():
             print(f"{split}: {len(kept):,} examples; {too_long:,} left out, longer than block_size")
-    train(cfg, model, example_batches(folder, meta, cfg), meta, resume)
+    train(cfg, model, example_batches(examples, meta, cfg), meta, resume)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""Draws one text of each run, step by step, as an animation; that of the README by the last command.
+"""Draws one text of each run, step by step, as an animation.
 
-python -m extras.sinks out/sink out/vanilla --json --to=plots
-python -m assets.moving_sink plots/sinks.json --layer=1
-python -m assets.moving_sink docs/results/adapt_short/sinks.json.gz --layer=24 --prompt=1"""
+    python -m extras.sinks out/sink out/vanilla --json --to=plots
+    python -m assets.moving_sink plots/sinks.json --layer=1
+    python -m assets.moving_sink docs/results/adapt_short/sinks.json.gz --layer=24 --prompt=1
+
+The last command draws that of the README."""
 
 import html
 import json
@@ -53,9 +55,8 @@ def draw_run(run, layer, number, top):
     shares = [f"{100 * times_even / S:.0f}" for times_even in prompt["layers"][layer]["top"]]  # in percent
     parts.append(f'<rect class="token" x="{WIDTH - 112}" y="{top + 16}" width="100" height="10"/>')
     bar = f'x="{WIDTH - 112}" y="{top + 16}" width="{shares[-1]}" height="10"'
-    parts.append(
-        f'<rect class="bar" {bar}><animate {discrete("width", list(enumerate(shares)), n_steps)}</rect>'
-    )
+    widths = discrete("width", list(enumerate(shares)), n_steps)
+    parts.append(f'<rect class="bar" {bar}><animate {widths}</rect>')
     texts = [text.strip() or "␣" for text in prompt["texts"]]
     sink = T if T in positions else -1  # its position
     boxes = [(sink, "sink", 0)] * bool(run["n_sink"])  # position, text, the step that writes it

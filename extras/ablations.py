@@ -125,8 +125,8 @@ def main():
         other = [k for k in settings | wanted if (settings.get(k) or None) != (wanted.get(k) or None)]
         more, interval = "-", "-"
         if steps[-1] == last and OF_AN_ARM.issuperset(other):
-            ends, wanted_ends = ({seed: losses[last] for seed, losses in s.items()} for s in (seeds, first))
-            more, interval = compare(ends, wanted_ends)
+            at_last = {seed: losses[last] for seed, losses in seeds.items()}
+            more, interval = compare(at_last, {seed: losses[last] for seed, losses in first.items()})
         shown = " ".join(f"{key}={settings.get(key)}" for key in other)
         loss = f"{mean:.4f} ± {error:.4f}"
         row = f"{len(seeds):>7}{steps[-1]:>8}{loss:>18}{more:>23}{interval:>20}  {shown}"

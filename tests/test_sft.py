@@ -73,7 +73,7 @@ def batches(few, **settings):
     settings = {"init_from": "scratch", "block_size": 64, "micro_batch_size": 4, **settings}
     cfg, meta = SFTConfig(**settings), load_meta(few)
     examples = {split: load_examples(few, meta, split, cfg.block_size) for split in ("train", "val")}
-    return example_batches(few, meta, cfg), examples
+    return example_batches(examples, meta, cfg), examples
 
 
 def texts_of(x0, maskable):

@@ -58,8 +58,9 @@ def bounds(run, folders, n_texts):
 def writing(run, cfg, length, device):
     """Where attention is while texts are written with length tokens given: a row for each layer, means over
     texts, and the first text with its positions step by step."""
-    run = Run(run.name, SinksConfig(limit=cfg.limit, prompt_length=length), device)
-    look_at(run, SinksConfig(limit=cfg.limit, prompt_length=length, steps=cfg.steps))
+    sinks = SinksConfig(limit=cfg.limit, prompt_length=length, steps=cfg.steps)
+    run = Run(run.name, sinks, device)
+    look_at(run, sinks)
     for number, layer in enumerate(run.layers):
         yield {"table": "writing", "row": f"layer {number}", "given": length, **layer}
     first = run.prompts[0]
@@ -81,22 +82,23 @@ def items(run, paths, n_items):
 
 
 def measure(path, folders, cfg):
+    parts = set(cfg.parts.split(","))
+    if wrong := parts - {"bound", "attention", "writing", "items"}:
+        raise ValueError(f"parts are bound, attention, writing and items; got {', '.join(sorted(wrong))}")
     _, _, device = setup_distributed(cfg.device)
     torch.set_float32_matmul_precision("highest")  # no TF32
     sinks = SinksConfig(limit=64, prompt_length=0)
     run = Run(path, sinks, device)
-    if wrong := set(cfg.parts.split(",")) - {"bound", "attention", "writing", "items"}:
-        raise ValueError(f"parts are bound, attention, writing and items; got {', '.join(sorted(wrong))}")
     step, facts = run.checkpoint["step"], made_by() | {"settings": asdict(cfg), "folders": folders}
     rows = [{"table": "facts", "row": "", "config": run.checkpoint["run_config"], **facts}]
-    if "bound" in cfg.parts:
+    if "bound" in parts:
         rows += bounds(run, folders, cfg.texts)
-    if "attention" in cfg.parts:
+    if "attention" in parts:
         rows += attention_by_kind(run, [(step, run.model)], sinks, device)
-    if "writing" in cfg.parts:
+    if "writing" in parts:
         for length in (0, cfg.prompt_length):
             rows += writing(run, cfg, length, device)
-    if "items" in cfg.parts:
+    if "items" in parts:
         rows += items(run, cfg.items.split(","), cfg.n_items)
     lines = [json.dumps(row | {"step": step}) + "\n" for row in rows]
     write_file(f"{path}/measured.jsonl", lambda file: file.write("".join(lines).encode()))
@@ -142,16 +144,22 @@ def print_pairs(arms, key, baseline):
         print(f"{name}: {mean:.4f} ± {error:.4f} more than {baseline}, over {len(more)} texts")
 
 
+def by_layer(found, table):
+    """{(name, seed, given): rows of the layers 0, 1, ...} of a table."""
+    runs = {}
+    for (other, _, given), arms in found.items():
+        for name, seeds in arms.items() if other == table else []:
+            for seed, row in seeds.items():
+                runs.setdefault((name, seed, given), []).append(row)
+    return runs
+
+
 def print_writing(found):
-    """Means over layers while texts are written, of the runs with seed 0."""
+    """Means over layers while texts are written, of the runs in which that was measured."""
     keys = ["share", "norm", "heads", "moves", "on_sink", "content_moves"]
     print(f"\n{'while texts are written':<26}{'given':>6}" + "".join(f"{key:>15}" for key in keys))
-    layers = {}
-    for (table, _, given), arms in found.items():
-        for name, seeds in arms.items() if table == "writing" else []:
-            layers.setdefault((name, given), []).append(seeds[0])
-    for (name, given), rows in layers.items():
-        run = found["facts", "", None][name][0]["config"]
+    for (name, seed, given), rows in by_layer(found, "writing").items():
+        run = found["facts", "", None][name][seed]["config"]
         means = {key: np.mean([row[key] for row in rows]) for key in rows[0] if key in [*keys, "top"]}
         means["share"] = means["top"] / (run["block_size"] + run["n_sink"])
         cells = [f"{means[key]:>15.3f}" if key in means else f"{'-':>15}" for key in keys]
@@ -163,11 +171,9 @@ def print_deep(found):
     for table, key in (("attention", "rate"), ("writing", "norm")):
         print(f"\n{key}, layers 12 and on ({table})")
         deep = {}
-        for (other, row, given), arms in found.items():
-            if other == table and int(row.split()[1]) >= 12:
-                for name, seeds in arms.items():
-                    values = [np.mean(values[key]) for values in seeds.values()]
-                    deep.setdefault((name, given), []).append(np.mean(values))
+        for (name, _, given), rows in by_layer(found, table).items():
+            if len(rows) > 12:
+                deep.setdefault((name, given), []).append(np.mean([row[key] for row in rows[12:]]))
         for (name, given), values in deep.items():
             print(f"{name:<20}{'' if given is None else f'{given} given':<12}{np.mean(values):.4f}")
 
@@ -205,18 +211,13 @@ def print_sinks(path, folder):
 
 def draw_rates(figure, found):
     """The sink rate of each layer: mean over heads, a line for each run, a color for each arm."""
-    axes, lines = figure.subplots(), {}
-    for (table, _, _), arms in found.items():
-        for name, seeds in arms.items() if table == "attention" else []:
-            for seed, values in seeds.items():
-                lines.setdefault((name, seed), []).append(np.mean(values["rate"]))
-    colors = {name: f"C{number}" for number, name in enumerate(dict.fromkeys(name for name, _ in lines))}
-    for (name, seed), rates in lines.items():
-        axes.plot(rates, color=colors[name], label=name if seed == 0 else None)
-    axes.set(
-        xlabel="layer", ylabel="sink rate: share of heads and texts in which\none key gets more than 0.3"
-    )
-    axes.legend()
+    axes, colors = figure.subplots(), {}
+    for (name, _, _), rows in by_layer(found, "attention").items():
+        label = None if name in colors else name
+        color = colors.setdefault(name, f"C{len(colors)}")
+        axes.plot([np.mean(row["rate"]) for row in rows], color=color, label=label)
+    axes.set(xlabel="layer", ylabel="share of heads and texts in which\none key gets more than 0.3")
+    axes.legend(loc="center right")
 
 
 def tables(folder, baseline):
