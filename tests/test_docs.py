@@ -1,0 +1,66 @@
+"""The code on the pages of docs/ does what they say. python -m pytest tests/test_docs.py"""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from extras import convert
+from model import sink_mask
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def run_blocks(page):
+    """The names that the Python code of a page defines."""
+    names = {}
+    for block in blocks(page, "python"):
+        exec(block, names)
+    return names
+
+
+@pytest.fixture
+def qwen():
+    """A small Qwen2 of transformers, with a padded text of 9 tokens and another one."""
+    transformers = pytest.importorskip("transformers")
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape |= {"num_key_value_heads": 2, "vocab_size": 61, "tie_word_embeddings": False}
+    torch.manual_seed(0)
+    model = transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**shape)).eval()
+    for p in model.parameters():
+        p.data += 0.2 * torch.randn_like(p)  # biases and norms too
+    return model, torch.randint(60, (1, 9)), torch.randint(60, (1, 9))
+
+
+def test_a_sink_added_to_a_model_of_transformers_is_ours(qwen):
+    model, ids, other_ids = qwen
+    page = run_blocks("add_a_sink.md")
+    with_sink = page["WithSink"](model, model.get_input_embeddings().weight[60])
+    page["check"](with_sink, ids, other_ids)
+    ours = convert.from_causal(model.config.to_dict(), model.state_dict(), 61, 60, shift=False, block_size=16)
+    is_text = torch.ones_like(ids, dtype=torch.bool)
+    logits = with_sink(ids, is_text)
+    torch.testing.assert_close(logits, ours(ids), atol=1e-5, rtol=1e-5)
+    padded, is_text = F.pad(ids, (0, 3)), F.pad(is_text, (0, 3))
+    torch.testing.assert_close(with_sink(padded, is_text)[:, :9], logits, atol=1e-5, rtol=1e-5)
+
+
+def test_the_checks_of_the_page_see_a_register(qwen):
+    model, ids, other_ids = qwen
+    page = run_blocks("add_a_sink.md")
+    register = page["WithSink"](model, model.get_input_embeddings().weight[60])
+    register.may_attend = lambda is_text: torch.ones(1, 1, 10, 10, dtype=torch.bool)
+    with pytest.raises(AssertionError):
+        page["check"](register, ids, other_ids)
+
+
+def test_attention_without_a_mask_is_attention_with_it():
+    q, k, v = torch.randn(3, 2, 4, 7, 8)
+    wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=sink_mask(7, 1))
+    torch.testing.assert_close(run_blocks("add_a_sink.md")["attention"](q, k, v), wanted)
