@@ -4,10 +4,8 @@
 #   python prepare_data.py fineweb --source=hub:HuggingFaceFW/fineweb@sample-100BT \
 #     --tokenizer=qwen2.5-0.5b/tokenizer.json --max_tokens=30e9
 #   torchrun --standalone --nproc_per_node=8 train.py config/adapt_qwen2.5.py
-# Other arms: convert with --n_sink=0, or with --n_sink=0 --gated_attention=True, to another --out_dir, and
-# train with other --init_from and --out_dir. The paper's 1.5B model is the same from Qwen2.5-1.5B on 100e9
-# tokens, with --init_from=out/qwen2.5-1.5b --out_dir=out/qwen2.5-1.5b-sink --batch_size=4096
-# --micro_batch_size=4 --max_steps=11921.
+# Other arms: convert with --n_sink=0, or also --gated_attention=True, and change --init_from and --out_dir.
+# The 1.5B model: Qwen2.5-1.5B, 100e9 tokens, --batch_size=4096 --micro_batch_size=4 --max_steps=11921.
 # Cost: 28,610 steps of 512 x 2048 tokens (30B), 6.4e19 FLOPs in the blocks (1.5B: 7.9e20); 10 GB (28 GB) for
 # weights, gradients and AdamW, before activations. Result: not run; docs/weights.md has the paper's.
 dataset = "fineweb"
@@ -29,6 +27,5 @@ beta2 = 0.95
 grad_clip = 1.0
 
 eval_interval = 1000
-eval_seqs = 512
 log_interval = 10
 compile = True

@@ -11,7 +11,6 @@ micro_batch_size = 8
 max_steps = 160
 learning_rate = 2e-4
 warmup = 0.1
-
 eval_interval = 40
 eval_seqs = 128
 log_interval = 10

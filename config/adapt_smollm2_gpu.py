@@ -12,7 +12,6 @@ micro_batch_size = 64
 max_steps = 300
 learning_rate = 2e-4
 warmup = 0.1
-
 eval_interval = 50
 eval_seqs = 256
 log_interval = 50

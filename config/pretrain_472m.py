@@ -3,9 +3,8 @@
 #   torchrun --standalone --nproc_per_node=8 train.py config/pretrain_472m.py
 # Other arms: --n_sink=0 --out_dir=out/472m-vanilla (the paper's DLM row), or
 # --n_sink=0 --gated_attention=True --out_dir=out/472m-gate.
-# Cost: 300e18 FLOPs = 202,089 steps of 256 x 2048 tokens (106B). Result: not run here; the paper's is in
-# the README.
 # The paper uses the 32,000 tokens of Llama 2 (--tokenizer=TinyLlama/TinyLlama_v1.1), GPT-2 has 50,257.
+# Cost: 300e18 FLOPs = 202,089 steps of 256 x 2048 tokens (106B). Result: not run; the README has the paper's.
 dataset = "slimpajama"
 out_dir = "out/472m-sink"
 
@@ -27,5 +26,4 @@ beta2 = 0.95
 grad_clip = 1.0
 
 eval_interval = 2000
-eval_seqs = 512
 log_interval = 10

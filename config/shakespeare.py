@@ -1,5 +1,5 @@
-# A 6M-parameter model of Shakespeare, byte by byte: 1 MB of text, so it starts to learn it by heart before
-# the end.
+# A 6M-parameter model of Shakespeare, byte by byte. It is 1 MB of text, so the model starts to learn it by
+# heart before the end.
 #   python prepare_data.py shakespeare && python train.py config/shakespeare.py
 # Cost: 5,000 steps of 16,384 tokens, minutes on a GPU (not run). On a CPU shrink it:
 #   python train.py config/shakespeare.py --max_steps=300 --device=cpu --n_layer=4 --n_embd=128 \
@@ -15,9 +15,6 @@ block_size = 256
 batch_size = 64
 micro_batch_size = 64
 max_steps = 5000
-learning_rate = 1e-3
-min_lr = 1e-4
 warmup = 0.02
-
 eval_interval = 250
 eval_seqs = 256

@@ -10,12 +10,7 @@ n_head = 4
 n_embd = 96
 block_size = 128
 
-batch_size = 16
-micro_batch_size = 16
 max_steps = 4000
 stratified_t = True
-learning_rate = 1e-3
-
-eval_interval = 500
 keep_all = True
 log_interval = 250
