@@ -512,6 +512,7 @@ def write_data(cfg, folder, new):
 
     names = sorted(name for name in os.listdir(new) if not name.endswith(".txt"))
     meta = {"held_out": held_out, "documents": n_documents, "one_per_line": is_problems}
+    meta["opens_with_eot"] = n_documents > 1
     meta |= {"vocab_size": spec["vocab_size"], "eot_id": tokenizer.eot_token, "dtype": dtype.name}
     meta |= {"tokens": n_tokens, "tokenizer": spec}
     meta["sha256"] = {name.split(".")[0]: file_sha256(f"{new}/{name}") for name in names}

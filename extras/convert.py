@@ -353,12 +353,13 @@ def convert(cfg):
         model, spec, source = READERS[cfg.action](cfg)
     except KeyError as error:
         raise ValueError(f"{cfg.source} lacks {error}: a file is missing, or is of another model") from error
-    meta = {"name": cfg.source, "source": source, "tokenizer": spec, "documents": 0} if spec else None
+    meta = {"name": cfg.source, "source": source, "tokenizer": spec, "opens_with_eot": False}
     shape = {key: getattr(model.config, key) for key in MODEL_KEYS}
     if spec:  # for prepare_data.py --tokenizer=OUT_DIR/tokenizer.json
         os.makedirs(cfg.out_dir, exist_ok=True)
         write_file(f"{cfg.out_dir}/tokenizer.json", lambda file: file.write(spec["json"].encode()))
-    save(cfg.out_dir, model, meta, asdict(TrainConfig(dataset="none", out_dir=cfg.out_dir, **shape)), 0)
+    run_config = asdict(TrainConfig(dataset="none", out_dir=cfg.out_dir, **shape))
+    save(cfg.out_dir, model, meta if spec else None, run_config, 0)
 
 
 def export(cfg):

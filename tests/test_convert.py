@@ -85,7 +85,7 @@ def test_every_script_takes_a_converted_model(tmp_path, capsys, monkeypatch):
     texts = capsys.readouterr().out.split("\n---\n")
     assert len(texts) == 3 and all(text.startswith("It is") for text in texts)
     meta = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)["meta"]
-    assert meta["documents"] == 0  # so no end-of-text stands in front of a text
+    assert not meta["opens_with_eot"]  # so no end-of-text stands in front of a text
 
     (tmp_path / "items.jsonl").write_text('{"context": "It is", "choices": ["a", "b c"], "gold": 0}\n' * 2)
     call(eval.main, f"--task={tmp_path / 'items.jsonl'}", f"--out_dir={tmp_path / 'out'}", "--mc_num=4")

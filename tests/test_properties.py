@@ -160,7 +160,8 @@ def out_dir(tmp_path_factory):
     )
     checkpoint = {"model": model.state_dict(), "model_config": dataclasses.asdict(model.config)}
     torch.save(
-        checkpoint | {"meta": {"tokenizer": spec, "documents": 9}, "run_config": {}}, folder / "ckpt.pt"
+        checkpoint | {"meta": {"tokenizer": spec, "opens_with_eot": True}, "run_config": {}},
+        folder / "ckpt.pt",
     )
     return folder
 
