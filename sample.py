@@ -38,11 +38,11 @@ class SampleConfig:
     dtype: str = "auto"  # float32 or bfloat16
 
     def __post_init__(self):
-        num_samples, temperature = (1, 0.1) if self.question else (3, 0.7)
-        self.num_samples = num_samples if self.num_samples is None else self.num_samples
-        self.temperature = temperature if self.temperature is None else self.temperature
-        if self.num_samples < 1 or self.seed < 0 or (self.prompt and self.question):
-            raise ValueError("wanted num_samples >= 1, seed >= 0, and not both a prompt and a question")
+        if self.prompt and self.question:
+            raise ValueError("got a prompt and a question; leave one of them out")
+        self.num_samples = self.num_samples or (1 if self.question else 3)
+        if self.temperature is None:
+            self.temperature = 0.1 if self.question else 0.7
         if self.prompt.startswith("FILE:"):
             with open_text(self.prompt[5:]) as file:
                 self.prompt = file.read().removesuffix("\n")  # which an editor adds
@@ -54,15 +54,14 @@ def readable(tokenizer, token):
     return "".join(c if c.isprintable() or c == "\n" else "�" for c in text)
 
 
-def show_steps(tokenizer, mask_id, before):
-    """on_step of generate: draws the first row after each step, in place in a terminal, else as a line.
-    before: the row's token ids before the first step."""
-    step, in_place = 0, sys.stdout.isatty()
+def show_steps(tokenizer, mask_id):
+    """on_step of generate: draws the first text after each step, in place in a terminal, else as a line."""
+    step, before, in_place = 0, None, sys.stdout.isatty()
 
     def on_step(x):
         nonlocal step, before
         row, step, text = x[0].tolist(), step + 1, ""
-        for token, old in zip(row, before):
+        for token, old in zip(row, before or row):
             part = "_" if token == mask_id else readable(tokenizer, token)
             style = 2 if token == mask_id else 92 if token != old else 0  # dim, bright green, plain
             text += f"\033[{style}m{part}\033[0m" if in_place else part
@@ -82,12 +81,11 @@ def load_trained(path, device):
 
 
 def without_last_blank(text, tokenizer, vocab_size):
-    """text, as it stands before a token that is to be written: if the vocabulary has words that begin with
-    their blank, a blank at the end of text is the first character of that token."""
-    if text.endswith(" "):
-        tokens = (tokenizer.decode([token]) for token in range(vocab_size))
-        if any(token[0:1] == " " and token[1:].strip() for token in tokens):
-            return text[:-1]
+    """text before a token that is to be written: if the vocabulary has words that begin with a blank, a blank
+    at the end of text is the first character of that token."""
+    words = (tokenizer.decode([token]) for token in range(vocab_size))
+    if text.endswith(" ") and any(word[:1] == " " and word[1:].strip() for word in words):
+        return text[:-1]
     return text
 
 
@@ -101,54 +99,49 @@ def encode_prompt(prompt, tokenizer, mask_id):
     return ids
 
 
-def decoding(cfg):
-    """What generate and answer take from the settings."""
-    keys = ("steps", "temperature", "remasking", "threshold", "cfg_scale")
-    seeds = [seed_for(cfg.seed, i) for i in range(cfg.num_samples)]
-    return {"seeds": seeds, **{key: getattr(cfg, key) for key in keys}}
-
-
-def sample(cfg, model, tokenizer, meta):
-    """Texts that continue the prompt or fill its gaps, and their mean number of forward passes."""
+def sample(cfg, model, tokenizer, opens_with_eot, **options):
+    """Texts that continue the prompt or fill its gaps, and the forward passes of each."""
     eot_id, mask_id, room = tokenizer.eot_token, model.config.mask_id, model.config.block_size
-    opening = [eot_id] if meta["documents"] > 1 else []  # as in training
+    opening = [eot_id] if opens_with_eot else []  # as in training
     given = opening + encode_prompt(cfg.prompt, tokenizer, mask_id)
     length = len(opening) + cfg.length if cfg.length else room
     start = given if mask_id in given else given + [mask_id] * (length - len(given))
     if mask_id not in start or len(start) > room:
         raise ValueError(f"prompt {len(given)}, text {len(start)}, room {room} tokens; shorten one of them")
-    x = torch.tensor([start] * cfg.num_samples)
     stop = None if mask_id in given else eot_id  # a gap is filled to its end
-    on_step = show_steps(tokenizer, mask_id, start) if cfg.show else None
-    x, passes = generate(model, x, eot_id=stop, on_step=on_step, **decoding(cfg))
+    x, passes = generate(model, torch.tensor([start] * cfg.num_samples), eot_id=stop, **options)
     rows = [row + [eot_id] for row in x.tolist()]
     texts = [tokenizer.decode(row[len(opening) : row.index(eot_id, len(given))]) or "(empty)" for row in rows]
-    return texts, passes.float().mean()
+    return texts, passes.tolist()
 
 
-def ask(cfg, model, tokenizer):
-    """Thoughts and answers to the question, and their mean number of forward passes."""
-    mask_id = model.config.mask_id
-    on_step = show_steps(tokenizer, mask_id, [mask_id] * model.config.block_size) if cfg.show else None
-    questions, options = [cfg.question] * cfg.num_samples, decoding(cfg)
-    answers = answer(model, tokenizer, questions, length=cfg.length, on_step=on_step, **options)
+def ask(cfg, model, tokenizer, **options):
+    """Thoughts and answers to the question, and the forward passes of each."""
+    answers = answer(model, tokenizer, [cfg.question] * cfg.num_samples, length=cfg.length, **options)
     shown = {None: "(no room left)", "": "(empty)"}
     texts = [f"{shown.get(first, first)}\n{shown.get(second, second)}" for first, second, _ in answers]
-    return texts, sum(passes for *_, passes in answers) / len(answers)
+    return texts, [passes for _, _, passes in answers]
 
 
 def main():
     cfg, _ = configurator.parse(SampleConfig)
     _, _, device = setup_distributed(cfg.device)
-    model, tokenizer, ckpt = load_trained(cfg.out_dir, device)
-    if cfg.question and not is_fine_tuned(ckpt):
+    model, tokenizer, checkpoint = load_trained(cfg.out_dir, device)
+    if cfg.question and not is_fine_tuned(checkpoint):
         print("note: this model was not fine-tuned to answer; sft_gsm8k.py does that", file=sys.stderr)
+    keys = ("steps", "temperature", "remasking", "threshold", "cfg_scale")
+    options = {key: getattr(cfg, key) for key in keys}
+    options["seeds"] = [seed_for(cfg.seed, i) for i in range(cfg.num_samples)]
+    options["on_step"] = show_steps(tokenizer, model.config.mask_id) if cfg.show else None
     start = time.perf_counter()
     with autocast(device, cfg.dtype):
-        texts, n = ask(cfg, model, tokenizer) if cfg.question else sample(cfg, model, tokenizer, ckpt["meta"])
+        if cfg.question:
+            texts, passes = ask(cfg, model, tokenizer, **options)
+        else:
+            texts, passes = sample(cfg, model, tokenizer, checkpoint["meta"]["opens_with_eot"], **options)
     print("\n---\n".join(texts))
-    seconds = time.perf_counter() - start
-    print(f"{len(texts)} texts in {seconds:.2f} s, {n:.1f} forward passes each", file=sys.stderr)
+    took = f"{time.perf_counter() - start:.2f} s, {sum(passes) / len(passes):.1f} forward passes each"
+    print(f"{len(texts)} texts in {took}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -27,10 +27,10 @@ def call(monkeypatch, capsys, tmp_path):
     """Runs the script with flags, on an untrained model over bytes, of a corpus of many documents."""
     model = make_model(vocab_size=257, block_size=32)
     state = {"model": model.state_dict(), "model_config": asdict(model.config), "run_config": {}, "step": 0}
-    torch.save(state | {"meta": {"tokenizer": BYTES, "documents": 9}}, tmp_path / "ckpt.pt")
+    torch.save(state | {"meta": {"tokenizer": BYTES, "opens_with_eot": True}}, tmp_path / "ckpt.pt")
 
-    def call(*flags, path=tmp_path):
-        monkeypatch.setattr(sys, "argv", ["sample.py", f"--out_dir={path}", "--device=cpu", *flags])
+    def call(*flags):
+        monkeypatch.setattr(sys, "argv", ["sample.py", f"--out_dir={tmp_path}", "--device=cpu", *flags])
         sample.main()
         return capsys.readouterr()
 
@@ -41,7 +41,7 @@ def call(monkeypatch, capsys, tmp_path):
 def fake(monkeypatch):
     """Runs sample() with a generate that returns rows: the row and eot_id that it is given, and the texts."""
 
-    def fake(rows, documents=1, **settings):
+    def fake(rows, opens_with_eot=False, **settings):
         given = []
 
         def generate(model, x, eot_id, **options):
@@ -50,7 +50,7 @@ def fake(monkeypatch):
 
         monkeypatch.setattr(sample, "generate", generate)
         model = make_model(vocab_size=257, block_size=8)
-        texts, _ = sample.sample(SampleConfig(**settings), model, TOKENIZER, {"documents": documents})
+        texts, _ = sample.sample(SampleConfig(**settings), model, TOKENIZER, opens_with_eot)
         return *given, texts
 
     return fake
@@ -64,32 +64,11 @@ def test_prompts_and_gaps():
     assert encode_prompt("a [MASK] ", TOKENIZER, MASK) == [97, 32, MASK, 32]  # bytes: a blank is a token
 
 
-def llama_tokenizer(tmp_path):
-    """A tokenizer.json in the manner of Llama 2: a word begins with its blank, written as ▁."""
-    tokenizers = pytest.importorskip("tokenizers")
-    vocab = {token: i for i, token in enumerate(["<unk>", "</s>", "▁", *"abco3", "▁a", "▁co", "▁3"])}
-    merges = [("▁", "a"), ("c", "o"), ("▁", "co"), ("▁", "3")]
-    vocab["co"] = len(vocab)
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges, unk_token="<unk>"))
-    tokenizer.normalizer = tokenizers.normalizers.Replace(" ", "▁")
-    tokenizer.decoder = tokenizers.decoders.Replace("▁", " ")
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    return load_tokenizer(make_tokenizer(str(tmp_path / "tokenizer.json")))
-
-
-@pytest.mark.parametrize("kind", ["words", "gpt2", "llama"])
-def test_a_blank_before_a_gap_belongs_to_the_token_that_follows(kind, tmp_path):
+def test_a_blank_before_a_gap_belongs_to_the_token_that_follows():
     """What stands before a gap has the tokens that it has in the whole text. So it is at the end of a prompt
     that is continued, but not at the end of one with gaps, and of two blanks only the last one goes."""
-    if kind == "llama":
-        tokenizer, mask_id = llama_tokenizer(tmp_path), 12
-    else:
-        texts = ["a co 3 co a"] * 9
-        try:
-            tokenizer = load_tokenizer(spec := make_tokenizer(kind, texts=texts))
-        except ValueError:
-            pytest.skip("no vocabulary of gpt2")
-        mask_id = spec["vocab_size"]
+    spec = make_tokenizer("words", texts=["a co 3 co a"] * 9)
+    tokenizer, mask_id = load_tokenizer(spec), spec["vocab_size"]
     for before, after in (("a", " a"), ("a co", ""), ("a ", " 3")):
         whole = tokenizer.encode_ordinary(f"{before} co{after}")
         (i,) = [i for i, token in enumerate(whole) if tokenizer.decode([token]) == " co"][-1:]
@@ -103,12 +82,12 @@ def test_a_blank_before_a_gap_belongs_to_the_token_that_follows(kind, tmp_path):
 def test_a_text_opens_as_in_training_and_ends_at_its_first_end_of_text(fake):
     a, b, c = 97, 98, 99
     rows = [[EOT, a, b, c, EOT, c, EOT, EOT], [EOT, a, b, c, c, c, c, c], [EOT, a, b] + [EOT] * 5]
-    start, eot_id, texts = fake(rows, documents=2, prompt="ab")
+    start, eot_id, texts = fake(rows, opens_with_eot=True, prompt="ab")
     assert (start, eot_id) == ([EOT, a, b] + [MASK] * 5, EOT) and texts == ["abc", "abccccc", "ab"]
     assert fake([[a, EOT, b, EOT]], prompt="a<|endoftext|>", length=4)[2] == ["a<|endoftext|>b"]
-    assert fake([[EOT, a, b, b]], documents=2, prompt="a", length=3)[0] == [EOT, a, MASK, MASK]
+    assert fake([[EOT, a, b, b]], opens_with_eot=True, prompt="a", length=3)[0] == [EOT, a, MASK, MASK]
     assert fake([[EOT] * 8]) == ([MASK] * 8, EOT, ["(empty)"])
-    gaps = fake([[EOT, a, EOT, c, b]], documents=2, prompt="a[MASK:2]b")
+    gaps = fake([[EOT, a, EOT, c, b]], opens_with_eot=True, prompt="a[MASK:2]b")
     assert gaps == ([EOT, a, MASK, MASK, b], None, ["a<|endoftext|>cb"])
 
 
@@ -120,11 +99,8 @@ def test_a_prompt_that_is_too_long_or_leaves_nothing_to_write_is_refused(fake, p
 
 def test_a_prompt_in_a_file(tmp_path):
     """Without the line end that an editor adds."""
-    (tmp_path / "x.txt").write_bytes(b"\xef\xbb\xbfTom has\r\n [MASK]\n\n")
+    (tmp_path / "x.txt").write_text("Tom has\n [MASK]\n\n")
     assert SampleConfig(prompt=f"FILE:{tmp_path}/x.txt").prompt == "Tom has\n [MASK]\n"
-    (tmp_path / "y.txt").write_bytes(b"\xff")
-    with pytest.raises(ValueError, match="y.txt cannot be read as UTF-8 text"):
-        SampleConfig(prompt=f"FILE:{tmp_path}/y.txt")
 
 
 def test_texts_go_to_stdout_and_what_they_took_to_stderr(call):
@@ -135,30 +111,11 @@ def test_texts_go_to_stdout_and_what_they_took_to_stderr(call):
     assert re.fullmatch(r"3 texts in [\d.]+ s, 3.0 forward passes each\n", printed.err)
 
 
-def test_the_checkpoint_is_a_folder_or_a_file_and_brings_its_tokenizer(call, tmp_path):
-    """With the same ids under other names, the same model writes the same tokens as other text."""
-    model = make_model(vocab_size=258, block_size=32)
-    checkpoint = torch.load(tmp_path / "ckpt.pt", weights_only=True)
-    checkpoint |= {"model": model.state_dict(), "model_config": asdict(model.config)}
-    for name, word in {"ckpt.pt": "ab", "best.pt": "cd"}.items():
-        spec = {"name": "words", "pattern": r"ab|cd|[\s\S]", "vocab_size": 258, "words": [word]}
-        checkpoint["meta"]["tokenizer"] = spec
-        torch.save(checkpoint, tmp_path / name)
-    flags = ["--temperature=0", "--num_samples=1", "--length=9", "--steps=8"]
-    plain, other = (
-        call("--prompt=ab!", *flags).out,
-        call("--prompt=cd!", *flags, path=tmp_path / "best.pt").out,
-    )
-    assert plain.startswith("ab!") and other == plain.replace("ab", "cd")
-
-
 def test_show_prints_a_line_for_each_step(call):
     flags = ["--prompt=ab", "--length=8", "--steps=5", "--num_samples=1"]
     shown, plain = call(*flags, "--show=True").out, call(*flags).out
     *lines, text = shown.removesuffix(plain).splitlines() + [plain]
-    assert [line[:12] for line in lines] == [
-        f"step   {step}  '∎" for step in range(1, 6)
-    ] and "\033" not in shown
+    assert [line[:12] for line in lines] == [f"step   {step}  '∎" for step in range(1, 6)]
     assert [line.count("_") for line in lines] == [4, 3, 2, 1, 0]
 
 
@@ -166,12 +123,12 @@ def test_show_draws_in_place_in_a_terminal(monkeypatch):
     """Hidden tokens are dim, new ones bright, and the model's own control characters do nothing."""
     monkeypatch.setattr(sys, "stdout", io.StringIO())
     sys.stdout.isatty = lambda: True
-    on_step = show_steps(TOKENIZER, MASK, [97, MASK, MASK, EOT])
+    on_step = show_steps(TOKENIZER, MASK)
     on_step(torch.tensor([[97, MASK, 120, EOT], [1, 2, 3, 4]]))
     on_step(torch.tensor([[97, 27, 120, EOT], [1, 2, 3, 4]]))
     frames = sys.stdout.getvalue().split("\033[H\033[J")  # which clears the screen
     plain, dim, bright = "\033[0m{}\033[0m", "\033[2m{}\033[0m", "\033[92m{}\033[0m"
-    assert frames[1] == "step 1\n" + (plain + dim + bright + plain).format("a", "_", "x", "∎") + "\n"
+    assert frames[1] == "step 1\n" + (plain + dim + plain + plain).format("a", "_", "x", "∎") + "\n"
     assert frames[2] == "step 2\n" + (plain + bright + plain + plain).format("a", "�", "x", "∎") + "\n"
 
 
@@ -202,6 +159,5 @@ def test_a_question_to_a_model_that_knows_nothing(call):
     assert shown.startswith("step   1  'Question: How many?") and shown.endswith(plain)
     assert plain != call("--question=How many?", "--temperature=1", "--seed=3").out
     assert call("--question=" + "long " * 10).out == "(no room left)\n(no room left)\n"
-    for flags in ["--num_samples=0"], ["--seed=-1"], ["--question=q", "--prompt=p"]:
-        with pytest.raises(ValueError, match="wanted num_samples >= 1, seed >= 0, and not both a prompt and"):
-            call(*flags)
+    with pytest.raises(ValueError, match="got a prompt and a question"):
+        call("--question=q", "--prompt=p")
