@@ -14,10 +14,9 @@ from conftest import make_model
 
 import sft_gsm8k
 from configurator import parse
-from model import MDM, diffusion_loss, load_checkpoint, mask_tokens, seed_for
-from prepare_data import load_tokenizer
+from model import MDM, load_checkpoint, seed_for
+from prepare_data import load_meta, load_tokenizer
 from sft_gsm8k import SFTConfig, answer, example_batches, load_examples
-from train import load_meta, mean_and_error, validate
 
 EOT = 256
 BYTES = {"name": "bytes", "pattern": r"[\s\S]", "vocab_size": 257}
@@ -27,19 +26,15 @@ TOKENIZER = load_tokenizer(BYTES)
 def problem(i):
     """Question, thoughts and answer of problem i. Only the second example of problem 13 exceeds 64 tokens."""
     again = " (say again)" if i == 13 else ""
-    return (
-        f"Question: What is {i} + {i + 1}{again}?",
-        f" Answer: <<{i}+{i + 1}={2 * i + 1}>>",
-        f" #### {2 * i + 1}",
-    )
+    question, thoughts = f"Question: What is {i} + {i + 1}{again}?", f" Answer: <<{i}+{i + 1}={2 * i + 1}>>"
+    return question, thoughts, f" #### {2 * i + 1}"
 
 
 def examples(numbers):
     """(prompt, response) of the first stage, then of the second."""
     problems = [problem(i) for i in numbers]
-    return [(q, thoughts) for q, thoughts, _ in problems] + [
-        (q + thoughts, end) for q, thoughts, end in problems
-    ]
+    to_answers = [(question + thoughts, end) for question, thoughts, end in problems]
+    return [(question, thoughts) for question, thoughts, _ in problems] + to_answers
 
 
 @pytest.fixture
@@ -47,14 +42,8 @@ def few(tmp_path):
     """The folder of a prepared data set: problems 10 to 20 to train on, and 21 to 25 to validate."""
     folder = tmp_path / "data" / "gsm8k"
     folder.mkdir(parents=True)
-    meta = {
-        "vocab_size": 257,
-        "eot_id": EOT,
-        "dtype": "uint16",
-        "tokenizer": BYTES,
-        "tokens": {},
-        "sha256": {},
-    }
+    meta = {"vocab_size": 257, "eot_id": EOT, "dtype": "uint16", "tokenizer": BYTES}
+    meta |= {"tokens": {}, "sha256": {}}
     for split, numbers in ("train", range(10, 21)), ("val", range(21, 26)):
         tokens, cuts = [], []
         for i in numbers:
@@ -103,15 +92,15 @@ def test_validation_is_spread_over_both_stages(few):
     assert texts_of(*get_batch("val", 0)) == [examples(range(21, 26))[i] for i in (0, 2, 5, 7)]
 
 
-def test_validation_has_as_many_examples_of_each_stage(few):
-    """Also where fewer of the second stage fit: the first half of the texts, as train.mean_and_error takes
-    them alone, is of the first stage."""
+@pytest.mark.parametrize("n, chosen", [(8, [0, 1, 2, 3, 6, 7, 8, 9]), (9, [0, 1, 2, 3, 4, 6, 7, 8, 9])])
+def test_validation_where_fewer_of_the_second_stage_fit(few, n, chosen):
+    """As many of each stage, since train.mean_and_error takes each half alone; or every example once."""
     cuts = np.load(few / "val_cuts.npy")
     cuts[0, 3] = cuts[1, 3]  # a long answer
     np.save(few / "val_cuts.npy", cuts)
-    get_batch, data = batches(few, micro_batch_size=8, eval_seqs=8)
+    get_batch, data = batches(few, micro_batch_size=n, eval_seqs=n)
     assert data["val"][1][:, 0].tolist() == [0] * 5 + [1] * 4
-    assert texts_of(*get_batch("val", 0)) == [examples(range(21, 26))[i] for i in (0, 1, 2, 3, 6, 7, 8, 9)]
+    assert texts_of(*get_batch("val", 0)) == [examples(range(21, 26))[i] for i in chosen]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
@@ -129,38 +118,6 @@ def test_each_example_once_an_epoch(few, world_size):
     assert runs[0] == runs[1]
     other, _ = batches(few, micro_batch_size=21, seed=4)
     assert texts_of(*other("train", 0)) != runs[0][:21]
-
-
-def test_the_prompt_is_never_hidden_and_no_part_of_the_loss(few):
-    """A model that errs on prompts alone has the loss of one that does not."""
-    x0, maskable = batches(few, micro_batch_size=16)[0]("train", 0)
-    assert torch.equal(mask_tokens(x0, torch.ones(16, 1), maskable, 257)[1], maskable)
-    model, losses = make_model(vocab_size=257, block_size=64, n_sink=0), []
-    for errs in (torch.zeros_like(maskable), ~maskable, maskable):
-        torch.manual_seed(1)
-        with model.blocks[-1].register_forward_hook(lambda module, args, x: x + 5 * errs[:, :, None]):  # noqa: B023
-            losses.append(diffusion_loss(model, x0, maskable).item())
-    assert losses[0] == losses[1] != losses[2]
-
-
-def test_the_validation_loss_is_per_token_not_per_row(few):
-    """Rows with different numbers of response tokens: all nats over all tokens, not the mean of the rows."""
-    get_batch, _ = batches(few, eval_seqs=10)
-    mean, _, nats, tokens = validate(make_model(vocab_size=257, block_size=64), get_batch, 4, 10)
-    assert tokens.tolist() == [64 - len(prompt) for prompt, _ in examples(range(21, 26))]
-    assert mean == pytest.approx(nats.sum().item() / tokens.sum().item(), rel=1e-12)
-    assert abs(mean - (nats / tokens).mean().item()) > 1e-3
-
-
-def test_the_standard_error_is_that_of_the_mean_per_token():
-    """Nats of 2 a token, and noise that is the same for short and long rows: the mean's spread is known."""
-    rng, N, deviation = np.random.default_rng(0), 64, 9.0
-    t, tokens = torch.arange(N) * 0.6180339887 % 1, torch.from_numpy(rng.integers(2, 60, N).astype(float))
-    noise = torch.from_numpy(rng.normal(0, deviation, (400, N)))
-    means, errors = np.transpose([mean_and_error(2 * tokens + row, tokens, t) for row in noise])
-    wanted = deviation * np.sqrt(N) / tokens.sum().item()
-    assert means.std() == pytest.approx(wanted, rel=0.1) and means.mean() == pytest.approx(2, abs=wanted / 5)
-    assert np.sqrt((errors**2).mean()) == pytest.approx(wanted, rel=0.05)
 
 
 TINY = """init_from=scratch dataset=gsm8k device=cpu n_layer=2 n_head=2 n_embd=16 block_size=64 batch_size=8
@@ -195,17 +152,12 @@ def test_epochs_set_the_length_unless_only_max_steps_is_set(main, capsys):
 
 
 def test_what_does_not_fit_is_refused(few):
-    with pytest.raises(
-        ValueError, match="set --init_from=out/NAME, the model to fine-tune, or --init_from=scr"
-    ):
-        parse(SFTConfig, [])
-    meta, tokens = load_meta(few), (few / "train.bin").read_bytes()
+    for flags in [], ["--init_from=auto"]:  # which would start from scratch
+        with pytest.raises(ValueError, match="set --init_from=out/NAME, the model to fine-tune"):
+            parse(SFTConfig, flags)
+    meta = load_meta(few)
     with pytest.raises(ValueError, match="no example of .*train_cuts.npy fits into block_size 9; raise it"):
         load_examples(few, meta, "train", 9)
-    for other in bytes(len(tokens)), tokens[:-20]:
-        (few / "train.bin").write_bytes(other)
-        with pytest.raises(ValueError, match="train_cuts.npy and train.bin do not belong together"):
-            load_examples(few, meta, "train", 64)
     os.remove(few / "train_cuts.npy")
     with pytest.raises(ValueError, match="holds no problems; run: python prepare_data.py gsm8k"):
         load_examples(few, meta, "train", 64)
@@ -246,27 +198,9 @@ def test_the_answer_follows_the_ids_that_the_model_wrote(monkeypatch):
 @pytest.mark.slow
 def test_what_is_learned_is_answered(main, tmp_path):
     """A model that has learned a few problems by heart answers them in both stages, and stops by itself."""
-    main(
-        "a", "n_embd=64 max_steps=800 batch_size=12 micro_batch_size=12 learning_rate=3e-3 stratified_t=True"
-    )
-    questions = [problem(i)[0].removeprefix("Question: ") for i in (10, 15, 20)]
+    size = "n_embd=64 max_steps=800 batch_size=12 micro_batch_size=12"
+    main("a", f"{size} learning_rate=3e-3 stratified_t=True")
+    problems = [problem(i) for i in (10, 15, 20)]
+    questions = [question.removeprefix("Question: ") for question, _, _ in problems]
     answers = answer(MDM.from_checkpoint(tmp_path / "a"), TOKENIZER, questions, [0, 1, 2], steps=64)
-    assert [texts[:2] for texts in answers] == [
-        tuple(t.strip() for t in problem(i)[1:]) for i in (10, 15, 20)
-    ]
-
-
-def test_auto_is_refused(few):
-    """It would start from scratch, and not from the pretrained model."""
-    with pytest.raises(ValueError, match="set --init_from=out/NAME, the model to fine-tune"):
-        SFTConfig(init_from="auto")
-
-
-def test_all_examples_are_validated_once(few):
-    """Also where fewer of the second stage fit."""
-    cuts = np.load(few / "val_cuts.npy")
-    cuts[0, 3] = cuts[1, 3]
-    np.save(few / "val_cuts.npy", cuts)
-    get_batch, data = batches(few, micro_batch_size=9, eval_seqs=9)
-    wanted = [text for i, text in enumerate(examples(range(21, 26))) if i != 5]
-    assert texts_of(*get_batch("val", 0)) == wanted and len(data["val"][1]) == 9
+    assert [texts[:2] for texts in answers] == [(a.strip(), b.strip()) for _, a, b in problems]
