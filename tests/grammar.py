@@ -1,12 +1,10 @@
-"""Which texts are problems of the built-in grammar? Counts them among samples, and is the oracle of the
-generator's tests.
+"""Counts the samples that are problems of the built-in grammar, and is the oracle of the generator's tests.
 
     python sample.py --num_samples=200 | python tests/grammar.py
 
-A sample PARSES if its question is one of the templates, with any numbers, names and things, followed by as
-many equations of the
-right operators as the template has, and an answer. It is RIGHT if moreover every number is the one it
-should be.
+A sample parses if its question is one of the templates, with any numbers, names and things, and is followed
+by as many equations as the template has, with its operators, and by an answer. It is right if every number is
+the one it should be.
 """
 
 import re
@@ -24,14 +22,8 @@ EQUATION = re.compile(r"<<(\d+)([-+*/])(\d+)=(\d+)>>")
 
 
 def question_pattern(template):
-    kinds = {
-        "name": "|".join(NAMES),
-        "friend": "|".join(NAMES),
-        "things": "|".join(THINGS),
-        "a": r"\d+",
-        "b": r"\d+",
-        "c": r"\d+",
-    }
+    kinds = {"name": "|".join(NAMES), "friend": "|".join(NAMES), "things": "|".join(THINGS)}
+    kinds |= dict.fromkeys("abc", r"\d+")
     seen, pattern = set(), ""
     for part in re.split(r"(\{\w+\})", template):
         key = part.strip("{}")
@@ -61,13 +53,9 @@ def check(text):
     values = {key: Fraction(number) for key, number in question.groupdict().items() if key in "abc"}
     for (left, operator, right, result), (p, _, q) in zip(equations, wanted):
         left, right, result = Fraction(left), Fraction(right), Fraction(result)
-        true = {
-            "+": left + right,
-            "-": left - right,
-            "*": left * right,
-            "/": left / right if right else None,
-        }[operator]
-        if (left, right, result) != (values[p], values[q], true):
+        results = {"+": left + right, "-": left - right, "*": left * right}
+        results["/"] = left / right if right else None
+        if (left, right, result) != (values[p], values[q], results[operator]):
             return "parses"
         values["x"] = result
     return "right" if Fraction(match["answer"]) == values["x"] else "parses"

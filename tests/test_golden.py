@@ -38,16 +38,13 @@ def ids(z, key):
 
 
 def test_hidden_states_and_logits(golden):
-    z, model = golden
-    states = []
-    hooks = [model.blocks[0].register_forward_pre_hook(lambda module, args: states.append(args[0]))]
-    for block in model.blocks:
-        hooks.append(block.register_forward_hook(lambda module, args, output: states.append(output)))
+    (z, model), states = golden, []
+    hooks = [block.register_forward_hook(lambda _, args, x: states.append(x)) for block in model.blocks]
     logits = model(ids(z, "noisy_ids"))
     for hook in hooks:
         hook.remove()
-    assert len(states) == 4
-    for i, state in enumerate(states):
+    assert len(states) == 3
+    for i, state in enumerate(states, start=1):
         np.testing.assert_allclose(state.detach(), z[f"hidden_{i}"], atol=1e-4, rtol=0, err_msg=f"hidden_{i}")
     np.testing.assert_allclose(logits.detach(), z["logits"], atol=1e-4, rtol=0)
 
@@ -162,13 +159,9 @@ def test_steps_from_flops(row):
     config = MDMConfig.preset(f"{run['model']:.0f}M", gated_attention=True)
     batch = {"batch_size": int(run["batch_size"]), "micro_batch_size": 1, "block_size": 2048}
     cfg = TrainConfig(train_flops=run["flops_e18"] * 1e18, **batch, device="cpu")
+    resume = {"step": 10**9, "best_val_loss": 0, "losses": []}
     with pytest.raises(ValueError, match=f"max_steps is {run['max_step']:.0f};"):
-        train(
-            cfg,
-            types.SimpleNamespace(config=config),
-            None,
-            resume={"step": 10**9, "best_val_loss": 0, "losses": []},
-        )
+        train(cfg, types.SimpleNamespace(config=config), None, resume=resume)
 
 
 @pytest.mark.parametrize("run", ["m472_f300", "m6_f1", "m6_f0.006", "m19_f3", "sft"])
