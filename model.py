@@ -2,14 +2,14 @@
 
 FORWARD PROCESS q(xt | x0). At noise level t in (0, 1] each token of a text x0 becomes [MASK] with probability
 t, independently of the others:
-    q(xt_i | x0_i) = t if xt_i = [MASK],  1 - t if xt_i = x0_i                                (forward)
+    q(xt_i | x0_i) = t if xt_i = [MASK],  1 - t if xt_i = x0_i
 
 REVERSE PROCESS. The model sees xt and predicts the clean token at every hidden position, all at once. To go
 from level t to a lower level s, each hidden token is revealed with probability (t - s) / t, as a draw from
 that prediction, and then stays. `generate` starts from [MASK] everywhere and walks t from 1 to 0.
 
 LOSS. Classify the hidden tokens, weighted by 1 / p_mask, the inverse of the probability of being hidden:
-    loss = E_t E_q [ sum over hidden i of  -log p(x0_i | xt) / t ]  >=  -log p(x0)             (loss)
+    loss = E_t E_q [ sum over hidden i of  -log p(x0_i | xt) / t ]  >=  -log p(x0)
 Without the weight, a text at t = 0.9 would count nine times as much as one at t = 0.1, because nine times as
 many of its tokens are in the sum. With it every level counts the same, and the mean over t bounds -log p(x0).
 
