@@ -1,4 +1,4 @@
-"""Measures a trained model. Everything about it comes from its checkpoint.
+"""Measures a trained model.
 
     python eval.py --task=loss --out_dir=out/arithmetic                      # bound of the validation set
     python eval.py --task=gsm8k --out_dir=out/sft-arithmetic                 # answers the test problems
@@ -16,6 +16,7 @@ import re
 import zlib
 from dataclasses import asdict, dataclass
 from decimal import Decimal, InvalidOperation
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -25,17 +26,9 @@ from tqdm import tqdm
 import configurator
 import train
 from model import generate, guided_logits, seed_for
-from prepare_data import (
-    Documents,
-    file_sha256,
-    find_files,
-    is_remote,
-    load_meta,
-    read_json,
-    read_rows,
-)
+from prepare_data import Documents, file_sha256, find_files, is_remote, load_meta, read_json, read_rows
 from sample import load_trained
-from sft_gsm8k import SFTConfig, answer, example_batches, is_fine_tuned, load_examples
+from sft_gsm8k import answer, example_batches, is_fine_tuned, load_examples
 
 
 @dataclass
@@ -64,12 +57,10 @@ class EvalConfig:
         counts = self.limit, self.batch_size, self.mc_num, self.length
         if not all(count is None or count >= 1 for count in counts):
             raise ValueError("wanted limit, batch_size, mc_num and length of at least 1")
-        if self.seed < 0 or not 0 <= self.cfg_scale < math.inf:
-            raise ValueError("wanted seed and cfg_scale of at least 0")
         if self.nll_type not in ("mc", "chain_rule") or self.mc_masking not in ("exact", "coins"):
             raise ValueError("wanted nll_type mc or chain_rule, and mc_masking exact or coins")
         if self.task not in ("loss", "gsm8k") and not os.path.isfile(self.task):
-            raise ValueError(f"task {self.task!r} is neither loss nor gsm8k, nor a .jsonl file that exists")
+            raise ValueError(f"task {self.task!r} is neither loss nor gsm8k nor an existing .jsonl file")
 
 
 def draws(L, cfg, rng):
@@ -82,10 +73,10 @@ def draws(L, cfg, rng):
         return np.triu(np.ones((L, L), bool)), np.eye(L)
     t = (rng.random() + np.arange(cfg.mc_num)) / cfg.mc_num
     if cfg.mc_masking == "coins":
-        hidden, weight = rng.random((cfg.mc_num, L)) < t[:, None], 1 / np.maximum(t, 1e-12)
+        hidden, weight = rng.random((cfg.mc_num, L)) < t[:, None], 1 / t
     else:
         hidden, times = np.zeros((cfg.mc_num, L), bool), np.zeros(L)  # how often a token was hidden
-        for row, k in zip(hidden, np.minimum(np.floor(t * L) + 1, L).astype(int)):
+        for row, k in zip(hidden, np.floor(t * L).astype(int) + 1):
             row[np.argsort(times + rng.random(L))[:k]] = True
             times += row
         weight = L / hidden.sum(axis=1)
@@ -128,7 +119,7 @@ def log_likelihood(model, context, target, cfg):
 
 
 def greedy_match(model, context, target, cfg):
-    """Would greedy decoding, which writes the surest token in each step, write the target?"""
+    """Whether greedy decoding, which writes the surest token in each step, would write the target."""
     x0, mask_id = torch.tensor([context + target]), model.config.mask_id
 
     def stop_if_wrong(x):
@@ -144,14 +135,13 @@ def greedy_match(model, context, target, cfg):
 
 def encode_item(tokenizer, item, delimiter, block_size):
     """encode_pair of the context and each choice, or the target. The delimiter comes between them, unless the
-    context ends in white space (a blank, a new line) or the text begins with it. Blanks at the end of the
-    context count as the text's, as in lm-eval: a blank and a word are one token."""
+    context ends in white space or the text begins with it. Blanks at the end of the context go with the text,
+    as in lm-eval: a blank and a word are one token."""
     context, pairs = item["context"].rstrip(" "), []
     blanks = item["context"][len(context) :]
     for text in item["choices"] if "choices" in item else [item["target"]]:
-        has_space = blanks or context[-1:].isspace() or text[0].isspace()
-        text = blanks + text if has_space else delimiter + text
-        pairs.append(encode_pair(tokenizer, context, text, block_size))
+        has_space = item["context"][-1:].isspace() or text[0].isspace()
+        pairs.append(encode_pair(tokenizer, context, (blanks if has_space else delimiter) + text, block_size))
     return pairs
 
 
@@ -161,17 +151,14 @@ def read_items(path):
     for line, position in read_rows(path):
         try:
             items.append(item := json.loads(line))
-            texts = item["choices"] if "choices" in item else [item["target"]]
-            "".join([item["context"], *texts]).encode()  # they are texts, and no half of a surrogate pair
-            alike = ("choices" in item) == ("choices" in items[0])
-            gold = item["gold"] if "choices" in item else 0
-            is_index = type(gold) is int and gold in range(len(texts))
-            if not (alike and isinstance(texts, list) and all(texts) and is_index):
-                raise ValueError("wanted items of one kind, with texts that are not empty")
-        except (ValueError, TypeError, LookupError, AttributeError) as error:
-            raise ValueError(f"{position}: wanted {wanted}; got {str(line)[:80]!r}") from error
-    if not items:
-        raise ValueError(f"{path} is empty; wanted {wanted}")
+            has_choices = "choices" in items[0]
+            texts = item["choices"] if has_choices else [item["target"]]
+            "".join([item["context"], *texts])  # fails unless all of them are texts
+            fits = all(texts) and (not has_choices or item["gold"] in range(len(texts)))
+        except (ValueError, TypeError, KeyError):
+            fits = False
+        if not fits:
+            raise ValueError(f"{position}: wanted {wanted}; got {str(line)[:80]!r}")
     return items
 
 
@@ -183,7 +170,7 @@ def score_item(model, tokenizer, item, cfg):
     record = {**item, "log_p": log_p.tolist(), "cut": max(n_cut for *_, n_cut in pairs)}
     if "choices" not in item:
         return record | {"log_p": log_p[0], "acc": greedy_match(model, *pairs[0][:2], cfg)}
-    texts = [text.lstrip(" ") or text for text in item["choices"]]  # however the blank is spelled
+    texts = [text.lstrip(" ") for text in item["choices"]]  # however the blank is spelled
     lengths = [len(text) for text in texts], [len(text.encode()) for text in texts]
     scores = {"acc": log_p, "acc_norm": log_p / lengths[0], "acc_bytes": log_p / lengths[1]}
     return record | {name: int(score.argmax()) == item["gold"] for name, score in scores.items()}
@@ -199,14 +186,15 @@ def final_number(text):
 
 
 def read_problems(address, download_dir=None):
-    """[(question, gold)] of a file or URL of problems; of a prepared folder, its test problems. Answers
-    that are no number, or have more behind it (1/2, 3:30), are left out. Raises ValueError if all are."""
+    """[(question, gold)] of a file or URL of problems; of a prepared folder, its test problems. Leaves out,
+    and counts, problems whose answer is not a plain number, such as 1/2 or 3:30."""
     if not os.path.isfile(address) and not is_remote(address):
-        folder, test = address, load_meta(address).get("settings", {}).get("test_source")
+        test, download_dir = load_meta(address)["settings"]["test_source"], f"{address}/download"
         if test is None:
-            raise ValueError(f"{folder} has no test problems; give some with --data=FILE")
-        address, download_dir = test if is_remote(test) else os.path.join(folder, test), f"{folder}/download"
-    documents, problems, n_left_out = Documents(find_files(address, download_dir), "problems"), [], 0
+            raise ValueError(f"{address} has no test problems; give some with --data=FILE")
+        address = test if is_remote(test) else os.path.join(address, test)
+    documents = Documents(find_files(address, download_dir), "problems")
+    problems, n_left_out = [], 0
     for question, _, text in documents:
         gold = final_number(text)
         if gold is None or re.search(r"#### -?[0-9.,]++.*[/:\d]", text):
@@ -216,8 +204,6 @@ def read_problems(address, download_dir=None):
     documents.report()
     if n_left_out:
         print(f"{address}: left out {n_left_out:,} problems whose answer is no number")
-    if not problems:
-        raise ValueError(f"{address} holds no problems whose answer is a number")
     return problems
 
 
@@ -229,30 +215,33 @@ def answer_problems(model, tokenizer, indices, problems, cfg):
         answers = answer(model, tokenizer, [q for q, _ in problems], seeds, cfg.length, **options)
     for (question, gold), (thoughts, text, passes) in zip(problems, answers):
         record = {"question": question, "gold": gold, "thoughts": thoughts, "answer": text}
-        record |= {"acc": final_number(text) == final_number(f"#### {gold}"), "forward_passes": passes}
+        record |= {"acc": final_number(text) == Decimal(gold), "forward_passes": passes}
         records.append(record)
     return records
 
 
-def measure(path, items, batch_size, work, rank, world_size):
-    """Records of all items in order, from work(indices, items) on batches. A process takes each world_size-th
-    item and appends to path.rank.jsonl at once; what is there already is not computed again."""
+def measure(model, tokenizer, items, cfg, path, rank, world_size):
+    """Records of all items in order, from answer_problems or score_item. A process takes each world_size-th
+    item and appends its record to path.rank.jsonl at once. Items with a record there are not done again."""
     done = {}
     for part in glob.glob(glob.escape(path) + ".*.jsonl"):
         with open(part, "r+b") as file:
-            lines = train.whole_lines(file).splitlines()
-        try:
-            done |= {record["index"]: record for record in map(json.loads, lines)}
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"{part} is damaged ({error!r}); remove it, to do its items again") from error
+            records = map(json.loads, train.whole_lines(file).splitlines())
+        done |= {record["index"]: record for record in records}
     if done and rank == 0:
         print(f"{len(done):,} of {len(items):,} items are in {path}.*.jsonl; remove it to do them again")
     if world_size > 1:
         torch.distributed.barrier()  # all have read before one writes
     todo = [i for i in range(rank, len(items), world_size) if i not in done]
-    with train.open_locked(f"{path}.{rank}.jsonl") as file, tqdm(total=len(todo), disable=rank > 0) as bar:
-        for indices in (todo[i : i + batch_size] for i in range(0, len(todo), batch_size)):
-            for index, record in zip(indices, work(indices, [items[i] for i in indices])):
+    with open(f"{path}.{rank}.jsonl", "a") as file, tqdm(total=len(todo), disable=rank > 0) as bar:
+        for start in range(0, len(todo), cfg.batch_size):
+            indices = todo[start : start + cfg.batch_size]
+            batch = [items[i] for i in indices]
+            if cfg.task == "gsm8k":
+                records = answer_problems(model, tokenizer, indices, batch, cfg)
+            else:
+                records = (score_item(model, tokenizer, item, cfg) for item in batch)
+            for index, record in zip(indices, records):
                 done[index] = {**record, "index": index}
                 print(json.dumps(done[index]), file=file, flush=True)
                 bar.update()
@@ -270,16 +259,13 @@ def validation(checkpoint, data, limit):
     meta = load_meta(folder)
     if meta["tokenizer"] | {"pattern": None} != checkpoint["meta"]["tokenizer"] | {"pattern": None}:
         raise ValueError(f"{folder} has another vocabulary than the checkpoint; prepare it again")
-    fine_tuned, T = is_fine_tuned(checkpoint), run["block_size"]
-    if fine_tuned:
-        examples = {split: load_examples(folder, meta, split, T) for split in ("train", "val")}
-        config_class, n = SFTConfig, len(examples["val"][1])
-    else:
-        config_class, n = train.TrainConfig, meta["tokens"]["val"] // T
+    n = meta["tokens"]["val"] // run["block_size"]
+    if is_fine_tuned(checkpoint):
+        examples = {"val": load_examples(folder, meta, "val", run["block_size"])}
+        n = len(examples["val"][1])
     n = max(2, min(n, limit or n))
-    settings = {key: run[key] for key in run if key in config_class.__dataclass_fields__}
-    cfg = config_class(**settings | {"eval_seqs": n})
-    if fine_tuned:
+    cfg = SimpleNamespace(**run | {"eval_seqs": n})
+    if is_fine_tuned(checkpoint):
         return example_batches(examples, meta, cfg), n, meta
     return train.token_batches(folder, meta, cfg), n, meta
 
@@ -301,11 +287,12 @@ def means(records, keys):
     return result
 
 
-def gsm8k(model, tokenizer, problems, cfg, path, rank, world_size):
-    def work(indices, batch):
-        return answer_problems(model, tokenizer, indices, batch, cfg)
-
-    records = measure(path, problems, cfg.batch_size, work, rank, world_size)
+def summarize(records, cfg):
+    """What results.json says of the records of a task: means with their standard errors, and counts."""
+    if cfg.task != "gsm8k":
+        keys = ["acc", "acc_norm", "acc_bytes"] if "choices" in records[0] else ["acc", "log_p"]
+        n_cut = sum(record["cut"] > 0 for record in records)
+        return {"n": len(records), **means(records, keys), "contexts_cut": n_cut}
     asked = [record for record in records if record["thoughts"] is not None]  # there was room for thoughts
     wrong = [record for record in asked if not record["acc"]]
     result = {"n": len(asked), **means(asked, ["acc", "forward_passes"]), "wrong": len(wrong)}
@@ -313,27 +300,16 @@ def gsm8k(model, tokenizer, problems, cfg, path, rank, world_size):
     return result | {"no_room": len(records) - len(asked)}
 
 
-def likelihoods(model, tokenizer, items, cfg, path, rank, world_size):
-    def work(indices, batch):
-        return (score_item(model, tokenizer, item, cfg) for item in batch)
-
-    records = measure(path, items, cfg.batch_size, work, rank, world_size)
-    keys = ["acc", "acc_norm", "acc_bytes"] if "choices" in items[0] else ["acc", "log_p"]
-    cut = sum(record["cut"] > 0 for record in records)
-    return {"n": len(records), **means(records, keys), "contexts_cut": cut}
-
-
 def main():
     cfg, set_by = configurator.parse(EvalConfig)
     rank, world_size, device = train.setup_distributed(cfg.device)
     path = os.path.join(cfg.out_dir, "ckpt.pt") if os.path.isdir(cfg.out_dir) else cfg.out_dir
-    train.autocast(device, cfg.dtype)  # refuses an unknown dtype before the work
     model, tokenizer, checkpoint = load_trained(path, device)
     run, folder = checkpoint["run_config"], cfg.results or os.path.dirname(path) or "."
     results_path = os.path.join(folder, "results.json")
-    results = read_json(results_path) if os.path.exists(results_path) else {}
     if rank == 0:
-        locked = train.open_locked(os.path.join(folder, ".eval.lock"))  # noqa: F841
+        lock = train.open_locked(os.path.join(folder, ".eval.lock"))
+        results = read_json(results_path) if os.path.exists(results_path) else {}
         print(configurator.describe(cfg, set_by))
     if cfg.task == "loss":
         get_batch, n, data = validation(checkpoint, cfg.data, cfg.limit)
@@ -342,7 +318,7 @@ def main():
         data = read_problems(cfg.data or corpus, f"{corpus}/download")[: cfg.limit]
     else:
         data = read_items(cfg.task)[: cfg.limit]
-        for item in data:  # a text that is too long is told before the work
+        for item in data:  # refuses a text that is too long before the work
             encode_item(tokenizer, item, cfg.delimiter, model.config.block_size)
     name = result_name(cfg, path, data)
     if cfg.task == "loss":
@@ -350,11 +326,12 @@ def main():
         nats, se, *_ = train.validate(model, get_batch, B, n, cfg.dtype, cfg.mc_num, rank, world_size)
         result = {"n": n, "nats_per_token": nats, "nats_per_token_se": se, "perplexity_bound": math.exp(nats)}
     else:
-        task = gsm8k if cfg.task == "gsm8k" else likelihoods
-        result = task(model, tokenizer, data, cfg, os.path.join(folder, name), rank, world_size)
+        records = measure(model, tokenizer, data, cfg, os.path.join(folder, name), rank, world_size)
+        result = summarize(records, cfg)
     if rank == 0:
         results[name] = {**result, "step": checkpoint["step"], "settings": asdict(cfg), **train.made_by()}
         train.write_file(results_path, lambda file: file.write(json.dumps(results, indent=1).encode()))
+        lock.close()
         print(f"{name}: {cfg.out_dir}, step {checkpoint['step']:,}; added to {results_path}")
         for key in (key for key in result if not key.endswith("_se")):
             error = f" ± {result[f'{key}_se']:.4f}" if f"{key}_se" in result else ""

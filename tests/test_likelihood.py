@@ -150,25 +150,20 @@ def test_each_request_has_its_own_draws(monkeypatch):
         return hidden, weight
 
     monkeypatch.setattr(eval_module, "draws", recorded)
-    target, other = [1] * 12, [1] * 11 + [2]
-    for context, tokens, seed in (([2], target, 0), ([3], target, 0), ([2], other, 0), ([2], target, 1)):
-        nll(model, context, tokens, mc_num=8, seed=seed)
-    nll(model, [2], target, mc_num=8, seed=0)
+    a, b = [1] * 12, [1] * 11 + [2]
+    for context, target, seed in (([2], a, 0), ([3], a, 0), ([2], b, 0), ([2], a, 1), ([2], a, 0)):
+        nll(model, context, target, mc_num=8, seed=seed)
     assert masks.pop() == masks[0] and len({str(mask) for mask in masks}) == 4
 
 
-@pytest.mark.parametrize(
-    "options", [CHAIN, {"mc_num": 9}, {"mc_num": 9, "mc_masking": "coins", "cfg_scale": 0.7}]
-)
+@pytest.mark.parametrize("options", [CHAIN, {}, {"mc_masking": "coins", "cfg_scale": 0.7}])
 def test_score_does_not_depend_on_batch_size(variant, options):
     model, rows, target = make_model(**variant), [], [1, 5, 9, 2, 6, 5, 3]
-    wanted = nll(model, CONTEXT, target, **options)
+    wanted = pytest.approx(nll(model, CONTEXT, target, mc_num=9, **options), rel=1e-6)
     model.blocks[0].register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     for batch_size in (1, 3):
         rows.clear()
-        assert nll(model, CONTEXT, target, batch_size=batch_size, **options) == pytest.approx(
-            wanted, rel=1e-6
-        )
+        assert nll(model, CONTEXT, target, mc_num=9, batch_size=batch_size, **options) == wanted
         assert max(rows) == batch_size
 
 
@@ -219,15 +214,12 @@ def tokenizer():
     return load_tokenizer(make_tokenizer("words", texts=["Answer: yes no now "]))
 
 
-@pytest.mark.parametrize(
-    "context, continuation, first",
-    [
-        ("Answer:", " yes", b" yes"),
-        ("Answer: ", "yes", b" yes"),  # the space belongs to the token, and so to the continuation
-        ("Answer: no", "w", b" now"),  # a token over the border is the continuation's
-        ("aä", "ö", "ö".encode()[:1]),
-    ],
-)
+BORDERS = [("Answer:", " yes", b" yes"), ("aä", "ö", "ö".encode()[:1])]
+BORDERS += [("Answer: ", "yes", b" yes")]  # the space belongs to the token, and so to the continuation
+BORDERS += [("Answer: no", "w", b" now")]  # a token over the border is the continuation's
+
+
+@pytest.mark.parametrize("context, continuation, first", BORDERS)
 def test_tokens_are_those_of_the_joint_text(tokenizer, context, continuation, first):
     before, after, n_cut = encode_pair(tokenizer, context, continuation, 99)
     assert before + after == tokenizer.encode_ordinary(context + continuation) and n_cut == 0
