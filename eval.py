@@ -44,7 +44,7 @@ class EvalConfig:
     mc_num: int = 32  # draws of the noise for each text, also of loss (the paper: 1024)
     mc_masking: str = "exact"  # exact: a draw hides an exact number of tokens; coins: each with probability t
     cfg_scale: float = 0.0  # classifier-free guidance towards context or question; above 0, twice the work
-    steps: int = 256  # gsm8k: denoising steps of thoughts and of answer, as the next four keys
+    steps: int = 256  # gsm8k, as the next four keys: denoising steps of the thoughts and of the answer
     length: int | None = None  # tokens of a row, question included; None: the model's block_size
     temperature: float = 0.1  # 0: the likeliest token
     remasking: str = "confidence"  # confidence: keep the surest tokens first; random: the reverse process
@@ -99,7 +99,7 @@ def encode_pair(tokenizer, context, continuation, block_size):
 
 @torch.no_grad()
 def nll_of(model, context, target, hidden, weight, cfg):
-    """Sum of weight * -log p over the passes of `draws`, in nats. Guided, it is no likelihood of a model."""
+    """Sum of weight * -log p over the passes of `draws`, in nats. With guidance this is no likelihood."""
     n, x0, total = len(context), torch.tensor(context + target), 0.0
     hidden, weight = (F.pad(torch.from_numpy(array), (n, 0)) for array in (hidden, weight))  # (passes, n + L)
     for rows in torch.arange(len(hidden)).split(cfg.batch_size):
@@ -178,7 +178,7 @@ def score_item(model, tokenizer, item, cfg):
 
 def final_number(text):
     """The number behind the first '#### ', as OpenAI's grader reads it, without commas; or None."""
-    match = re.search(r"#### (\-?[0-9\.\,]+)", text or "")
+    match = re.search(r"#### (-?[0-9.,]+)", text or "")
     try:
         return Decimal(match[1].replace(",", "")) if match else None
     except InvalidOperation:  # such as 1.2.3
@@ -209,20 +209,21 @@ def read_problems(address, download_dir=None):
 
 def answer_problems(model, tokenizer, indices, problems, cfg):
     """Records of problems (question, gold). An answer follows from problem and index, not from the batch."""
-    seeds, records = [seed_for(cfg.seed, index) for index in indices], []
+    questions, seeds = [q for q, _ in problems], [seed_for(cfg.seed, index) for index in indices]
     options = {k: getattr(cfg, k) for k in ("steps", "temperature", "remasking", "threshold", "cfg_scale")}
     with train.autocast(next(model.parameters()).device, cfg.dtype):
-        answers = answer(model, tokenizer, [q for q, _ in problems], seeds, cfg.length, **options)
+        answers = answer(model, tokenizer, questions, seeds, cfg.length, **options)
+    records = []
     for (question, gold), (thoughts, text, passes) in zip(problems, answers):
+        acc = final_number(text) == Decimal(gold)
         record = {"question": question, "gold": gold, "thoughts": thoughts, "answer": text}
-        record |= {"acc": final_number(text) == Decimal(gold), "forward_passes": passes}
-        records.append(record)
+        records.append(record | {"acc": acc, "forward_passes": passes})
     return records
 
 
 def measure(model, tokenizer, items, cfg, path, rank, world_size):
-    """Records of all items in order, from answer_problems or score_item. A process takes each world_size-th
-    item and appends its record to path.rank.jsonl at once. Items with a record there are not done again."""
+    """Records of all items in order, from answer_problems or score_item. Each process takes every
+    world_size-th item and appends its record to path.rank.jsonl; items that have one are not done again."""
     done = {}
     for part in glob.glob(glob.escape(path) + ".*.jsonl"):
         with open(part, "r+b") as file:

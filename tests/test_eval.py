@@ -432,8 +432,6 @@ BAD_LINES = """
 {"context": "a", "choices": ["b", "c"], "gold": "1"}
 {"context": "a", "choices": ["b", ""], "gold": 0}
 {"context": "a", "choices": ["b", 5], "gold": 0}
-{"context": "a", "choices": [], "gold": 0}
-{"context": ["a"], "choices": ["b"], "gold": 0}
 {"context": "a", "target": "not the kind of the line before"}
 [1]"""
 
