@@ -271,34 +271,23 @@ def validation(checkpoint, data, limit):
     return train.token_batches(folder, meta, cfg), n, meta
 
 
-def result_name(cfg, path, data):
-    """A result is named by what it depends on: settings, data and checkpoint."""
-    aside = {"out_dir": "", "results": "", "batch_size": 0, "device": ""}
-    facts = json.dumps([asdict(cfg) | aside, data, file_sha256(path)])
-    task = os.path.splitext(os.path.basename(cfg.task))[0]
-    return f"{task}-{zlib.crc32(facts.encode()):08x}"
-
-
-def means(records, keys):
-    """{key: mean, key_se: standard error} over records; nan where they are too few."""
-    result = {}
-    for key in keys:
-        v = np.array([record[key] for record in records] or [math.nan], float)
-        result |= {key: v.mean(), f"{key}_se": v.std() / math.sqrt(len(v) - 1 or math.nan)}
-    return result
-
-
 def summarize(records, cfg):
-    """What results.json says of the records of a task: means with their standard errors, and counts."""
-    if cfg.task != "gsm8k":
+    """Means of a task's records with their standard errors (nan where there are too few), and counts."""
+    if cfg.task == "gsm8k":
+        asked = [record for record in records if record["thoughts"] is not None]  # there was room
+        wrong = [record for record in asked if not record["acc"]]
+        n_empty = sum(not record["answer"] for record in wrong)
+        counts = {"wrong": len(wrong), "wrong_and_empty": n_empty, "no_room": len(records) - len(asked)}
+        keys, records = ["acc", "forward_passes"], asked
+    else:
         keys = ["acc", "acc_norm", "acc_bytes"] if "choices" in records[0] else ["acc", "log_p"]
-        n_cut = sum(record["cut"] > 0 for record in records)
-        return {"n": len(records), **means(records, keys), "contexts_cut": n_cut}
-    asked = [record for record in records if record["thoughts"] is not None]  # there was room for thoughts
-    wrong = [record for record in asked if not record["acc"]]
-    result = {"n": len(asked), **means(asked, ["acc", "forward_passes"]), "wrong": len(wrong)}
-    result["wrong_and_empty"] = sum(not record["answer"] for record in wrong)
-    return result | {"no_room": len(records) - len(asked)}
+        counts = {"contexts_cut": sum(record["cut"] > 0 for record in records)}
+    result = {"n": len(records)}
+    for key in keys:
+        values = np.array([record[key] for record in records] or [math.nan], float)
+        se = values.std() / math.sqrt(len(values) - 1 or math.nan)
+        result |= {key: values.mean(), f"{key}_se": se}
+    return result | counts
 
 
 def main():
@@ -321,7 +310,11 @@ def main():
         data = read_items(cfg.task)[: cfg.limit]
         for item in data:  # refuses a text that is too long before the work
             encode_item(tokenizer, item, cfg.delimiter, model.config.block_size)
-    name = result_name(cfg, path, data)
+    # a result is named by what it depends on: settings, data and checkpoint
+    aside = {"out_dir": "", "results": "", "batch_size": 0, "device": ""}
+    facts = json.dumps([asdict(cfg) | aside, data, file_sha256(path)])
+    task = os.path.splitext(os.path.basename(cfg.task))[0]
+    name = f"{task}-{zlib.crc32(facts.encode()):08x}"
     if cfg.task == "loss":
         B = run["micro_batch_size"]
         nats, se, *_ = train.validate(model, get_batch, B, n, cfg.dtype, cfg.mc_num, rank, world_size)
