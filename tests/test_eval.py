@@ -283,13 +283,6 @@ def test_results_elsewhere(out_dir, evaluate):
     assert results_of(out_dir / "elsewhere").keys() == before.keys() and results_of(out_dir) == before
 
 
-def test_damaged_results_are_told_before_the_work(out_dir, evaluate):
-    (out_dir / "results.json").write_text('{"loss')
-    with pytest.raises(ValueError, match="results.json is damaged"):
-        evaluate(*GSM8K)
-    assert not list(out_dir.glob("gsm8k-*"))
-
-
 def test_a_checkpoint_in_the_current_folder(out_dir, evaluate, monkeypatch):
     monkeypatch.chdir(out_dir)
     assert evaluate(*LOSS, "--limit=2", "--out_dir=ckpt.pt")[0]["n"] == 2
@@ -310,6 +303,9 @@ def test_loss_agrees_with_training(data, out_dir, evaluate, monkeypatch, script)
     script.main()
     log = [json.loads(line) for line in (out_dir / "log.jsonl").read_text().splitlines()]
     row = [row for row in log if "val_loss" in row][-1]
+    checkpoint = torch.load(out_dir / "ckpt.pt")
+    checkpoint["run_config"]["eval_seqs"] = 7  # has no influence; --limit has
+    torch.save(checkpoint, out_dir / "ckpt.pt")
     result, _ = evaluate(*LOSS, "--limit=30")
     assert result["nats_per_token"] == pytest.approx(row["val_loss"], rel=1e-6)
     assert result["nats_per_token_se"] == pytest.approx(row["val_se"], rel=1e-6)
@@ -363,11 +359,12 @@ def test_choices(out_dir, evaluate):
 
 
 def test_characters_are_not_bytes(out_dir, monkeypatch):
-    """-10 for 4 characters of 2 bytes, -6 for 3 of one: the second wins per character, the first per byte."""
+    """-10 for 4 characters of 2 bytes, -6 for 3 of one: the second wins per character, the first per byte.
+    The blank before a text does not count."""
     model, tokenizer, _ = load_trained(out_dir, "cpu")
     log_p = iter([-10.0, -6.0])
     monkeypatch.setattr(eval_module, "log_likelihood", lambda *args: next(log_p))
-    item = {"context": "a", "choices": ["ä" * 4, "abc"], "gold": 0}
+    item = {"context": "a", "choices": [" " + "ä" * 4, "abc"], "gold": 0}
     record = eval_module.score_item(model, tokenizer, item, EvalConfig())
     assert (record["acc"], record["acc_norm"], record["acc_bytes"]) == (False, False, True)
 
@@ -412,17 +409,6 @@ def test_one_blank_between_context_and_text():
     assert joined == [one, one, one, "Tom has  3 apples", "Tom has\n3 apples", " 3 apples"]
     ((context, target, _),) = encode_item(tokenizer, {"context": "東", "target": "京"}, "", 99)
     assert tokenizer.decode(context + target) == "東京"
-
-
-def test_a_blank_on_either_side_changes_nothing(out_dir):
-    """The blank may belong to the context, to the choices, or to neither."""
-    model, tokenizer, _ = load_trained(out_dir, "cpu")
-    item, scores = CHOICES[0], []
-    with_blanks = {**item, "choices": [" " + text for text in item["choices"]]}
-    for spelled in (item, {**item, "context": item["context"] + " "}, with_blanks):
-        record = eval_module.score_item(model, tokenizer, spelled, EvalConfig(nll_type="chain_rule"))
-        scores.append([record[key] for key in ("log_p", "acc", "acc_norm", "acc_bytes")])
-    assert scores[0] == scores[1] == scores[2]
 
 
 BAD_LINES = """
