@@ -51,10 +51,8 @@ def convert(config_class, key, value, source):
     literals = {"None": None, "True": True, "False": False, "true": True, "false": False}
     if text in literals and type(literals[text]) in kinds:
         return literals[text]
-    if str in kinds and isinstance(value, str) and "\0" not in value:
-        is_path = value.startswith("FILE:") or key not in ("prompt", "question")
-        is_home = is_path and f"{value}/".startswith(("~/", "FILE:~/"))
-        return value.replace("~", os.path.expanduser("~"), 1) if is_home else value
+    if str in kinds and isinstance(value, str):
+        return os.path.expanduser(value) if value.startswith("~/") else value
     with contextlib.suppress(ValueError):
         if float in kinds:
             return float(text)
@@ -90,7 +88,6 @@ def need(package, install=None):
 
 def run(main):
     """Runs main. A ValueError that our files raise, or an OSError, ends with one line and exit code 2."""
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     sys.stdout.reconfigure(errors="backslashreplace")  # what a terminal cannot show is no reason to stop
     try:
         main()

@@ -54,7 +54,7 @@ ERRORS = {  # of flags, and of lines in a file, which have spaces
     "--steps=1.5": r"steps='1.5' \(command line\): wanted int$", "--steps=ten": "wanted int",
     "--steps=inf": "wanted int", "--steps=1e30": "wanted int", "--steps=None": "wanted int",
     "--size=many": r"wanted int \| None", "--learning_rate=fast": "wanted float", "--flag=1": "wanted bool",
-    "--name=\0": "wanted str", "--stps": "did you mean --steps=", "steps=3": "did you mean --steps=",
+    "--stps": "did you mean --steps=", "steps=3": "did you mean --steps=",
     "--_steps=3": "unknown key '_steps'", "no_such.py": "config file no_such.py: FileNotFoundError",
     "learning_rte = 1e-3": r"unknown key 'learning_rte' \(.*x.py\); did you mean --learning_rate=",
     "name = 3": r"name=3 \(.*x.py\): wanted str", "steps = '1.5'": "wanted int", "steps = True": "wanted int",
@@ -73,23 +73,17 @@ def test_a_flag_becomes_the_type_of_its_field(arg):
 
 def test_a_flag_without_an_equals_sign():
     """--flag alone is True; other keys take the next word."""
-    cfg, set_by = parse(
-        "--flag", "--steps", "-5", "--name", "a=b", "--learning_rate=2", "word", positional="word"
-    )
+    argv = ["--flag", "--steps", "-5", "--name", "a=b", "--learning_rate=2", "word"]
+    cfg, set_by = parse(*argv, positional="word")
     assert cfg == Config(learning_rate=2.0, name="a=b", flag=True, steps=-5, word="word")
     assert set(set_by) == {"flag", "steps", "name", "learning_rate", "word"}
-    with pytest.raises(ValueError, match="--steps has no value; wanted --steps=VALUE"):
-        parse("--steps", "--flag")
-    with pytest.raises(ValueError, match="--steps has no value"):
-        parse("--steps")
+    for argv in ["--steps", "--flag"], ["--steps"]:
+        with pytest.raises(ValueError, match="--steps has no value; wanted --steps=VALUE"):
+            parse(*argv)
     assert parse("--name=--flag")[0].name == "--flag"
-    with pytest.raises(ValueError, match="steps='word' .command line.: wanted int"):
-        parse("--steps", "word")
 
 
-@pytest.mark.parametrize(
-    "key, near", [("lr", "learning_rate"), ("iters", "max_steps"), ("max_iters", "max_steps")]
-)
+@pytest.mark.parametrize("key, near", [("lr", "learning_rate"), ("max_iters", "max_steps")])
 def test_names_of_other_projects(key, near):
     with pytest.raises(ValueError, match=f"unknown key '{key}' .command line.; did you mean --{near}="):
         configurator.parse(TrainConfig, [f"--{key}=1"])
@@ -110,9 +104,8 @@ def test_files_and_flags_override_each_other_from_left_to_right(tmp_path):
     assert (cfg.learning_rate, cfg.steps, cfg.name) == (1.0, 100, "flag") and type(cfg.steps) is int
     assert set_by == {"steps": str(file), "learning_rate": str(file), "name": "command line"}
     lines = configurator.describe(cfg, set_by | {"size": "nowhere"}).splitlines()
-    assert (
-        lines[1] == f"  steps = 100  (default 20, set by {file})" and len(lines) == 4
-    )  # size is the default
+    assert len(lines) == 4  # size is the default
+    assert lines[1] == f"  steps = 100  (default 20, set by {file})"
     assert parse("word", positional="name")[0].name == "word"
 
 
@@ -125,30 +118,22 @@ def test_help_shows_each_key_once_with_default_and_comment(capsys):
     assert keys.splitlines()[:2] == [f"  --{line}" for line in lines] and keys.count("--steps") == 1
 
 
-EXTRAS = [AblationsConfig, BenchConfig, ConvertConfig, SinksConfig]
+SCRIPTS = [TrainConfig, SFTConfig, SampleConfig, EvalConfig, PrepareConfig]
+SCRIPTS += [AblationsConfig, BenchConfig, ConvertConfig, SinksConfig]
 
 
-@pytest.mark.parametrize(
-    "config_class", [TrainConfig, SFTConfig, SampleConfig, EvalConfig, PrepareConfig, *EXTRAS]
-)
+@pytest.mark.parametrize("config_class", SCRIPTS)
 def test_every_key_of_every_script_is_explained(config_class):
     lines = configurator.help_text(config_class).split("Keys:\n")[1].splitlines()
     assert {line.split(":")[0] for line in lines} == {f"  --{field.name}" for field in fields(config_class)}
     assert all(len(line.split("  # ")[1]) > 3 for line in lines)
 
 
-CONFIGS = [
-    "ablation",
-    "adapt_qwen2.5",
-    "adapt_smollm2",
-    "adapt_smollm2_gpu",
-    "pretrain_472m",
-    "sft_arithmetic",
-]
-CONFIGS += ["sft_gsm8k", "shakespeare", "stories", "tinystories_34m", "wikitext2"]  # and not those of a user
+CONFIGS = "ablation adapt_qwen2.5 adapt_smollm2 adapt_smollm2_gpu pretrain_472m sft_arithmetic sft_gsm8k "
+CONFIGS += "shakespeare stories tinystories_34m wikitext2"  # and not those of a user
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", CONFIGS.split())
 def test_shipped_configs_parse(name):
     config_class = SFTConfig if name.startswith("sft") else TrainConfig
     assert configurator.parse(config_class, [str(ROOT / "config" / f"{name}.py")])[1]
@@ -207,16 +192,7 @@ def test_a_missing_package_names_the_command_that_installs_it():
 
 
 def test_home_in_a_path(monkeypatch):
+    """Which the shell does not replace after an equals sign."""
     monkeypatch.setenv("HOME", "/home/me")
-    cfg, _ = configurator.parse(TrainConfig, ["--data_dir=~/data", "--out_dir", "~/out"])
-    assert (cfg.data_dir, cfg.out_dir) == ("/home/me/data", "/home/me/out")
-    assert configurator.convert(EvalConfig, "results", "~", "") == "/home/me"
-    for prompt, path in (("~/.bashrc is", "~/.bashrc is"), ("FILE:~/a", "FILE:/home/me/a"), ("a~/b", "a~/b")):
-        assert configurator.convert(SampleConfig, "prompt", prompt, "") == path
-
-
-def test_closed_output_is_no_reason_to_stop(monkeypatch):
-    """As python sample.py >&- has it."""
-    monkeypatch.setattr(sys, "stdout", None)
-    monkeypatch.setattr(sys, "stderr", None)
-    configurator.run(lambda: print("text"))
+    cfg, _ = configurator.parse(TrainConfig, ["--data_dir=~/data", "--out_dir", "a~/b"])
+    assert (cfg.data_dir, cfg.out_dir) == ("/home/me/data", "a~/b")
