@@ -30,7 +30,8 @@ class SFTConfig(TrainConfig):
     dataset: str = "gsm8k"  # problems: gsm8k or arithmetic, made by prepare_data.py
     out_dir: str | None = None  # checkpoints and log.jsonl go here; None: out/sft-dataset
     init_from: str | None = None  # checkpoint of a pretrained model, resume (from out_dir), or scratch
-    epochs: float | None = 10.0  # passes over the examples; goes before max_steps, train_flops before both
+    epochs: float = 10.0  # passes over the examples
+    max_steps: int | None = None  # optimizer steps; None: as many as epochs take. train_flops goes before it
     block_size: int = 256  # tokens of an example, filling included; longer examples are left out
     batch_size: int = 256  # examples per optimizer step, over all processes
     learning_rate: float = 2e-4  # peak, after warm-up
@@ -127,16 +128,12 @@ def answer(model, tokenizer, questions, seeds, length=None, **options):
 
 def main():
     cfg, set_by = configurator.parse(SFTConfig)
-    if "max_steps" in set_by and "epochs" not in set_by:  # what is set goes before a default
-        cfg.epochs, set_by["epochs"] = None, set_by["max_steps"]
-    rank, _, _ = setup_distributed(cfg.device)
     cfg, meta, model, resume = start_run(cfg, set_by)
     folder = os.path.join(cfg.data_dir, cfg.dataset)
     examples = {split: load_examples(folder, meta, split, cfg.block_size) for split in ("train", "val")}
-    if cfg.epochs is not None:
+    if cfg.max_steps is None:
         cfg.max_steps = int(cfg.epochs * len(examples["train"][1]) / cfg.batch_size)
-    if rank == 0:
-        print(configurator.describe(cfg, set_by))
+    if setup_distributed(cfg.device)[0] == 0:  # the rank
         for split, (_, kept, too_long) in examples.items():
             print(f"{split}: {len(kept):,} examples; {too_long:,} left out, longer than block_size")
     train(cfg, model, example_batches(examples, meta, cfg), meta, resume)

@@ -17,25 +17,28 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
+from datetime import timedelta
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from tqdm import tqdm
 
 import configurator
-from model import MDM, MDMConfig, diffusion_loss, load_checkpoint, mask_tokens, noise_levels, seed_for
-
-from model import weighted_nll  # isort: skip
+from model import (
+    MDM,
+    MDMConfig,
+    diffusion_loss,
+    load_checkpoint,
+    mask_tokens,
+    noise_levels,
+    seed_for,
+    weighted_nll,
+)
 from prepare_data import load_meta
 
-OF_DATA_OR_START = {"vocab_size", "shift", "n_kv_head", "qkv_bias", "rope_base", "norm_eps"}  # not of a run
-MODEL_KEYS = [field.name for field in fields(MDMConfig) if field.name not in OF_DATA_OR_START]
-MAY_CHANGE = {"data_dir", "max_steps", "train_flops", "epochs", "eval_interval", "log_interval", "wandb"}
-MAY_CHANGE |= {"keep_all", "device", "compile", "sink_attention"}  # on resume; others keep their values
-LEAST = {"eval_seqs": 2}  # of a setting; of other numbers 0
-LEAST |= dict.fromkeys(("block_size", "batch_size", "micro_batch_size", "eval_interval", "log_interval"), 1)
+MAY_CHANGE = {"data_dir", "max_steps", "train_flops", "eval_interval", "log_interval", "keep_all", "wandb"}
+MAY_CHANGE |= {"device", "compile", "sink_attention"}  # in a resumed run, which keeps the other settings
 
 
 @dataclass
@@ -43,7 +46,7 @@ class TrainConfig:
     dataset: str = "arithmetic"  # trains on data_dir/dataset, made by prepare_data.py
     data_dir: str = "data"  # where the data sets are
     out_dir: str | None = None  # checkpoints and log.jsonl go here; None: out/dataset
-    init_from: str | None = "scratch"  # scratch, resume (out_dir), auto (resume or scratch), or a checkpoint
+    init_from: str = "scratch"  # scratch, resume (out_dir), auto (resume or scratch), or a checkpoint
     seed: int = 0  # of weights, batches and masks
     preset: str | None = None  # a size of model.py's table, such as 34M, instead of the next four keys
     n_layer: int = 3  # transformer blocks
@@ -81,22 +84,10 @@ class TrainConfig:
 
     def __post_init__(self):
         self.out_dir = self.out_dir or f"out/{self.dataset}"
-        if os.path.isfile(self.out_dir):
-            raise ValueError(f"out_dir {self.out_dir!r} is a file; wanted the folder of a run")
-        for name, value in asdict(self).items():
-            least = LEAST.get(name, 0)
-            if isinstance(value, (int, float)) and not least <= value < math.inf:
-                raise ValueError(f"{name} is {value}; it must be at least {least}, and finite")
-        for name in ("warmup", "random_length", "beta1", "beta2"):
-            if getattr(self, name) > 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at most 1")
         self.min_lr = self.learning_rate / 10 if self.min_lr is None else self.min_lr
-        if self.min_lr > self.learning_rate:
-            raise ValueError(f"min_lr {self.min_lr} is above learning_rate {self.learning_rate}; lower it")
 
 
-if lacking := sorted(set(MODEL_KEYS) - {field.name for field in fields(TrainConfig)}):
-    raise TypeError(f"TrainConfig lacks {', '.join(lacking)} of MDMConfig; see OF_DATA_OR_START")
+MODEL_KEYS = [field.name for field in fields(MDMConfig) if hasattr(TrainConfig, field.name)]
 
 
 def token_batches(folder: str, meta: dict, cfg: TrainConfig):
@@ -106,11 +97,10 @@ def token_batches(folder: str, meta: dict, cfg: TrainConfig):
     data = {}
     for split in ("train", "val"):
         tokens = np.memmap(os.path.join(folder, f"{split}.bin"), meta["dtype"], mode="r")
-        n = max(0, len(tokens) - T + 1)
-        starts = range(n)
+        starts = range(len(tokens) - T + 1)
         if meta["one_per_line"]:  # at the end-of-text before a problem
-            starts = np.load(os.path.join(folder, f"{split}_cuts.npy"))[:, 3] - 1
-            starts = starts[starts < n]
+            ends = np.load(os.path.join(folder, f"{split}_cuts.npy"))[:, 3]
+            starts = ends[ends + T - 1 <= len(tokens)] - 1
         if len(starts) == 0:
             raise ValueError(f"{folder}/{split}.bin is too short for block_size {T}; lower block_size")
         data[split] = tokens, starts
@@ -129,25 +119,24 @@ def token_batches(folder: str, meta: dict, cfg: TrainConfig):
 
 def setup_distributed(device: str = "auto"):
     """(rank, world_size, device) of this process. Joins the processes that torchrun started, if it did."""
-    needed = {"LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
-    if "RANK" in os.environ and (absent := needed - os.environ.keys()):
-        raise ValueError(f"RANK is set without {', '.join(sorted(absent))}; use torchrun, or unset RANK")
+    distributed = "RANK" in os.environ
     if device == "auto":
-        has_mps = torch.backends.mps.is_available() and "RANK" not in os.environ  # it has no process groups
+        has_mps = torch.backends.mps.is_available() and not distributed  # it has no process groups
         device = "cuda" if torch.cuda.is_available() else "mps" if has_mps else "cpu"
     try:
-        if device == "cuda" and "RANK" in os.environ:
+        if device == "cuda" and distributed:
             device = f"cuda:{os.environ['LOCAL_RANK']}"
             torch.cuda.set_device(device)  # before any other call, or every process takes memory of GPU 0
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from error
     torch.set_float32_matmul_precision("high")  # TF32 for what stays in float32 on a GPU
-    if "RANK" in os.environ and not dist.is_initialized():
+    if not distributed:
+        return 0, 1, torch.device(device)
+    if not dist.is_initialized():
         dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
         atexit.register(dist.destroy_process_group)
-    rank, world_size = (os.environ["RANK"], os.environ["WORLD_SIZE"]) if "RANK" in os.environ else (0, 1)
-    return int(rank), int(world_size), torch.device(device)
+    return dist.get_rank(), dist.get_world_size(), torch.device(device)
 
 
 def autocast(device, dtype: str):
@@ -171,11 +160,9 @@ def flops_utilization(model, T, tokens_per_s):
 
 def made_by() -> dict:
     """What made a number besides settings, weights and data: the commit, if there is one, and torch."""
-    git, folder = "git describe --always --dirty --exclude=*", os.path.dirname(os.path.realpath(__file__))
-    env = os.environ | {"GIT_CEILING_DIRECTORIES": os.path.dirname(folder)}  # not of a repository around it
-    run = subprocess.run(git, shell=True, cwd=folder, env=env, capture_output=True, text=True)
-    commit = run.stdout.strip()
-    return {"commit": commit or None, "torch": torch.__version__}
+    git, folder = "git describe --always --dirty --exclude=*", os.path.dirname(os.path.abspath(__file__))
+    run = subprocess.run(git, shell=True, cwd=folder, capture_output=True, text=True)
+    return {"commit": run.stdout.strip() or None, "torch": torch.__version__}
 
 
 def write_file(path, write):
@@ -253,10 +240,10 @@ def validate(model, get_batch, B, n_seqs, dtype="auto", mc_num=1, rank=0, world_
     if world_size > 1:
         sums = sums.to(device)
         dist.all_reduce(sums)
-    return *mean_and_error(*sums.cpu(), t), *sums.cpu()
+    return *bound_and_error(*sums.cpu(), t), *sums.cpu()
 
 
-def mean_and_error(nats, tokens, t):
+def bound_and_error(nats, tokens, t):
     """Nats per token and its standard error, from nats and tokens (N,) of texts at noise levels t (N,). The
     levels are not random, so the error comes from differences of neighbours in t; the first and the last of
     them count twice. Each half of the texts is taken alone: in fine-tuning the halves are the two stages."""
@@ -279,13 +266,13 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
     precision = autocast(device, cfg.dtype)
     grad_accum, step_tokens = cfg.batch_size // (B * world_size), cfg.batch_size * T
     if cfg.batch_size % (B * world_size):
-        fit = [str(n) for n in range(1, cfg.batch_size // B + 1) if cfg.batch_size % (B * n) == 0]
-        wanted = f"{B} x {world_size} processes; change one of them ({', '.join(fit) or 'no'} processes fit)"
-        raise ValueError(f"batch_size {cfg.batch_size} is not a multiple of micro_batch_size {wanted}")
+        wanted = f"micro_batch_size {B} x {world_size} processes"
+        raise ValueError(f"batch_size {cfg.batch_size} is not a multiple of {wanted}; change one of them")
     if cfg.train_flops is not None:  # C = 6 N D with the N of the table, for every arm the same
         max_steps = int(cfg.train_flops / (6 * model.config.table_params() * step_tokens))
-    resume = resume or {"step": 0, "best_val_loss": math.inf, "losses": []}
-    start, best_val_loss, losses = resume["step"], resume["best_val_loss"], resume["losses"]
+    start, best_val_loss, losses = 0, math.inf, []
+    if resume:
+        start, best_val_loss, losses = resume["step"], resume["best_val_loss"], resume["losses"]
     if start > max_steps:
         raise ValueError(f"the run to resume has made {start} steps, but max_steps is {max_steps}; raise it")
     # ---- set up: model and optimizer
@@ -297,34 +284,33 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
         model.nll = torch.compile(model.nll, dynamic=True)  # another number of tokens each time
     ddp = DistributedDataParallel(model, gradient_as_bucket_view=True) if world_size > 1 else model
     ddp.config = model.config  # which DDP hides, and the loss needs
-    options = {"lr": cfg.learning_rate, "betas": (cfg.beta1, cfg.beta2), "weight_decay": cfg.weight_decay}
+    options = {"betas": (cfg.beta1, cfg.beta2), "weight_decay": cfg.weight_decay}
     optimizer = torch.optim.AdamW(model.parameters(), **options, fused=device.type in ("cuda", "cpu"))
-    if "optimizer" in resume:
+    if resume:
         optimizer.load_state_dict(resume["optimizer"])
     # ---- set up: logs, checkpoints, signals
     log_path = os.path.join(cfg.out_dir, "log.jsonl")
     log_file = open_locked(log_path) if rank == 0 else None
-    if rank == 0 and "optimizer" not in resume and (rows := whole_lines(log_file.buffer)):
+    if rank == 0 and not resume and (rows := whole_lines(log_file.buffer)):
         with open(f"{log_path}.old", "ab") as file:
             file.write(rows)  # of a start that saved no checkpoint
         log_file.truncate(0)
-    bar = tqdm(total=max_steps, initial=start, desc=cfg.out_dir, disable=rank > 0 or None)  # None: on a tty
     wandb = None
     if cfg.wandb and rank == 0:
-        run = {"project": cfg.wandb, "name": cfg.out_dir, "id": resume.get("wandb_id"), "resume": "allow"}
-        wandb = configurator.need("wandb").init(**run, config=asdict(cfg))
+        run = {"project": cfg.wandb, "name": cfg.out_dir, "id": resume and resume["wandb_id"]}
+        wandb = configurator.need("wandb").init(**run, resume="allow", config=asdict(cfg))
 
     def log(line, **row):  # a resumed run may log a step again: its last row counts
         if rank == 0:
-            bar.write(f"step {row['step']:>6}/{max_steps}  {line}")
+            print(f"step {row['step']:>6}/{max_steps}  {line}", flush=True)
             print(json.dumps(row), file=log_file, flush=True)
         if wandb:
             wandb.log(row, step=row["step"])
 
-    def save(name, validated):
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "run_config": asdict(cfg)}
-        state |= {"step": step, "validated": validated, "best_val_loss": best_val_loss, "losses": losses}
-        state |= {"meta": meta, "model_config": asdict(model.config), "wandb_id": wandb and wandb.id}
+    def save(name):
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
+        state |= {"best_val_loss": best_val_loss, "losses": losses, "wandb_id": wandb and wandb.id}
+        state |= {"model_config": asdict(model.config), "run_config": asdict(cfg), "meta": meta}
         if rank == 0:
             write_file(os.path.join(cfg.out_dir, name), lambda file: torch.save(state, file))
 
@@ -335,148 +321,133 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     stop = stop_signal = 0
-    handlers = {signum: signal.signal(signum, request_stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, request_stop)
+    signal.signal(signal.SIGTERM, request_stop)
     size = f"{model.num_params(False):,} parameters; a step is {grad_accum} x {world_size} x {B} x {T} tokens"
     facts = made_by() | {"config": asdict(cfg), "data_sha256": meta and meta["sha256"], "device": str(device)}
     log(f"{size} on {device}, {torch.get_num_threads()} threads", step=start, processes=world_size, **facts)
     index = start * grad_accum * world_size + rank  # of the micro-batch in the whole run
     x0, maskable = get_batch("train", index)
     log_time, log_step = time.perf_counter(), start
-    try:
-        for step in range(start, max_steps + 1):
-            # ---- validate and save
-            if stop:  # without a validation that is due: there may be no time for it
-                save("ckpt.pt", validated=False)
-                if rank == 0:
-                    again = f"--init_from=resume --out_dir={cfg.out_dir}"
-                    bar.write(f"stopped at step {step}; continue with {again}")
-                sys.exit(128 + (stop_signal or signal.SIGTERM))
-            validated = step == start and resume.get("validated")
-            if (step == max_steps or step % cfg.eval_interval == 0) and not validated:
-                bound, se, *_ = validate(model, get_batch, B, cfg.eval_seqs, cfg.dtype, 1, rank, world_size)
-                log(f"val loss {bound:.4f} ± {se:.4f}", step=step, val_loss=bound, val_se=se)
-                if bound < best_val_loss:
-                    best_val_loss = bound
-                    save("best.pt", validated=True)
-                save("ckpt.pt", validated=True)
-                if cfg.keep_all:
-                    save(f"{step}.pt", validated=True)
-                log_time, log_step = time.perf_counter(), step  # a validation does not count in tokens/s
-            if step == max_steps:
-                break
-            # ---- one optimizer step
-            lr = get_lr(step + 1, max_steps, cfg.learning_rate, cfg.min_lr, round(cfg.warmup * max_steps))
-            optimizer.param_groups[0]["lr"] = lr
-            stats = torch.zeros(3, device=device)  # loss, gradient norm, stop
-            for micro in range(grad_accum):
-                ddp.require_backward_grad_sync = micro == grad_accum - 1  # processes add up gradients once
-                torch.manual_seed(seed_for(cfg.seed, index))  # the masks
-                with precision:
-                    loss = diffusion_loss(ddp, x0, maskable, cfg.stratified_t, cfg.random_length) / grad_accum
-                index += world_size
-                x0, maskable = get_batch("train", index)  # the next one, while a GPU works on this one
-                loss.backward()
-                stats[0] += loss.detach()
-            stats[1] = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
-            stats[2] = stop_signal
-            if world_size > 1:
-                dist.all_reduce(stats)
-            loss, grad_norm, stop = (stats / world_size).tolist()  # here the CPU waits for the GPU
-            if not math.isfinite(loss + grad_norm):
-                problem = f"step {step + 1} was not made: its loss is {loss}, the gradient's norm {grad_norm}"
-                raise ValueError(f"{problem}; start a new run with a lower learning_rate (now {lr:.1e})")
-            optimizer.step()
-            optimizer.zero_grad()
-            # ---- report
-            done = step + 1
-            losses.append(loss)
-            bar.update(1)
-            if done % cfg.log_interval == 0 or done == max_steps:
-                speed = (done - log_step) * step_tokens / (time.perf_counter() - log_time)
-                remaining = tqdm.format_interval((max_steps - done) * step_tokens / speed)
-                mfu = flops_utilization(model, T, speed / world_size)
-                row = {"loss": sum(losses) / len(losses), "lr": lr, "grad_norm": grad_norm, "mfu": mfu}
-                line = f"loss {row['loss']:.4f}  {speed:,.0f} tokens/s  {remaining} left"
-                line += f"  mfu {mfu:.1%}" if mfu else ""
-                log(line, step=done, tokens=done * step_tokens, tokens_per_s=speed, **row)
-                losses, log_time, log_step = [], time.perf_counter(), done
-    finally:
-        for signum, handler in handlers.items():
-            signal.signal(signum, handler)
-        bar.close()
-        if wandb:  # 1 marks a failed run; a stopped one exits, but did not fail
-            wandb.finish(exit_code=int(sys.exc_info()[0] not in (None, SystemExit)))
-    return model
+    for step in range(start, max_steps + 1):
+        # ---- validate and save
+        if stop:  # without a validation that is due: there may be no time for it
+            save("ckpt.pt")
+            if rank == 0:
+                print(f"stopped at step {step}; continue with --init_from=resume --out_dir={cfg.out_dir}")
+            if wandb:
+                wandb.finish()  # or the exit code would mark the run as failed
+            sys.exit(128 + (stop_signal or signal.SIGTERM))
+        if step % cfg.eval_interval == 0 or step == max_steps:
+            bound, se, *_ = validate(model, get_batch, B, cfg.eval_seqs, cfg.dtype, 1, rank, world_size)
+            log(f"val loss {bound:.4f} ± {se:.4f}", step=step, val_loss=bound, val_se=se)
+            if bound < best_val_loss:
+                best_val_loss = bound
+                save("best.pt")
+            save("ckpt.pt")
+            if cfg.keep_all:
+                save(f"{step}.pt")
+            log_time, log_step = time.perf_counter(), step  # a validation does not count in tokens/s
+        if step == max_steps:
+            return model
+        # ---- one optimizer step
+        lr = get_lr(step + 1, max_steps, cfg.learning_rate, cfg.min_lr, round(cfg.warmup * max_steps))
+        optimizer.param_groups[0]["lr"] = lr
+        stats = torch.zeros(3, device=device)  # loss, gradient norm, stop
+        for micro in range(grad_accum):
+            ddp.require_backward_grad_sync = micro == grad_accum - 1  # processes add up gradients once
+            torch.manual_seed(seed_for(cfg.seed, index))  # the masks
+            with precision:
+                loss = diffusion_loss(ddp, x0, maskable, cfg.stratified_t, cfg.random_length) / grad_accum
+            index += world_size
+            x0, maskable = get_batch("train", index)  # the next one, while a GPU works on this one
+            loss.backward()
+            stats[0] += loss.detach()
+        stats[1] = torch.nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip or math.inf)
+        stats[2] = stop_signal
+        if world_size > 1:
+            dist.all_reduce(stats)
+        loss, grad_norm, stop = (stats / world_size).tolist()  # here the CPU waits for the GPU
+        if not math.isfinite(loss + grad_norm):
+            problem = f"step {step + 1} was not made: its loss is {loss}, the gradient's norm {grad_norm}"
+            raise ValueError(f"{problem}; start a new run with a lower learning_rate (now {lr:.1e})")
+        optimizer.step()
+        optimizer.zero_grad()
+        # ---- report
+        losses.append(loss)
+        done = step + 1
+        if done % cfg.log_interval == 0 or done == max_steps:
+            speed = (done - log_step) * step_tokens / (time.perf_counter() - log_time)
+            remaining = timedelta(seconds=round((max_steps - done) * step_tokens / speed))
+            mfu = flops_utilization(model, T, speed / world_size)
+            row = {"loss": sum(losses) / len(losses), "lr": lr, "grad_norm": grad_norm, "mfu": mfu}
+            line = f"loss {row['loss']:.4f}  {speed:,.0f} tokens/s  {remaining} left"
+            line += f"  mfu {mfu:.1%}" if mfu else ""
+            log(line, step=done, tokens=done * step_tokens, tokens_per_s=speed, **row)
+            losses, log_time, log_step = [], time.perf_counter(), done
 
 
-def start_run(cfg: TrainConfig, set_by: dict | None = None):
-    """(cfg, meta, model, checkpoint to resume or None), as init_from and preset want. set_by learns what they
-    set; if it is empty, what differs from its default counts as set. Raises ValueError where settings,
-    checkpoint, data and out_dir contradict each other."""
-    set_by = {} if set_by is None else set_by
-    if not set_by:
-        filled_in = {"out_dir": cfg.out_dir, "min_lr": replace(cfg, min_lr=None).min_lr}
-        for key, value in asdict(cfg).items():
-            if value != filled_in.get(key, getattr(type(cfg), key)):
-                set_by[key] = "Python"
+def take(cfg, set_by, settings, source, free=()):
+    """cfg and set_by with the settings of source, a preset or a checkpoint, where none was set. Raises
+    ValueError if one was set to another value and is not free to change."""
+    for key in [key for key in set_by if key in settings]:
+        ours, theirs = getattr(cfg, key), settings.pop(key)
+        if ours != theirs and key not in free:
+            setting = f"{key}={ours!r} ({set_by[key]})"
+            raise ValueError(f"{setting} contradicts {source}, which has {theirs!r}; leave it out")
+    return replace(cfg, **settings), set_by | dict.fromkeys(settings, source)
+
+
+def start_run(cfg: TrainConfig, set_by: dict):
+    """(cfg, meta, model, checkpoint to resume or None), as init_from and preset want. set_by: {key: where it
+    was set}. Raises ValueError where settings, checkpoint, data and out_dir contradict each other."""
     if cfg.init_from == "auto":
         has_checkpoint = os.path.exists(os.path.join(cfg.out_dir, "ckpt.pt"))
         cfg = replace(cfg, init_from="resume" if has_checkpoint else "scratch")
-    resumes = cfg.init_from == "resume"
+    resumes, saved = cfg.init_from == "resume", None
     for path in (os.path.join(cfg.out_dir, name) for name in ("ckpt.pt", "best.pt")):
         if os.path.exists(path) and not resumes:
             raise ValueError(f"{path} exists; continue with --init_from=resume, or set another --out_dir")
-    sources, model_config = {}, {}  # sources of settings that the run has to have: {source: {key: value}}
+    # ---- settings of the preset and of the checkpoint
     if cfg.preset is not None:
         shape = asdict(MDMConfig.preset(cfg.preset))
-        sources[f"preset {cfg.preset}"] = {k: shape[k] for k in ("n_layer", "n_head", "n_embd", "mlp_hidden")}
-    if cfg.init_from not in (None, "scratch"):
+        shape = {key: shape[key] for key in ("n_layer", "n_head", "n_embd", "mlp_hidden")}
+        cfg, set_by = take(cfg, set_by, shape, f"preset {cfg.preset}")
+    if cfg.init_from != "scratch":
         path = cfg.out_dir if resumes else cfg.init_from
         saved = load_checkpoint(path)
-        if resumes and "optimizer" not in saved:
-            raise ValueError(f"{path} has no optimizer state to resume; take its weights: --init_from={path}")
         model_config = asdict(MDMConfig(**saved["model_config"]))
-        fixed = {key: model_config[key] for key in MODEL_KEYS}
         if resumes:
-            fixed = saved["run_config"] | {"out_dir": cfg.out_dir, "init_from": "resume"}
-            if fixed.keys() != asdict(cfg).keys():
-                raise ValueError(f"{path} was made by another script or version; resume it with that one")
-        free = MAY_CHANGE if resumes else {"block_size", "sink_attention"}
-        if not resumes and model_config["n_sink"] == 0:  # a model without a sink may be given one
-            free |= {"n_sink", "sink_position", "sink_zero_value", "sink_attends_all"}
-        for key in set_by.keys() & free:
-            del fixed[key]
-        sources[path] = fixed
-    for source, fixed in sources.items():
-        for key, value in fixed.items():
-            if key in set_by and getattr(cfg, key) != value:
-                setting = f"{key}={getattr(cfg, key)!r} ({set_by[key]})"
-                raise ValueError(f"{setting} contradicts {source}, which has {value!r}; leave it out")
-            set_by.setdefault(key, source)
-        cfg = replace(cfg, **fixed)
+            settings, free = saved["run_config"] | {"out_dir": cfg.out_dir, "init_from": "resume"}, MAY_CHANGE
+            if "optimizer" not in saved or settings.keys() != asdict(cfg).keys():
+                problem = f"cannot resume {path}, which another script or version made"
+                raise ValueError(f"{problem}; start a new run from its weights: --init_from={path}")
+        else:
+            settings, free = {key: model_config[key] for key in MODEL_KEYS}, {"block_size", "sink_attention"}
+            if model_config["n_sink"] == 0:  # a model without a sink may be given one
+                free |= {"n_sink", "sink_position", "sink_zero_value", "sink_attends_all"}
+        cfg, set_by = take(cfg, set_by, settings, path, free)
+    if setup_distributed(cfg.device)[0] == 0:
+        print(configurator.describe(cfg, set_by))
+    # ---- data and model
     meta = load_meta(os.path.join(cfg.data_dir, cfg.dataset))
-    model_config = model_config | {key: getattr(cfg, key) for key in MODEL_KEYS}
-    config = MDMConfig(**model_config | {"vocab_size": meta["vocab_size"]})
-    if cfg.init_from in (None, "scratch"):
-        return cfg, meta, MDM(config, cfg.seed), None
-    old, new = saved["model_config"]["vocab_size"], meta["vocab_size"]
-    trained_on = saved["meta"] or meta
-    if old != new or trained_on["tokenizer"] | {"pattern": None} != meta["tokenizer"] | {"pattern": None}:
+    shape = {key: getattr(cfg, key) for key in MODEL_KEYS}
+    if saved is None:
+        return cfg, meta, MDM(MDMConfig(vocab_size=meta["vocab_size"], **shape), cfg.seed), None
+    old, new = model_config["vocab_size"], meta["vocab_size"]
+    if old != new or saved["meta"]["tokenizer"] | {"pattern": None} != meta["tokenizer"] | {"pattern": None}:
         raise ValueError(f"{path} and {cfg.dataset} have different vocabularies ({old:,} and {new:,} tokens)")
-    if resumes and trained_on["sha256"] != meta["sha256"]:
+    if resumes and saved["meta"]["sha256"] != meta["sha256"]:
         raise ValueError(f"cannot resume: {cfg.dataset} has other tokens than when {path} was saved")
-    saved["model_config"] = asdict(config)  # block_size and sink_attention may be new
-    if config.n_sink and "sink" not in saved["model"]:
-        print(f"{path} has no sink token: it gets {config.n_sink}, with the embedding of end-of-text")
-        saved["model"]["sink"] = saved["model"]["wte.weight"][meta["eot_id"]].repeat(config.n_sink, 1)
-    return cfg, meta, MDM.from_checkpoint(saved), saved if resumes else None
+    if cfg.n_sink and "sink" not in saved["model"]:
+        print(f"{path} has no sink token: it gets {cfg.n_sink}, with the embedding of end-of-text")
+        saved["model"]["sink"] = saved["model"]["wte.weight"][meta["eot_id"]].repeat(cfg.n_sink, 1)
+    model = MDM.from_checkpoint(saved | {"model_config": model_config | shape})
+    return cfg, meta, model, saved if resumes else None
 
 
 def main():
-    cfg, set_by = configurator.parse(TrainConfig)
-    cfg, meta, model, resume = start_run(cfg, set_by)
-    if setup_distributed(cfg.device)[0] == 0:  # the rank
-        print(configurator.describe(cfg, set_by))
+    cfg, meta, model, resume = start_run(*configurator.parse(TrainConfig))
     train(cfg, model, token_batches(os.path.join(cfg.data_dir, cfg.dataset), meta, cfg), meta, resume)
 
 

@@ -25,7 +25,7 @@ from eval import validation
 from model import generate, seed_for, sink_mask
 from sample import load_trained, readable
 from sft_gsm8k import is_fine_tuned
-from train import made_by, mean_and_error, setup_distributed, spread_levels, validate, write_file
+from train import bound_and_error, made_by, setup_distributed, spread_levels, validate, write_file
 
 COLUMNS = {  # of the table: unit, meaning
     "top": ("x even", "attention to the position that gets the most; an even share is 1"),
@@ -246,7 +246,7 @@ def changed_bounds(run, cfg):
         model = change_sinks(run.model, change, cfg.seed)
         bound, bound_se, nats, tokens = validate(model, get_batch, B, n, mc_num=cfg.mc_num)
         unchanged = nats if unchanged is None else unchanged
-        more, more_se = mean_and_error(nats - unchanged, tokens, spread_levels(n))
+        more, more_se = bound_and_error(nats - unchanged, tokens, spread_levels(n))
         rows.append(dict(change=change, bound=bound, bound_se=bound_se, more=more, more_se=more_se))
         print(f"{change:<16}{f'{bound:.4f} ± {bound_se:.4f}':>20}{f'{more:.4f} ± {more_se:.4f}':>22}")
     return rows

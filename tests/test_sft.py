@@ -94,7 +94,7 @@ def test_validation_is_spread_over_both_stages(few):
 
 @pytest.mark.parametrize("n, chosen", [(8, [0, 1, 2, 3, 6, 7, 8, 9]), (9, [0, 1, 2, 3, 4, 6, 7, 8, 9])])
 def test_validation_where_fewer_of_the_second_stage_fit(few, n, chosen):
-    """As many of each stage, since train.mean_and_error takes each half alone; or every example once."""
+    """As many of each stage, since train.bound_and_error takes each half alone; or every example once."""
     cuts = np.load(few / "val_cuts.npy")
     cuts[0, 3] = cuts[1, 3]  # a long answer
     np.save(few / "val_cuts.npy", cuts)
@@ -138,16 +138,16 @@ def main(few, tmp_path, monkeypatch):
     return main
 
 
-def test_epochs_set_the_length_unless_only_max_steps_is_set(main, capsys):
+def test_epochs_set_the_length_unless_max_steps_is_set(main, capsys):
     """21 examples in batches of 8: two epochs are 5 steps. A resumed run equals an uninterrupted one."""
     whole = main("whole", "epochs=2 warmup=0 min_lr=1e-2")
     assert whole["step"] == 5 and "train: 21 examples; 1 left out" in capsys.readouterr().out
     assert main("cut", "max_steps=2 warmup=0 min_lr=1e-2")["step"] == 2
-    resumed = main("cut", "epochs=2", base="init_from=resume")
+    resumed = main("cut", "max_steps=5", base="init_from=resume")
     assert resumed["step"] == 5
     assert all(torch.equal(whole["model"][name], resumed["model"][name]) for name in whole["model"])
-    assert main("cut", "max_steps=6", base="init_from=resume")["step"] == 6
-    assert main("both", "max_steps=3 epochs=2")["step"] == 5
+    assert main("whole", "max_steps=6", base="init_from=resume")["step"] == 6
+    assert main("both", "max_steps=3 epochs=2")["step"] == 3
     assert main("flops", "epochs=2 train_flops=3e6")["step"] == 0
 
 

@@ -21,7 +21,7 @@ from extras.sinks import CHANGES, COLUMNS, Run, SinksConfig, attention_maps, cha
 from model import generate, seed_for
 from sample import load_trained
 from sft_gsm8k import SFTConfig
-from train import TrainConfig, load_meta, mean_and_error, spread_levels, validate
+from train import TrainConfig, bound_and_error, load_meta, spread_levels, validate
 
 # ---------- Attention, recomputed
 
@@ -322,7 +322,7 @@ def test_bounds_of_changed_sinks(folder, monkeypatch, capsys):
         model, row = changed_by_hand(run.model, **setting), rows[CHANGES.index(change)]
         bound, bound_se, nats[change], _ = validate(model, get_batch, 16, 9, mc_num=3)
         more = (nats[change] - nats["none"]).numpy() / 24
-        more_se = mean_and_error(torch.from_numpy(more), torch.ones(9), spread_levels(9))[1]
+        more_se = bound_and_error(torch.from_numpy(more), torch.ones(9), spread_levels(9))[1]
         wanted = {"bound": bound, "bound_se": bound_se, "more": more.mean(), "more_se": more_se}
         assert {key: row[key] for key in wanted} == pytest.approx(wanted, rel=1e-5, abs=1e-9)
         line = "{change} {bound:.4f} ± {bound_se:.4f} {more:.4f} ± {more_se:.4f}".format(**row)

@@ -4,12 +4,9 @@ python -m pytest tests/test_train.py            # seconds
 python -m pytest tests/test_train.py -m slow    # torch.compile
 """
 
-import dataclasses
 import json
 import math
 import os
-import runpy
-import shutil
 import signal
 import subprocess
 import sys
@@ -21,21 +18,9 @@ import torch
 from conftest import ROOT, make_model
 
 import train as train_module
-from configurator import describe, parse
+from configurator import parse
 from model import MDM, MDMConfig, load_checkpoint, mask_tokens, seed_for, weighted_nll
-from train import (
-    TrainConfig,
-    flops_utilization,
-    get_lr,
-    load_meta,
-    mean_and_error,
-    setup_distributed,
-    spread_levels,
-    start_run,
-    token_batches,
-    train,
-    validate,
-)
+from train import TrainConfig, bound_and_error, load_meta, spread_levels, start_run, token_batches, validate
 
 TINY = {
     "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 8, "micro_batch_size": 4,
@@ -52,7 +37,9 @@ def start(*flags):
 def go(*flags):
     """What train.py's main does, in this process."""
     cfg, meta, model, resume = start(*flags)
-    return train(cfg, model, token_batches(f"{cfg.data_dir}/{cfg.dataset}", meta, cfg), meta, resume)
+    return train_module.train(
+        cfg, model, token_batches(f"{cfg.data_dir}/{cfg.dataset}", meta, cfg), meta, resume
+    )
 
 
 def run(data_dir, out_dir, *flags):
@@ -84,7 +71,7 @@ def assert_same_runs(a, b):
     """Bit for bit: weights, optimizer, losses, validations, and the step of best.pt."""
     states = []
     for name in (a, b):
-        keys = ("model", "optimizer", "step", "validated", "best_val_loss", "losses")
+        keys = ("model", "optimizer", "step", "best_val_loss", "losses")
         states.append({key: load_checkpoint(name)[key] for key in keys})
         states[-1]["best"] = load_checkpoint(f"{name}/best.pt")["step"]
     torch.testing.assert_close(*states, rtol=0, atol=0)
@@ -122,7 +109,7 @@ def test_four_micro_batches_are_one_of_four_times_the_size(tmp_path, monkeypatch
     monkeypatch.setattr(train_module, "diffusion_loss", loss_without_noise)
     for B in (8, 2):
         cfg = TrainConfig(**TINY | {"micro_batch_size": B, "out_dir": str(tmp_path / str(B))})
-        model = train(cfg, make_model(), lambda split, i, B=B: (x0[i * B :][:B], maskable[:B]))
+        model = train_module.train(cfg, make_model(), lambda split, i, B=B: (x0[i * B :][:B], maskable[:B]))
         results.append((model.state_dict(), rows(cfg.out_dir, "loss"), rows(cfg.out_dir, "grad_norm")))
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
 
@@ -155,18 +142,18 @@ def test_every_option_changes_the_result(data_dir, tmp_path):
 
 
 def test_learning_rate():
-    rates = [get_lr(step, 10, 1.0, 0.1, 4) for step in (0, 1, 4, 7, 10, 11)]
+    rates = [train_module.get_lr(step, 10, 1.0, 0.1, 4) for step in (0, 1, 4, 7, 10, 11)]
     assert rates == pytest.approx([0, 0.25, 1, 0.55, 0.1, 0.1])  # 7 is half-way
     assert TrainConfig(learning_rate=1e-5).min_lr == pytest.approx(1e-6)
-    with pytest.raises(ValueError, match="min_lr 0.0001 is above learning_rate 1e-05"):
-        TrainConfig(learning_rate=1e-5, min_lr=1e-4)
 
 
 def test_weight_decay_is_on_every_tensor(tmp_path):
     """With zero gradients AdamW only shrinks, by lr * wd a step: norms, embeddings and the sink included."""
     cfg = TrainConfig(**TINY | {"max_steps": 1, "warmup": 0, "out_dir": str(tmp_path)})
     nothing = torch.zeros(4, 16, dtype=torch.bool)
-    after = train(cfg, make_model(), lambda split, index: (nothing.long(), nothing | (split == "val")))
+    after = train_module.train(
+        cfg, make_model(), lambda split, index: (nothing.long(), nothing | (split == "val"))
+    )
     shrunk = {name: w * (1 - cfg.min_lr * cfg.weight_decay) for name, w in make_model().state_dict().items()}
     torch.testing.assert_close(after.state_dict(), shrunk)
 
@@ -176,12 +163,12 @@ def test_a_text_is_learned_by_heart(tmp_path):
     settings = TINY | dict.fromkeys(keys, 150) | {"batch_size": 16, "micro_batch_size": 16}
     cfg = TrainConfig(**settings, learning_rate=1e-2, out_dir=str(tmp_path))
     model = MDM(MDMConfig(block_size=16, vocab_size=11, n_layer=2, n_head=2, n_embd=32))
-    train(cfg, model, lambda split, index: (x0, x0 >= 0))
+    train_module.train(cfg, model, lambda split, index: (x0, x0 >= 0))
     (_, first), (_, last) = rows(tmp_path, "val_loss")
     assert first == pytest.approx(math.log(11), abs=0.5) and last < 0.1
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, "gradient"])
+@pytest.mark.parametrize("bad", [math.nan, "gradient"])
 def test_what_is_not_finite_stops_before_the_step(data_dir, tmp_path, monkeypatch, bad):
     """Micro-batch 9 belongs to step 5. The model then still has the weights of step 4, as ckpt.pt has."""
     real, models = train_module.diffusion_loss, []
@@ -225,29 +212,19 @@ def test_compiled_equals_plain(data_dir, tmp_path, way, monkeypatch):
     torch.testing.assert_close(plain.state_dict(), compiled.state_dict(), atol=1e-3, rtol=0)
 
 
-def test_flops_utilization_knows_a_gpu_by_whole_words(monkeypatch):
+PEAKS = {"A100-SXM4-80GB": 312, "H100 80GB HBM3": 989, "H100 PCIe": 756, "B200": 2250, "H200 NVL": 835}
+PEAKS |= dict.fromkeys(("RTX A1000", "GB200", "GeForce RTX 4090 Laptop GPU", "H100 MIG 1g.10gb"), math.inf)
+
+
+@pytest.mark.parametrize("name", PEAKS)
+def test_flops_utilization_knows_a_gpu_by_whole_words(monkeypatch, name):
     """And tells PCIe cards and laptops, which are slower, from the others."""
     weight = SimpleNamespace(is_cuda=True, device="cuda", numel=lambda: 40)
     model = SimpleNamespace(config=MDMConfig(n_layer=1, n_embd=8), lm_head=SimpleNamespace(weight=weight))
     model.num_params = lambda: 80
-    known = {
-        "NVIDIA A100-SXM4-80GB": 312,
-        "NVIDIA H100 80GB HBM3": 989,
-        "NVIDIA H100 PCIe": 756,
-        "NVIDIA B200": 2250,
-    }
-    known |= {"NVIDIA H200 NVL": 835, "NVIDIA GeForce RTX 4090": 165}
-    unknown = [
-        "NVIDIA RTX A1000",
-        "NVIDIA GB200",
-        "NVIDIA GeForce RTX 4090 Laptop GPU",
-        "NVIDIA RTX 40900",
-        "L40",
-    ]
-    for name, peak in (known | dict.fromkeys(unknown, math.inf)).items():
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)  # noqa: B023
-        by_hand = (6 * 80 + 3 * 40 + 12 * 8 * 10) * 1e9 / (peak * 1e12)
-        assert flops_utilization(model, 10, 1e9) == pytest.approx(by_hand), name
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"NVIDIA {name}")
+    by_hand = (6 * 80 + 3 * 40 + 12 * 8 * 10) * 1e9 / (PEAKS[name] * 1e12)
+    assert train_module.flops_utilization(model, 10, 1e9) == pytest.approx(by_hand)
 
 
 # ---- validation
@@ -279,7 +256,7 @@ def test_validation_by_hand(monkeypatch, B, mc_num):
     torch.testing.assert_close(nats, expected, atol=0, rtol=1e-4)
     assert tokens.tolist() == maskable.sum(dim=1).tolist()
     assert mean == pytest.approx((expected.sum() / maskable.sum()).item(), rel=1e-5)
-    assert error == mean_and_error(nats, tokens, torch.tensor(levels))[1]
+    assert error == bound_and_error(nats, tokens, torch.tensor(levels))[1]
     parts = []
     monkeypatch.setattr(train_module.dist, "all_reduce", parts.append)
     for rank in range(2):
@@ -296,7 +273,7 @@ def test_standard_error_by_hand():
     mean = 27 / 15
     a, b, c, d, e = ((nats - mean * tokens) / 3).tolist()
     squares = [(c - b) ** 2, (a - c) ** 2, (c - b) ** 2, (a - c) ** 2] + 3 * [(d - e) ** 2]
-    assert mean_and_error(nats, tokens, t) == pytest.approx((mean, math.sqrt(sum(squares) / 7 / 2 / 5)))
+    assert bound_and_error(nats, tokens, t) == pytest.approx((mean, math.sqrt(sum(squares) / 7 / 2 / 5)))
 
 
 @pytest.mark.parametrize("n", [1, 2, 16, 33, 512])
@@ -318,7 +295,7 @@ def test_two_standard_errors_cover_the_bound(N, most, step):
     trend = 1 + 4 * t + t**2 + step * (torch.arange(N) >= N / 2)
     for _ in range(1000):
         nats = 1024 * (trend + 0.4 * torch.from_numpy(rng.normal(size=N)))
-        mean, error = mean_and_error(nats, torch.full((N,), 1024.0), t)
+        mean, error = bound_and_error(nats, torch.full((N,), 1024.0), t)
         errors.append(error * math.sqrt(N) / 0.4)
         covered.append(abs(mean - (1 + 4 / 2 + 1 / 3 + step / 2)) < 2 * error)
     assert 0.95 < np.mean(errors) < most and np.mean(covered) > 0.93
@@ -355,14 +332,12 @@ def test_validation_sequences_are_spread_over_the_held_out_part(data_dir, one_pe
 
 
 def test_bad_data(data_dir):
-    with pytest.raises(
-        ValueError, match="no prepared data in .*nothing'; prepare it .* --data_dir .eval.py: --data"
-    ):
+    with pytest.raises(ValueError, match="no prepared data in .*nothing"):
         load_meta(data_dir / "nothing")
-    with pytest.raises(ValueError, match="train.bin is too short for block_size 100000; lower block_size"):
+    with pytest.raises(ValueError, match="train.bin is too short for block_size 100000"):
         batches(data_dir, block_size=100_000)
     os.truncate(data_dir / "arithmetic" / "val.bin", 1000)
-    with pytest.raises(ValueError, match="val.bin should have 79,410 bytes, as meta.json says; prepare"):
+    with pytest.raises(ValueError, match="val.bin should have 79,410 bytes"):
         load_meta(data_dir / "arithmetic")
 
 
@@ -372,7 +347,7 @@ def test_bad_data(data_dir):
 @pytest.mark.parametrize("name", ["ckpt.pt", "best.pt"])
 def test_scratch_takes_no_out_dir_that_is_in_use(data_dir, tmp_path, name):
     (tmp_path / name).write_bytes(b"old")
-    with pytest.raises(ValueError, match=f"{name} exists; continue with --init_from=resume, or set another"):
+    with pytest.raises(ValueError, match=f"{name} exists; continue with --init_from=resume"):
         run(data_dir, tmp_path)
     assert sorted(os.listdir(tmp_path)) == sorted(["data", name]) and (tmp_path / name).read_bytes() == b"old"
 
@@ -385,13 +360,12 @@ def test_a_log_without_a_checkpoint_is_moved_aside(data_dir, tmp_path):
     assert (tmp_path / "log.jsonl.old").read_text() == '{"step": 0, "config": {"seed": 7}}\n'
 
 
-@pytest.mark.parametrize("rest", [b'{"step": 5, "lo', b"\0\0\0", '{"step": "é'.encode()])
-def test_a_cut_off_line_of_the_log_goes(data_dir, tmp_path, rest):
-    """Counted in bytes, and with any line ends."""
+def test_a_cut_off_line_of_the_log_goes(data_dir, tmp_path):
+    """Also in the middle of a character; a resumed run appends to the rest."""
     run(data_dir, tmp_path, "--max_steps=2")
     path = tmp_path / "log.jsonl"
-    whole = path.read_bytes().replace(b"\n", b"\r\n")
-    path.write_bytes(whole + rest)
+    whole = path.read_bytes()
+    path.write_bytes(whole + '{"step": "é'.encode()[:-1])
     go("--init_from=resume", f"--out_dir={tmp_path}", "--max_steps=4")
     assert path.read_bytes().startswith(whole + b'{"step": 2') and rows(tmp_path, "val_loss")[-1][0] == 4
 
@@ -401,21 +375,6 @@ def test_auto_resumes_if_there_is_a_checkpoint(data_dir, tmp_path):
         run(data_dir, tmp_path, "--init_from=auto", f"--max_steps={max_steps}")
     starts = [(step, config["init_from"]) for step, config in rows(tmp_path, "config")]
     assert starts == [(0, "scratch"), (2, "resume")] and load_checkpoint(tmp_path)["step"] == 4
-
-
-def test_what_is_set_from_python_counts(data_dir, tmp_path):
-    """start_run knows it from the defaults: nothing is dropped in silence, as from the command line."""
-    run(data_dir, tmp_path / "a")
-    small = {"data_dir": str(data_dir), "out_dir": "nowhere"}
-    for set_by in (lambda: None, dict):
-        with pytest.raises(ValueError, match=r"n_sink=0 \(Python\) contradicts .*a/ckpt.pt, which has 1"):
-            start_run(TrainConfig(init_from=str(tmp_path / "a/ckpt.pt"), n_sink=0, **small), set_by())
-        with pytest.raises(ValueError, match=r"n_layer=2 \(Python\) contradicts preset 6M, which has 6"):
-            start_run(TrainConfig(preset="6M", n_layer=2, **small), set_by())
-        with pytest.raises(ValueError, match=r"min_lr=1e-06 \(Python\) contradicts"):
-            start_run(TrainConfig(init_from="resume", out_dir=str(tmp_path / "a"), min_lr=1e-6), set_by())
-    cfg, *_ = start_run(TrainConfig(init_from="resume", out_dir=str(tmp_path / "a"), max_steps=9))
-    assert (cfg.max_steps, cfg.n_embd, cfg.min_lr) == (9, 16, 1e-4)
 
 
 def test_preset(data_dir):
@@ -431,9 +390,7 @@ def test_a_model_without_a_sink_is_given_one(data_dir, tmp_path, capsys):
     run(data_dir, tmp_path / "vanilla", "--n_sink=0")
     flags = [f"--init_from={tmp_path / 'vanilla'}", f"--data_dir={data_dir}", f"--out_dir={tmp_path / 'b'}"]
     cfg, meta, model, _ = start(*flags, "--n_sink=2", "--sink_attends_all=True")
-    assert (
-        "vanilla has no sink token: it gets 2, with the embedding of end-of-text" in capsys.readouterr().out
-    )
+    assert "vanilla has no sink token: it gets 2" in capsys.readouterr().out
     assert (cfg.n_sink, model.config.n_sink, model.config.sink_attends_all) == (2, 2, True)
     assert torch.equal(model.sink, model.wte.weight[[meta["eot_id"]] * 2])
     assert start(*flags)[2].config.n_sink == 0
@@ -455,7 +412,7 @@ def test_start_from_the_weights_of_another_run(data_dir, tmp_path):
             start(*flags, flag)
 
 
-def test_resume_keeps_every_setting_but_a_few(data_dir, tmp_path):
+def test_resume_keeps_every_setting_but_a_few(data_dir, tmp_path, capsys):
     run(data_dir, tmp_path)
     resume = ["--init_from=resume", f"--out_dir={tmp_path}"]
     (tmp_path / "x.py").write_text("seed = 1")
@@ -463,17 +420,17 @@ def test_resume_keeps_every_setting_but_a_few(data_dir, tmp_path):
         start(*resume, tmp_path / "x.py")
     free = {"max_steps": 9, "train_flops": 1e9, "eval_interval": 5, "log_interval": 7, "wandb": "name"}
     free |= {"data_dir": f"{data_dir}/", "device": "auto", "compile": True, "sink_attention": "split"}
-    cfg, set_by = parse(TrainConfig, [*resume, *(f"--{key}={free[key]}" for key in free), "--n_layer=2"])
-    cfg, _, model, checkpoint = start_run(cfg, set_by)
+    flags = [f"--{key}={value}" for key, value in free.items()]
+    cfg, _, model, checkpoint = start(*resume, *flags, "--n_layer=2")
     assert {key: getattr(cfg, key) for key in TINY | free} == TINY | free
     assert (checkpoint["step"], model.config.sink_attention) == (6, "split")
-    assert f"n_embd = 16  (default 96, set by {tmp_path})" in describe(cfg, set_by)
-    with pytest.raises(ValueError, match="has made 6 steps, but max_steps is 4; raise it"):
+    assert f"n_embd = 16  (default 96, set by {tmp_path})" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="has made 6 steps, but max_steps is 4"):
         go(*resume, "--max_steps=4")
 
 
 def test_resume_refuses_other_data_and_scripts(data_dir, tmp_path):
-    """Also where the checkpoint has no meta. How a tokenizer splits texts, its pattern, does not count."""
+    """How a tokenizer splits texts, its pattern, does not count."""
     run(data_dir, tmp_path, "--max_steps=0")
     meta, saved = load_meta(data_dir / "arithmetic"), load_checkpoint(tmp_path)
 
@@ -485,51 +442,21 @@ def test_resume_refuses_other_data_and_scripts(data_dir, tmp_path):
     resume_with(tokenizer=meta["tokenizer"] | {"pattern": "other"})
     with pytest.raises(ValueError, match="arithmetic has other tokens than when .* was saved"):
         resume_with(sha256={})
-    with pytest.raises(ValueError, match=r"different vocabularies \((\d+) and \1 tokens\)"):
-        resume_with(tokenizer=meta["tokenizer"] | {"words": []})
-    with pytest.raises(ValueError, match=r"different vocabularies \(\d+ and 500 tokens\)"):
-        resume_with(saved | {"meta": None}, vocab_size=500)
-    with pytest.raises(ValueError, match="was made by another script or version; resume it with that"):
-        resume_with(saved | {"run_config": saved["run_config"] | {"epochs": 3.0}})
+    for changes in {"tokenizer": meta["tokenizer"] | {"words": []}}, {"vocab_size": 500}:
+        with pytest.raises(ValueError, match="different vocabularies"):
+            resume_with(**changes)
+    converted = {key: value for key, value in saved.items() if key != "optimizer"}
+    for checkpoint in converted, saved | {"run_config": saved["run_config"] | {"epochs": 3.0}}:
+        with pytest.raises(ValueError, match="another script or version .*--init_from="):
+            resume_with(checkpoint)
 
 
-def test_bad_settings(data_dir, tmp_path):
-    messages = {
-        "batch_size=6": "batch_size 6 is not a multiple of micro_batch_size 4 x 1 processes; change one",
-        "dtype=float16": "dtype is 'float16'; it must be auto, float32 or bfloat16",
-        "micro_batch_size=0": "micro_batch_size is 0; it must be at least 1",
-        "warmup=2": "warmup is 2.0; it must be at most 1",
-        "learning_rate=nan": "learning_rate is nan; it must be at least 0",
-        "eval_seqs=1": "eval_seqs is 1; it must be at least 2",
-        "device=foo": "device 'foo' cannot be used",
-    }
-    for flag, message in messages.items():
-        with pytest.raises(ValueError, match=message):
-            run(data_dir, tmp_path / "a", f"--{flag}")
+@pytest.mark.parametrize("flag", ["batch_size=6", "dtype=float16", "device=foo"])
+def test_bad_settings_are_named_before_anything_is_written(data_dir, tmp_path, flag):
+    name, value = flag.split("=")
+    with pytest.raises(ValueError, match=f"{name} .*{value}"):
+        run(data_dir, tmp_path / "a", f"--{flag}")
     assert not (tmp_path / "a").exists()
-    (tmp_path / "ckpt.pt").touch()
-    with pytest.raises(ValueError, match="out_dir .*ckpt.pt' is a file; wanted the folder of a run"):
-        run(data_dir, tmp_path / "ckpt.pt")
-
-
-def test_a_field_that_train_lacks_is_named_at_the_import(monkeypatch):
-    extended = dataclasses.make_dataclass("Extended", [("n_extra", int, 0)], bases=(MDMConfig,))
-    monkeypatch.setattr("model.MDMConfig", extended)
-    with pytest.raises(TypeError, match="TrainConfig lacks n_extra of MDMConfig"):
-        runpy.run_path(train_module.__file__)
-
-
-def test_rank_without_the_rest(monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    with pytest.raises(ValueError, match="RANK is set without LOCAL_RANK, .*; use torchrun, or unset"):
-        setup_distributed("cpu")
-
-
-def test_processes_that_fit_are_named(data_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_module, "setup_distributed", lambda device: (0, 5, torch.device("cpu")))
-    message = r"batch_size 24 is not .* 4 x 5 processes; change one of them \(1, 2, 3, 6 processes fit"
-    with pytest.raises(ValueError, match=message):
-        run(data_dir, tmp_path / "a", "--batch_size=24")
 
 
 def test_the_recipe_of_the_paper():
@@ -546,61 +473,34 @@ def test_the_recipe_of_the_paper():
 
 
 def test_checkpoints_and_log(data_dir, tmp_path, monkeypatch):
-    losses = iter([3.0, 2.0, 2.5, 2.7, 2.6])
+    losses = iter([3.0, 2.0, 2.5, 2.7, 2.7, 2.6])  # a resumed run repeats the validation of its first step
     monkeypatch.setattr(train_module, "validate", lambda *args, **kwargs: (next(losses), 0.1, None, None))
     run(data_dir, tmp_path, "--learning_rate=0.1")
     model = go("--init_from=resume", f"--out_dir={tmp_path}", "--max_steps=8", "--keep_all=True")
     assert rows(tmp_path, "val_loss") == [(0, 3.0), (2, 2.0), (4, 2.5), (6, 2.7), (8, 2.6)]
-    assert rows(tmp_path, "lr")[:6] == [(step, get_lr(step, 6, 0.1, 0.01, 2)) for step in range(1, 7)]
+    assert rows(tmp_path, "lr")[:6] == [
+        (step, train_module.get_lr(step, 6, 0.1, 0.01, 2)) for step in range(1, 7)
+    ]
     assert rows(tmp_path, "tokens") == [(step, step * 8 * 16) for step in range(1, 9)]
-    for name, step in {"ckpt.pt": 8, "best.pt": 2, "8.pt": 8}.items():
+    for name, step in {"ckpt.pt": 8, "best.pt": 2, "6.pt": 6, "8.pt": 8}.items():
         checkpoint = load_checkpoint(tmp_path / name)
-        assert (checkpoint["step"], checkpoint["best_val_loss"], checkpoint["validated"]) == (step, 2.0, True)
+        assert (checkpoint["step"], checkpoint["best_val_loss"]) == (step, 2.0)
         assert checkpoint["run_config"]["learning_rate"] == 0.1
         assert checkpoint["meta"] == load_meta(data_dir / "arithmetic")
     assert same(model, MDM.from_checkpoint(tmp_path))
-    assert sorted(path.name for path in tmp_path.glob("*.pt")) == ["8.pt", "best.pt", "ckpt.pt"]
+    assert sorted(path.name for path in tmp_path.glob("*.pt")) == ["6.pt", "8.pt", "best.pt", "ckpt.pt"]
 
 
 def test_the_log_says_what_made_it_and_a_resumed_run_appends(data_dir, tmp_path):
     run(data_dir, tmp_path, "--seed=5")
-    before = (tmp_path / "log.jsonl").read_text()
     go("--init_from=resume", f"--out_dir={tmp_path}", "--max_steps=8")
-    log = (tmp_path / "log.jsonl").read_text()
     git = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    for text, step, steps in ((log, 0, 6), (log.removeprefix(before), 6, 8)):
-        row = json.loads(text.splitlines()[0])
+    starts = [json.loads(line) for line in open(tmp_path / "log.jsonl") if "config" in line]
+    for row, step, steps in zip(starts, (0, 6), (6, 8), strict=True):
         assert (row["step"], row["config"]["max_steps"], row["config"]["seed"]) == (step, steps, 5)
         assert row["data_sha256"] == load_meta(data_dir / "arithmetic")["sha256"]
         assert (row["commit"] or "").removesuffix("-dirty") == git.stdout.strip()
         assert (row["torch"], row["device"], row["processes"]) == (torch.__version__, "cpu", 1)
-
-
-def test_the_commit_is_that_of_the_project(tmp_path):
-    """Not that of a repository around a copy of it; its own, also where a link leads to it."""
-    project = tmp_path / "outer" / "project"
-    project.mkdir(parents=True)
-    for name in ("train.py", "model.py", "prepare_data.py", "configurator.py"):
-        shutil.copy(ROOT / name, project)
-    (tmp_path / "linked").symlink_to(project)
-    code = "import train; print(train.made_by()['commit'])"
-
-    def git(folder):
-        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
-        for command in (["init", "-q"], ["add", "."], [*identity, "commit", "-qm", "x"]):
-            subprocess.run(["git", *command], cwd=folder, check=True)
-        rev = ["git", "rev-parse", "--short", "HEAD"]
-        return subprocess.run(rev, cwd=folder, capture_output=True, text=True).stdout.strip()
-
-    def commit(folder):
-        run = subprocess.run([sys.executable, "-B", "-c", code], cwd=folder, capture_output=True, text=True)
-        return run.stdout.strip()
-
-    git(tmp_path / "outer")
-    assert commit(project) == "None"
-    shutil.rmtree(tmp_path / "outer" / ".git")
-    own = git(project)
-    assert commit(tmp_path / "linked") == own
 
 
 def test_tokens_per_second(data_dir, tmp_path, monkeypatch):
@@ -620,23 +520,19 @@ def test_tokens_per_second(data_dir, tmp_path, monkeypatch):
 
 
 def test_wandb(data_dir, tmp_path, monkeypatch):
-    """A resumed run is the same run. One that failed is marked so, one that was stopped is not."""
+    """A resumed run is the same run, and one that was stopped is not marked as failed."""
     started, logged, ended = [], [], []
 
     def init(**options):
         started.append(options)
         log = lambda row, step: logged.append((step, row["step"]))  # noqa: E731
-        return SimpleNamespace(id="abc", log=log, finish=lambda exit_code: ended.append(exit_code))
+        return SimpleNamespace(id="abc", log=log, finish=lambda: ended.append(True))
 
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init))
     run(data_dir, tmp_path, "--wandb=name")
-    resume = ["--init_from=resume", f"--out_dir={tmp_path}"]
     send_at(monkeypatch, 15, signal.SIGTERM)
     with pytest.raises(SystemExit):
-        go(*resume, "--max_steps=10")
-    on_seed(monkeypatch, lambda *key: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        go(*resume, "--max_steps=10")
-    assert [options["id"] for options in started] == [None, "abc", "abc"] and ended == [0, 0, 1]
+        go("--init_from=resume", f"--out_dir={tmp_path}", "--max_steps=10")
+    assert [options["id"] for options in started] == [None, "abc"] and ended == [True]
     assert started[0]["project"] == "name" and started[0]["config"]["seed"] == 0
     assert {step for step, _ in logged} == set(range(9)) and all(a == b for a, b in logged)

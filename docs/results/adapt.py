@@ -140,7 +140,7 @@ def print_pairs(arms, key, baseline):
         mean, error = mean_and_error(more)
         if key == "nats":  # of texts at different noise levels
             tokens = torch.tensor(row["tokens"]).double()
-            mean, error = train.mean_and_error(torch.from_numpy(more), tokens, spread_levels(len(more)))
+            mean, error = train.bound_and_error(torch.from_numpy(more), tokens, spread_levels(len(more)))
         print(f"{name}: {mean:.4f} ± {error:.4f} more than {baseline}, over {len(more)} texts")
 
 
