@@ -150,7 +150,7 @@ def flops_utilization(model, T, tokens_per_s):
     """Share of a GPU's dense bfloat16 peak (data sheets), 0 if it is unknown. FLOPs per token (PaLM, app. B):
     6 a weight, 3 of the head, as half of the tokens are hidden, and 12 * n_layer * n_embd * T."""
     peaks = {"B200": 2250, "H[12]00": 989, "H[12]00 NVL": 835, "H100 PCIe": 756, "A100": 312}  # TFLOP/s
-    peaks |= {"L40S": 362, "RTX 4090$": 165}  # of the last that fits whole words of the GPU's name
+    peaks |= {"L40S": 362, "RTX 4090$": 165}  # the last that fits whole words of the GPU's name counts
     config, head = model.config, model.lm_head.weight
     name = torch.cuda.get_device_name(head.device) if head.is_cuda else ""
     fits = [1e12 * peak for key, peak in peaks.items() if re.search(rf"\b{key}\b(?!.*MIG)", name)]
@@ -167,18 +167,14 @@ def made_by() -> dict:
 
 def write_file(path, write):
     """write(file) under a temporary name, flushed, then renamed: a crash or full disk keeps the old file."""
-    temporary = f"{path}.{os.getpid()}.tmp"
     try:
-        with open(temporary, "wb") as file:
+        with open(f"{path}.tmp", "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        os.replace(f"{path}.tmp", path)
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         raise ValueError(f"cannot write {path} ({error}); make room, or choose another place") from error
-    finally:
-        if os.path.exists(temporary):
-            os.remove(temporary)
 
 
 def whole_lines(file):
@@ -191,8 +187,8 @@ def whole_lines(file):
 
 
 def open_locked(path):
-    """path, locked until it is closed, opened to append behind its last whole line. Raises ValueError if
-    another run holds the lock. To open and close path once more in the same process ends the lock."""
+    """path, opened to append behind its last whole line, and locked until it is closed. Raises ValueError if
+    another run holds the lock. Opening and closing path once more in the same process ends the lock."""
     os.makedirs(os.path.dirname(path), exist_ok=True)
     file = open(path, "a+", encoding="utf-8")
     try:

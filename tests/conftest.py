@@ -1,5 +1,6 @@
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -34,6 +35,15 @@ def make_model(seed=0, **flags):
         for p in model.parameters():
             p.add_(0.3 * torch.randn_like(p))
     return model
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    """train replaces the handlers of signals, which end with the test."""
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    yield
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
 
 
 @pytest.fixture(params=VARIANTS)

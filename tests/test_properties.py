@@ -76,43 +76,6 @@ def test_any_command_line_is_a_config_or_one_line(case, capfd):
     assert ends_well(main, capfd)
 
 
-@st.composite
-def values_of_fields(draw):
-    config_class = draw(st.sampled_from(CONFIGS))
-    fields = st.sampled_from(dataclasses.fields(config_class))
-    any_value = {
-        bool: st.booleans(),
-        int: st.integers(-(2**62), 2**62),
-        float: st.floats(allow_nan=False, allow_infinity=False),
-        str: st.text(st.characters(exclude_characters="\0"), max_size=20).filter(
-            lambda text: text != "None" and not text.startswith(("~/", "FILE:~/"))
-        ),
-        type(None): st.none(),
-    }
-    values = {}
-    for field in draw(st.lists(fields, max_size=5)):
-        kinds = kinds_of(config_class, field.name)
-        values[field.name] = draw(st.one_of(*(any_value[kind] for kind in kinds)))
-    return config_class, values
-
-
-@settings(max_examples=300, **CASES)
-@given(case=values_of_fields())
-def test_what_is_set_is_what_is_read(case, tmp_path_factory):
-    """From the command line and from a file: the same value, of the same type, for fields without checks."""
-    config_class, values = case
-    fields = [(field.name, field.type, field.default) for field in dataclasses.fields(config_class)]
-    plain = dataclasses.make_dataclass("Plain", fields)
-    plain.__module__ = config_class.__module__
-    path = tmp_path_factory.getbasetemp() / "drawn.py"
-    path.write_text("".join(f"{key} = {value!r}\n" for key, value in values.items()), encoding="utf-8")
-    for argv in ([f"--{key}={value}" for key, value in values.items()], [str(path)]):
-        cfg, set_by = configurator.parse(plain, argv)
-        assert set_by.keys() == values.keys()
-        for key, value in values.items():
-            assert getattr(cfg, key) == value and type(getattr(cfg, key)) is type(value), key
-
-
 # ---- samples
 
 

@@ -37,9 +37,8 @@ def start(*flags):
 def go(*flags):
     """What train.py's main does, in this process."""
     cfg, meta, model, resume = start(*flags)
-    return train_module.train(
-        cfg, model, token_batches(f"{cfg.data_dir}/{cfg.dataset}", meta, cfg), meta, resume
-    )
+    get_batch = token_batches(f"{cfg.data_dir}/{cfg.dataset}", meta, cfg)
+    return train_module.train(cfg, model, get_batch, meta, resume)
 
 
 def run(data_dir, out_dir, *flags):
@@ -51,14 +50,9 @@ def on_seed(monkeypatch, action):
     monkeypatch.setattr(train_module, "seed_for", lambda *key: action(*key) or seed_for(*key))
 
 
-def send_at(monkeypatch, index, *signals):
-    """Sends signals to this process while the micro-batch of this index is under way."""
-
-    def send(*key):
-        for signum in signals if key == (0, index) else ():
-            os.kill(os.getpid(), signum)
-
-    on_seed(monkeypatch, send)
+def send_at(monkeypatch, index, signum):
+    """Sends a signal to this process while the micro-batch of this index is under way."""
+    on_seed(monkeypatch, lambda *key: os.kill(os.getpid(), signum) if key == (0, index) else None)
 
 
 def rows(out_dir, key):
@@ -150,10 +144,8 @@ def test_learning_rate():
 def test_weight_decay_is_on_every_tensor(tmp_path):
     """With zero gradients AdamW only shrinks, by lr * wd a step: norms, embeddings and the sink included."""
     cfg = TrainConfig(**TINY | {"max_steps": 1, "warmup": 0, "out_dir": str(tmp_path)})
-    nothing = torch.zeros(4, 16, dtype=torch.bool)
-    after = train_module.train(
-        cfg, make_model(), lambda split, index: (nothing.long(), nothing | (split == "val"))
-    )
+    x0, nothing = torch.zeros(4, 16).long(), torch.zeros(4, 16).bool()
+    after = train_module.train(cfg, make_model(), lambda split, index: (x0, nothing | (split == "val")))
     shrunk = {name: w * (1 - cfg.min_lr * cfg.weight_decay) for name, w in make_model().state_dict().items()}
     torch.testing.assert_close(after.state_dict(), shrunk)
 
@@ -331,7 +323,7 @@ def test_validation_sequences_are_spread_over_the_held_out_part(data_dir, one_pe
     assert (x0[:, 0] == eot_id).all() == one_per_line and maskable.all()
 
 
-def test_bad_data(data_dir):
+def test_data_that_are_absent_or_too_short(data_dir):
     with pytest.raises(ValueError, match="no prepared data in .*nothing"):
         load_meta(data_dir / "nothing")
     with pytest.raises(ValueError, match="train.bin is too short for block_size 100000"):
@@ -478,9 +470,8 @@ def test_checkpoints_and_log(data_dir, tmp_path, monkeypatch):
     run(data_dir, tmp_path, "--learning_rate=0.1")
     model = go("--init_from=resume", f"--out_dir={tmp_path}", "--max_steps=8", "--keep_all=True")
     assert rows(tmp_path, "val_loss") == [(0, 3.0), (2, 2.0), (4, 2.5), (6, 2.7), (8, 2.6)]
-    assert rows(tmp_path, "lr")[:6] == [
-        (step, train_module.get_lr(step, 6, 0.1, 0.01, 2)) for step in range(1, 7)
-    ]
+    rates = {step: train_module.get_lr(step, 6, 0.1, 0.01, 2) for step in range(1, 7)}
+    assert dict(rows(tmp_path, "lr")[:6]) == rates
     assert rows(tmp_path, "tokens") == [(step, step * 8 * 16) for step in range(1, 9)]
     for name, step in {"ckpt.pt": 8, "best.pt": 2, "6.pt": 6, "8.pt": 8}.items():
         checkpoint = load_checkpoint(tmp_path / name)

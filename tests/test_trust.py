@@ -1,11 +1,10 @@
-"""Runs that survive: killed, stopped, filled up, damaged or fed with nonsense, they lose nothing and say why.
+"""Runs that are killed, stopped or meet a full disk or a damaged file lose nothing, and say why.
 
 python -m pytest tests/test_trust.py            # seconds
 python -m pytest tests/test_trust.py -m slow    # many processes, killed, stopped and compared
 """
 
 import os
-import pickle
 import random
 import resource
 import signal
@@ -21,8 +20,8 @@ from test_train import TINY_FLAGS, assert_same_runs, go, rows, run, send_at
 import configurator
 import prepare_data
 from model import MDM, load_checkpoint
-from prepare_data import PrepareConfig, load_tokenizer, prepare
-from train import TrainConfig, load_meta, write_file
+from prepare_data import PrepareConfig, prepare
+from train import write_file
 
 # A script in which a test changes a thing: hook(*key) is called before train.seed_for.
 WRAPPER = """
@@ -170,7 +169,7 @@ def test_killed_20_times(start, tmp_path):
         hook = KILL.format(target=rng.randint(1, 30) if i else 15)
         finish(start("train", out_dir, *(["--init_from=resume"] if i else flags), hook=hook), -signal.SIGKILL)
         steps.append(load_checkpoint(out_dir)["step"])
-    assert steps == sorted(steps) and 30 < steps[-1] < 200
+    assert steps == sorted(steps) and 20 < steps[-1] < 200
     finish(start("train", out_dir, "--init_from=resume"))
     finish(whole)
     assert_same_runs(tmp_path / "whole", out_dir)
@@ -207,17 +206,11 @@ def test_data_are_the_same_on_any_number_of_threads(tmp_path, monkeypatch):
 # ---- signals
 
 
-@pytest.mark.parametrize("before", [signal.default_int_handler, signal.SIG_IGN])
 @pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_finishes_the_step_and_saves(data_dir, tmp_path, monkeypatch, capsys, before, signum, code):
-    ours = signal.signal(signal.SIGINT, before)
-    try:
-        send_at(monkeypatch, 4, signum)  # the first micro-batch of step 3
-        with pytest.raises(SystemExit) as end:
-            run(data_dir, tmp_path)
-        assert signal.getsignal(signal.SIGINT) == before
-    finally:
-        signal.signal(signal.SIGINT, ours)
+def test_a_signal_finishes_the_step_and_saves(data_dir, tmp_path, monkeypatch, capsys, signum, code):
+    send_at(monkeypatch, 4, signum)  # the first micro-batch of step 3
+    with pytest.raises(SystemExit) as end:
+        run(data_dir, tmp_path)
     assert end.value.code == code and load_checkpoint(tmp_path)["step"] == 3
     how = f"stopped at step 3; continue with --init_from=resume --out_dir={tmp_path}"
     assert capsys.readouterr().out.splitlines()[-1] == how
@@ -245,9 +238,8 @@ def test_a_stop_where_a_validation_is_due(data_dir, tmp_path, monkeypatch, index
     send_at(monkeypatch, index, signal.SIGTERM)
     with pytest.raises(SystemExit):
         run(data_dir, tmp_path / "cut")
-    checkpoint, step = load_checkpoint(tmp_path / "cut"), index // 2 + 1
-    assert (checkpoint["step"], checkpoint["validated"]) == (step, False)
-    assert step not in dict(rows(tmp_path / "cut", "val_loss"))
+    step = load_checkpoint(tmp_path / "cut")["step"]
+    assert step == index // 2 + 1 and step not in dict(rows(tmp_path / "cut", "val_loss"))
     go("--init_from=resume", f"--out_dir={tmp_path / 'cut'}")
     assert_same_runs(tmp_path / "whole", tmp_path / "cut")
 
@@ -300,31 +292,29 @@ def test_disk_full(data_dir, tmp_path, capsys):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert err.startswith(f"error: cannot write {tmp_path}/") and "; make room, or" in err
-    assert (tmp_path / "ckpt.pt").read_bytes() == before and not list(tmp_path.glob("*.tmp"))
+    assert (tmp_path / "ckpt.pt").read_bytes() == before
     go(*resume, "--max_steps=5")
-    assert load_checkpoint(tmp_path)["step"] == 5
+    assert load_checkpoint(tmp_path)["step"] == 5 and not list(tmp_path.glob("*.tmp"))
 
 
 def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    """Until then its name has the process id, so that two processes do not write into one file."""
     calls, fsync, replace = [], os.fsync, os.replace
     monkeypatch.setattr(os, "fsync", lambda file: calls.append(os.fstat(file).st_size) or fsync(file))
-    monkeypatch.setattr(os, "replace", lambda a, b: calls.append((a, b)) or replace(a, b))
+    monkeypatch.setattr(os, "replace", lambda a, b: calls.append(b) or replace(a, b))
     path = f"{tmp_path}/x"
     write_file(path, lambda file: file.write(b"new"))
-    assert calls == [3, (f"{path}.{os.getpid()}.tmp", path)] and open(path).read() == "new"
+    assert calls == [3, path] and open(path).read() == "new"
 
 
-@pytest.mark.parametrize("error", [OSError, RuntimeError, KeyboardInterrupt])
-def test_a_write_that_fails_keeps_the_old_file(tmp_path, error):
+def test_a_write_that_fails_keeps_the_old_file(tmp_path):
     def write(file):
         file.write(b"new")
-        raise error
+        raise OSError("disk full")
 
     (tmp_path / "x").write_text("old")
-    with pytest.raises(KeyboardInterrupt if error is KeyboardInterrupt else ValueError):
+    with pytest.raises(ValueError, match="cannot write .*x .disk full.; make room"):
         write_file(tmp_path / "x", write)
-    assert os.listdir(tmp_path) == ["x"] and (tmp_path / "x").read_text() == "old"
+    assert (tmp_path / "x").read_text() == "old"
 
 
 # ---- damaged and hostile input
@@ -334,15 +324,15 @@ def test_damaged_and_foreign_checkpoints(data_dir, tmp_path):
     run(data_dir, tmp_path, "--max_steps=1")
     path = tmp_path / "ckpt.pt"
     whole = path.read_bytes()
-    for size in (0, 1, len(whole) // 2, len(whole) - 1):
+    for size in (0, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
         with pytest.raises(ValueError, match="ckpt.pt is damaged or no checkpoint"):
             load_checkpoint(tmp_path)
     torch.save({"weights": torch.zeros(3)}, path)
-    with pytest.raises(ValueError, match="ckpt.pt is no checkpoint of train.py; python -m extras.convert"):
+    with pytest.raises(ValueError, match="ckpt.pt is no checkpoint of train.py"):
         load_checkpoint(tmp_path)
     path.unlink()
-    with pytest.raises(ValueError, match="no checkpoint at .*ckpt.pt; train a model first"):
+    with pytest.raises(ValueError, match="no checkpoint at .*ckpt.pt"):
         load_checkpoint(tmp_path)
 
 
@@ -351,44 +341,11 @@ class Bomb:
         return open, ("bang", "w")
 
 
-@pytest.mark.parametrize("how", ["zip", "legacy", "pickle"])
-def test_a_checkpoint_that_would_run_code_is_refused(tmp_path, monkeypatch, how):
+@pytest.mark.parametrize("zip", [True, False])
+def test_a_checkpoint_that_would_run_code_is_refused(tmp_path, monkeypatch, zip):
     monkeypatch.chdir(tmp_path)
     state = {"model": {}, "model_config": {}, "optimizer": Bomb()}
-    if how == "pickle":
-        (tmp_path / "evil.pt").write_bytes(pickle.dumps(state, protocol=2))
-    else:
-        torch.save(state, "evil.pt", _use_new_zipfile_serialization=how == "zip")
+    torch.save(state, "evil.pt", _use_new_zipfile_serialization=zip)
     with pytest.raises(ValueError, match="evil.pt is damaged or no checkpoint"):
         MDM.from_checkpoint("evil.pt")
     assert os.listdir(tmp_path) == ["evil.pt"]
-
-
-@pytest.mark.parametrize("change", [{"pattern": "("}, {"words": [1]}, {"words": ["a", "b"]}])
-def test_damaged_tokenizers(data_dir, change):
-    spec = load_meta(data_dir / "arithmetic")["tokenizer"]
-    with pytest.raises(ValueError, match="the tokenizer's description is damaged .*; prepare the data set"):
-        load_tokenizer(spec | change)
-
-
-def test_config_files_outside_of_what_we_accept(tmp_path):
-    messages = {
-        "raise KeyError": "config file .*x.py: KeyError",
-        "batch_size = 10**400": "batch_size=.*: wanted int",
-        "out_dir = 'a\\0b'": "out_dir=.*: wanted str",
-        "import numpy; batch_size = numpy.arange(3)": "batch_size=.*: wanted int",
-    }
-    for text, message in messages.items():
-        (tmp_path / "x.py").write_text(text)
-        with pytest.raises(ValueError, match=message):
-            configurator.parse(TrainConfig, [str(tmp_path / "x.py")])
-
-
-def test_a_reader_that_leaves(data_dir, tmp_path):
-    """As in: python sample.py | head -1"""
-    run(data_dir, tmp_path, "--max_steps=0")
-    command = [sys.executable, "sample.py", f"--out_dir={tmp_path}", "--show=True", "--device=cpu"]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout.readline().startswith("step   1  '")
-    process.stdout.close()
-    assert process.stderr.read() == "" and process.wait() == 0
