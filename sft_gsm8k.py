@@ -30,7 +30,7 @@ class SFTConfig(TrainConfig):
     dataset: str = "gsm8k"  # problems: gsm8k or arithmetic, made by prepare_data.py
     out_dir: str | None = None  # checkpoints and log.jsonl go here; None: out/sft-dataset
     init_from: str | None = None  # checkpoint of a pretrained model, resume (from out_dir), or scratch
-    epochs: float = 10.0  # passes over the examples
+    epochs: float = 10.0  # passes over the examples; max_steps, not this, makes a resumed run longer
     max_steps: int | None = None  # optimizer steps; None: as many as epochs take. train_flops goes before it
     block_size: int = 256  # tokens of an example, filling included; longer examples are left out
     batch_size: int = 256  # examples per optimizer step, over all processes
