@@ -295,6 +295,13 @@ def weighted_nll(model, x0, xt, masked, p_mask):
     return nll.new_zeros(x0.shape).masked_scatter(masked.to(device), nll).sum(dim=1)
 
 
+def nll_at(model, x0, maskable, t, noise=None):
+    """Hides x0 at noise levels t (B, 1) and returns its weighted_nll (B,). All else as in mask_tokens."""
+    p_mask = noise_levels(t).float()
+    xt, masked = mask_tokens(x0, p_mask, maskable, model.config.mask_id, noise)
+    return weighted_nll(model, x0, xt, masked, p_mask)
+
+
 def diffusion_loss(model, x0, maskable, stratified=False, random_length=0.0):
     """One draw of the upper bound on -log p(x0), in nats per maskable token, hidden or not: a scalar.
     Pretraining (all tokens are maskable) and fine-tuning (the prompt is not) are the same line.
@@ -305,9 +312,7 @@ def diffusion_loss(model, x0, maskable, stratified=False, random_length=0.0):
         T = int(torch.randint(1, T + 1, ()))
         x0, maskable = x0[:, :T], maskable[:, :T]
     t = (torch.rand(1, 1) + torch.arange(B)[:, None] / B) % 1 if stratified else torch.rand(B, 1)
-    p_mask = noise_levels(t)
-    xt, masked = mask_tokens(x0, p_mask, maskable, model.config.mask_id)
-    return weighted_nll(model, x0, xt, masked, p_mask).sum() / maskable.sum().clamp(min=1)
+    return nll_at(model, x0, maskable, t).sum() / maskable.sum().clamp(min=1)
 
 
 def guided_logits(model, x, masked, given, cfg_scale=0.0):

@@ -17,24 +17,15 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, dataclass, fields, replace
-from datetime import timedelta
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 import configurator
-from model import (
-    MDM,
-    MDMConfig,
-    diffusion_loss,
-    load_checkpoint,
-    mask_tokens,
-    noise_levels,
-    seed_for,
-    weighted_nll,
-)
+from model import MDM, MDMConfig, diffusion_loss, load_checkpoint, nll_at, seed_for
 from prepare_data import load_meta
 
 MAY_CHANGE = {"data_dir", "max_steps", "train_flops", "eval_interval", "log_interval", "keep_all", "wandb"}
@@ -85,6 +76,9 @@ class TrainConfig:
     def __post_init__(self):
         self.out_dir = self.out_dir or f"out/{self.dataset}"
         self.min_lr = self.learning_rate / 10 if self.min_lr is None else self.min_lr
+        for name in ("block_size", "batch_size", "micro_batch_size", "eval_interval", "log_interval"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
 
 
 MODEL_KEYS = [field.name for field in fields(MDMConfig) if hasattr(TrainConfig, field.name)]
@@ -229,10 +223,9 @@ def validate(model, get_batch, B, n_seqs, dtype="auto", mc_num=1, rank=0, world_
         for draw in range(mc_num):
             streams = [torch.Generator().manual_seed(seed_for(1234, row, draw)) for row in rows]
             noise = torch.stack([torch.rand(x0.size(1), generator=stream) for stream in streams])
-            p_mask = noise_levels(t[rows, None] + draw / mc_num).float()
-            xt, masked = mask_tokens(x0, p_mask, maskable, model.config.mask_id, noise)
             with autocast(device, dtype):
-                sums[0, rows] += weighted_nll(model, x0, xt, masked, p_mask).cpu() / mc_num
+                nll = nll_at(model, x0, maskable, t[rows, None] + draw / mc_num, noise)
+            sums[0, rows] += nll.cpu() / mc_num
     if world_size > 1:
         sums = sums.to(device)
         dist.all_reduce(sums)
@@ -291,6 +284,7 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
         with open(f"{log_path}.old", "ab") as file:
             file.write(rows)  # of a start that saved no checkpoint
         log_file.truncate(0)
+    bar = tqdm(total=max_steps, initial=start, desc=cfg.out_dir, disable=rank > 0 or None)  # None: on a tty
     wandb = None
     if cfg.wandb and rank == 0:
         run = {"project": cfg.wandb, "name": cfg.out_dir, "id": resume and resume["wandb_id"]}
@@ -298,7 +292,7 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
 
     def log(line, **row):  # a resumed run may log a step again: its last row counts
         if rank == 0:
-            print(f"step {row['step']:>6}/{max_steps}  {line}", flush=True)
+            bar.write(f"step {row['step']:>6}/{max_steps}  {line}")
             print(json.dumps(row), file=log_file, flush=True)
         if wandb:
             wandb.log(row, step=row["step"])
@@ -317,8 +311,7 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     stop = stop_signal = 0
-    signal.signal(signal.SIGINT, request_stop)
-    signal.signal(signal.SIGTERM, request_stop)
+    handlers = {signum: signal.signal(signum, request_stop) for signum in (signal.SIGINT, signal.SIGTERM)}
     size = f"{model.num_params(False):,} parameters; a step is {grad_accum} x {world_size} x {B} x {T} tokens"
     facts = made_by() | {"config": asdict(cfg), "data_sha256": meta and meta["sha256"], "device": str(device)}
     log(f"{size} on {device}, {torch.get_num_threads()} threads", step=start, processes=world_size, **facts)
@@ -330,7 +323,7 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
         if stop:  # without a validation that is due: there may be no time for it
             save("ckpt.pt")
             if rank == 0:
-                print(f"stopped at step {step}; continue with --init_from=resume --out_dir={cfg.out_dir}")
+                bar.write(f"stopped at step {step}; continue with --init_from=resume --out_dir={cfg.out_dir}")
             if wandb:
                 wandb.finish()  # or the exit code would mark the run as failed
             sys.exit(128 + (stop_signal or signal.SIGTERM))
@@ -345,7 +338,7 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
                 save(f"{step}.pt")
             log_time, log_step = time.perf_counter(), step  # a validation does not count in tokens/s
         if step == max_steps:
-            return model
+            break
         # ---- one optimizer step
         lr = get_lr(step + 1, max_steps, cfg.learning_rate, cfg.min_lr, round(cfg.warmup * max_steps))
         optimizer.param_groups[0]["lr"] = lr
@@ -371,16 +364,21 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
         optimizer.zero_grad()
         # ---- report
         losses.append(loss)
+        bar.update(1)
         done = step + 1
         if done % cfg.log_interval == 0 or done == max_steps:
             speed = (done - log_step) * step_tokens / (time.perf_counter() - log_time)
-            remaining = timedelta(seconds=round((max_steps - done) * step_tokens / speed))
+            remaining = tqdm.format_interval((max_steps - done) * step_tokens / speed)
             mfu = flops_utilization(model, T, speed / world_size)
             row = {"loss": sum(losses) / len(losses), "lr": lr, "grad_norm": grad_norm, "mfu": mfu}
             line = f"loss {row['loss']:.4f}  {speed:,.0f} tokens/s  {remaining} left"
             line += f"  mfu {mfu:.1%}" if mfu else ""
             log(line, step=done, tokens=done * step_tokens, tokens_per_s=speed, **row)
             losses, log_time, log_step = [], time.perf_counter(), done
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+    bar.close()
+    return model
 
 
 def take(cfg, set_by, settings, source, free=()):
@@ -396,7 +394,8 @@ def take(cfg, set_by, settings, source, free=()):
 
 def start_run(cfg: TrainConfig, set_by: dict):
     """(cfg, meta, model, checkpoint to resume or None), as init_from and preset want. set_by: {key: where it
-    was set}. Raises ValueError where settings, checkpoint, data and out_dir contradict each other."""
+    was set}; other keys give way to them. Raises ValueError where settings, checkpoint, data and out_dir
+    contradict each other."""
     if cfg.init_from == "auto":
         has_checkpoint = os.path.exists(os.path.join(cfg.out_dir, "ckpt.pt"))
         cfg = replace(cfg, init_from="resume" if has_checkpoint else "scratch")

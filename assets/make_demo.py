@@ -1,7 +1,8 @@
-"""Makes assets/demo again: the README's two models, weights only, and the problems held out from them.
+"""Makes assets/demo again, from the README's two models and the problems held out from them.
 
     python prepare_data.py && python train.py && python train.py --n_sink=0 --out_dir=out/arithmetic-vanilla
-    python -m assets.make_demo"""
+    python -m assets.make_demo
+It keeps their weights, without the state of the optimizer."""
 
 import json
 import os
