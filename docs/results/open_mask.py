@@ -4,7 +4,7 @@
 
 The model is a converted one without a sink, the texts are the beginnings of held-out documents. It measures
 the next-token cross-entropy of clean text, with a share of the edges to later tokens open, drawn anew for
-each text, and with the first row as it is or self-only. Results go to docs/results/open_mask/log.jsonl, a row
+each text, and with the first row as it is or self-only. Results go to docs/results/open_mask/losses.jsonl, a row
 for each condition: a run that was stopped goes on. At the end it prints the table and draws the picture."""
 
 import json
@@ -117,7 +117,7 @@ def main():
     conditions = [(*front_row, share) for share in SHARES for front_row in ROWS]
     conditions += [(front, "self-only", share) for share in (0, 0.05) for front in INITS]
     conditions += [(*CONTROL, share) for share in (0.01, 0.05, 0.2)]
-    with open_locked(f"{FOLDER}/log.jsonl") as file:
+    with open_locked(f"{FOLDER}/losses.jsonl") as file:
         rows = [json.loads(line) for line in whole_lines(file.buffer).splitlines()]
         done = {(row["texts"], row["front"], row["row"], row["share"]) for row in rows if "nll" in row}
         rows.append(made_by() | {"model": checkpoint["meta"]["name"], **checkpoint["meta"]["source"]})
