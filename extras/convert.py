@@ -41,68 +41,41 @@ class ConvertConfig:
 # ---------- Reading
 
 
-def read_pickle(path):
-    """{name: tensor} of a .pth or .bin file. The file is mapped: what is not used is not read."""
-    weights = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    return weights.get("model", weights)
-
-
-class Weights(dict):
-    """{name of a tensor: its file}. weights[name] reads the tensor, and nothing is kept. Raises ValueError
-    for numbers that need a scale, as quantized ones do."""
-
-    def __getitem__(self, name):
-        path = super().__getitem__(name)
-        if path.endswith(".safetensors"):
-            with configurator.need("safetensors").safe_open(path, "pt") as file:
-                tensor = file.get_tensor(name)
-        else:
-            tensor = read_pickle(path)[name]
-        if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f"{name} of {path} is {tensor.dtype}; wanted float32, bfloat16 or float16")
-        return tensor
-
-
 def read_weights(source):
-    """Weights of a file, or of a folder's .safetensors files: those that transformers would take. Raises
-    ValueError if they cannot be read."""
-    paths, weights = [source], Weights()
+    """{name: tensor} of a .safetensors, .pth or .bin file, or of a folder's .safetensors files: those that
+    transformers would take. Files are mapped into memory: a tensor is read when it is used."""
+    paths, weights = [source], {}
     if os.path.isdir(source):
         index = f"{source}/model.safetensors.index.json"  # of several files
         paths = [f"{source}/model.safetensors"]
         if not os.path.exists(paths[0]) and os.path.exists(index):
             paths = [f"{source}/{name}" for name in sorted(set(read_json(index)["weight_map"].values()))]
     for path in paths:
-        if not os.path.isfile(path):
-            beside = ", ".join(sorted(os.listdir(os.path.dirname(path) or "."))[:9])
-            raise ValueError(f"{path} cannot be read: there is no such file. Its folder holds {beside}")
         refuse_pointer(path)
-        try:
-            if path.endswith(".safetensors"):
-                with configurator.need("safetensors").safe_open(path, "pt") as file:
-                    weights.update(dict.fromkeys(file.keys(), path))
-            else:
-                weights.update(dict.fromkeys(read_pickle(path), path))
-        except Exception as error:  # each format fails in its own way
-            raise ValueError(f"{path} cannot be read: {str(error)[:200]}") from error
+        if path.endswith(".safetensors"):
+            weights |= configurator.need("safetensors.torch", "safetensors").load_file(path)
+        else:
+            checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            weights |= checkpoint.get("model", checkpoint)
     return weights
 
 
 def fill(model, tensors):
-    """The model, filled from tuples (name, *tensors that are its rows). Raises ValueError unless they fit."""
+    """The model, filled from tuples (name, *tensors that are its rows). Raises ValueError unless they fit,
+    and for quantized numbers, which need a scale."""
     missing = dict(model.named_parameters())
     for name, *parts in tensors:
         if name not in missing:
             raise ValueError(f"the model has no {name}, or it comes twice: the weights are of another model")
-        rows, parameter = 0, missing.pop(name)
-        for part in parts:
-            target = parameter.data[rows : rows + len(part)]
-            rows += len(part)
-            if target.shape != part.shape:
-                raise ValueError(f"{name} {tuple(part.shape)} does not fit into {tuple(parameter.shape)}")
-            target.copy_(part)
-        if rows != len(parameter):
-            raise ValueError(f"{name} has {rows} rows; wanted {len(parameter)}")
+        parameter = missing.pop(name).data
+        sizes = [len(part) for part in parts]
+        shape = (sum(sizes), *parts[0].shape[1:])
+        if shape != parameter.shape:
+            raise ValueError(f"{name} {shape} does not fit into {tuple(parameter.shape)}")
+        for rows, part in zip(parameter.split(sizes), parts):
+            if part.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+                raise ValueError(f"{name} is {part.dtype}; wanted float32, bfloat16 or float16")
+            rows.copy_(part)
     if missing:
         raise ValueError(f"there are no weights for {', '.join(sorted(missing)[:3])}")
     return model
@@ -113,25 +86,26 @@ def fill(model, tensors):
 
 def from_smdm(state_dict, n_head: int | None = None, block_size: int = 2048) -> MDM:
     """The model of a state dict in SMDM's layout. n_head may be left out for a size of model.py's table.
-    Raises ValueError if the dict has another layout, or the table another n_head."""
+    Raises KeyError or ValueError if the dict has another layout."""
     names = {name.removeprefix("module.").removeprefix("_orig_mod."): name for name in state_dict}
-    w1 = "transformer.h.0.mlp.swiglu.w1.weight"
-    for name in ("transformer.wte.weight", "lm_head.weight", w1):
-        if name not in names:
-            raise ValueError(f"no SMDM state dict: it has {', '.join(sorted(names)[:3])}, ... but no {name}")
     wte, head = (state_dict[names.pop(name)] for name in ("transformer.wte.weight", "lm_head.weight"))
     V, C = head.shape
     if len(wte) not in (V + 1, V + 2):
         raise ValueError(f"wte has {len(wte)} rows for {V} tokens; wanted 1 more for mask, or 2 with a sink")
     n_layer = 1 + max(int(name.split(".")[2]) for name in names if name.startswith("transformer.h."))
-    sizes = {(layers, width): heads for layers, heads, width in PRESETS.values()}
-    known = sizes.get((n_layer, C), n_head)
-    if known is None or n_head not in (None, known):
-        shape = f"{n_layer} layers of width {C}"
-        wanted = f"{shape} have {known}" if known else f"model.py's table has no {shape}: set it"
-        raise ValueError(f"n_head is {n_head}; {wanted}")
-    gated, hidden = "transformer.h.0.attn.gate.weight" in names, len(state_dict[names[w1]])
-    config = MDMConfig(block_size, V, n_layer, known, C, hidden, len(wte) - V - 1, gated_attention=gated)
+    n_head = n_head or {(layers, width): heads for layers, heads, width in PRESETS.values()}.get((n_layer, C))
+    if n_head is None:
+        raise ValueError(f"model.py's table has no {n_layer} layers of width {C}; set n_head")
+    config = MDMConfig(
+        block_size=block_size,
+        vocab_size=V,
+        n_layer=n_layer,
+        n_head=n_head,
+        n_embd=C,
+        mlp_hidden=len(state_dict[names["transformer.h.0.mlp.swiglu.w1.weight"]]),
+        n_sink=len(wte) - V - 1,
+        gated_attention="transformer.h.0.attn.gate.weight" in names,
+    )
 
     def tensors():
         yield "wte.weight", wte[: V + 1]
@@ -144,9 +118,7 @@ def from_smdm(state_dict, n_head: int | None = None, block_size: int = 2048) -> 
             tensor = state_dict[name]
             ours = ours.replace("transformer.h.", "blocks.").removeprefix("transformer.")
             if ours.endswith("attn.attn.weight"):  # rows by head, then q, k, v -> all q, all k, all v
-                if tensor.shape != (3 * C, C):
-                    raise ValueError(f"qkv of {len(tensor)} rows, not {3 * C}: SMDM has no grouped queries")
-                tensor = tensor.view(known, 3, C // known, C).transpose(0, 1).reshape(3 * C, C)
+                tensor = tensor.view(n_head, 3, C // n_head, C).transpose(0, 1).reshape(3 * C, C)
             yield ours.replace("attn.attn.", "attn.qkv.").replace("swiglu.", ""), tensor
 
     return fill(MDM(config), tensors())
@@ -216,10 +188,9 @@ def from_causal(hf, weights, vocab_size, eot_id, shift=True, block_size=2048, **
         yield "wte.weight", wte, mean  # [MASK] starts as no token in particular
         if config.n_sink:  # a causal model's first token sees only itself, too: that is its sink
             yield "sink", wte[eot_id].expand(config.n_sink, -1)
-        tied = hf.get("tie_word_embeddings", False)
         unused.discard("lm_head.weight")
-        yield "lm_head.weight", wte if tied else take("lm_head.weight")[:vocab_size]
-        del wte
+        tied = hf.get("tie_word_embeddings", False)
+        yield "lm_head.weight", wte if tied else weights["lm_head.weight"][:vocab_size]
         yield "ln_f.weight", take("model.norm.weight")
         for layer in range(config.n_layer):
             theirs, ours = f"model.layers.{layer}.", f"blocks.{layer}."
@@ -228,10 +199,11 @@ def from_causal(hf, weights, vocab_size, eot_id, shift=True, block_size=2048, **
             for kind in ("weight", "bias") if config.qkv_bias else ("weight",):
                 parts = [take(f"{theirs}self_attn.{part}_proj.{kind}") for part in "qkv"]
                 yield f"{ours}attn.qkv.{kind}", *parts
-            proj = take(f"{theirs}self_attn.o_proj.weight").float()
+            proj = take(f"{theirs}self_attn.o_proj.weight")
             if config.gated_attention:  # sigmoid(0) = 1/2 times 2: the start is the same function
                 yield f"{ours}attn.gate.weight", torch.zeros_like(proj)
-            yield f"{ours}attn.proj.weight", proj * (2 if config.gated_attention else 1)
+                proj = 2 * proj
+            yield f"{ours}attn.proj.weight", proj
 
     model = fill(MDM(config), tensors())
     if unused:
@@ -240,18 +212,18 @@ def from_causal(hf, weights, vocab_size, eot_id, shift=True, block_size=2048, **
 
 
 def read_gguf(path):
-    """(config, weights, tokenizer.json, quantization) of a GGUF file, as float32, by transformers."""
+    """(config, weights, tokenizer, quantization) of a GGUF file, as float32, by transformers."""
     transformers, gguf = configurator.need("transformers"), configurator.need("gguf")
     configurator.need("accelerate")
     folder, name = os.path.split(os.path.abspath(path))
-    try:
-        file_type = gguf.GGUFReader(path).fields["general.file_type"].contents()
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name).backend_tokenizer
-    except Exception as error:  # of one of three libraries
-        raise ValueError(f"{path} cannot be read as GGUF: {type(error).__name__}: {error}") from error
+    file_type = gguf.GGUFReader(path).fields["general.file_type"].contents()
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name).backend_tokenizer
+    with tempfile.TemporaryDirectory() as temporary:
+        tokenizer.save(f"{temporary}/tokenizer.json")
+        spec = make_tokenizer(f"{temporary}/tokenizer.json")
     hf = model.config.to_dict() | {"quantization_config": None}  # they are float32 now
-    return hf, model.state_dict(), tokenizer.to_str(), gguf.LlamaFileType(file_type).name
+    return hf, model.state_dict(), spec, gguf.LlamaFileType(file_type).name
 
 
 # ---------- Out, and back
@@ -286,12 +258,12 @@ def tokenizer_json(spec):
 
 def card(checkpoint, results):
     """README.md of an exported model: what it is, and its numbers."""
-    meta, config = checkpoint["meta"] or {}, checkpoint["model_config"]
+    meta = checkpoint["meta"] or {}
     lines = ["# A masked diffusion language model", ""]
     lines += [f"Trained on {meta.get('name')} for {checkpoint['step']:,} steps.", ""]
     if "source" in meta:
         lines += [f"Converted: {', '.join(f'{key} {value}' for key, value in meta['source'].items())}.", ""]
-    lines += [f"- {key}: {value}" for key, value in config.items()]
+    lines += [f"- {key}: {value}" for key, value in checkpoint["model_config"].items()]
     for name, result in results.items():
         numbers = [key for key in result if f"{key}_se" in result]
         shown = ", ".join(f"{key} {result[key]:.4f} ± {result[f'{key}_se']:.4f}" for key in numbers)
@@ -317,26 +289,15 @@ def smdm(cfg):
 
 
 def causal(cfg):
-    with tempfile.TemporaryDirectory() as folder:
-        path = f"{cfg.source}/tokenizer.json"
-        if os.path.isdir(cfg.source):
-            hf = read_json(f"{cfg.source}/config.json")
-            check_causal(hf)
-            weights, quantization = read_weights(cfg.source), "none"
-        elif cfg.source.endswith(".gguf") and os.path.isfile(cfg.source):
-            hf, weights, text, quantization = read_gguf(cfg.source)
-            path = f"{folder}/tokenizer.json"
-            with open(path, "w", encoding="utf-8") as file:
-                file.write(text)
-        else:
-            hint = f"a model of the hub comes with: hf download {cfg.source} --local-dir FOLDER"
-            raise ValueError(f"{cfg.source} is no folder and no .gguf file; {hint}")
-        if not os.path.exists(path):
-            raise ValueError(f"there is no {path}; take the model's own")
-        spec = make_tokenizer(path)
+    if cfg.source.endswith(".gguf"):
+        hf, weights, spec, quantization = read_gguf(cfg.source)
+    elif os.path.isdir(cfg.source):
+        hf, weights = read_json(f"{cfg.source}/config.json"), read_weights(cfg.source)
+        spec, quantization = make_tokenizer(f"{cfg.source}/tokenizer.json"), "none"
+    else:
+        hint = f"a model of the hub comes with: hf download {cfg.source} --local-dir FOLDER"
+        raise ValueError(f"{cfg.source} is no folder and no .gguf file; {hint}")
     V, rows, tokenizer = spec["vocab_size"], hf["vocab_size"], load_tokenizer(spec)
-    if V > rows:
-        raise ValueError(f"tokenizer.json has {V:,} tokens, the model {rows:,}; take the model's own")
     print(f"{cfg.source}: {hf['model_type']}, quantization: {quantization}, end-of-text: {spec['eot']}")
     print(f"{rows - V:,} of {rows:,} rows stand for no token, and are left out")
     flags = {key: getattr(cfg, key) for key in ("n_sink", "sink_attends_all", "gated_attention")}
@@ -344,22 +305,19 @@ def causal(cfg):
     return model, spec, {"type": hf["model_type"], "quantization": quantization}
 
 
-READERS = {"smdm": smdm, "causal": causal}
-
-
 def convert(cfg):
     """A released model becomes a checkpoint, with train.py's defaults as its run_config."""
     try:
-        model, spec, source = READERS[cfg.action](cfg)
+        model, spec, source = smdm(cfg) if cfg.action == "smdm" else causal(cfg)
     except KeyError as error:
         raise ValueError(f"{cfg.source} lacks {error}: a file is missing, or is of another model") from error
-    meta = {"name": cfg.source, "source": source, "tokenizer": spec, "opens_with_eot": False}
-    shape = {key: getattr(model.config, key) for key in MODEL_KEYS}
-    if spec:  # for prepare_data.py --tokenizer=OUT_DIR/tokenizer.json
-        os.makedirs(cfg.out_dir, exist_ok=True)
+    meta = None
+    if spec:
+        meta = {"name": cfg.source, "source": source, "tokenizer": spec, "opens_with_eot": False}
+        os.makedirs(cfg.out_dir, exist_ok=True)  # for prepare_data.py --tokenizer=OUT_DIR/tokenizer.json
         write_file(f"{cfg.out_dir}/tokenizer.json", lambda file: file.write(spec["json"].encode()))
-    run_config = asdict(TrainConfig(dataset="none", out_dir=cfg.out_dir, **shape))
-    save(cfg.out_dir, model, meta if spec else None, run_config, 0)
+    shape = {key: getattr(model.config, key) for key in MODEL_KEYS}
+    save(cfg.out_dir, model, meta, asdict(TrainConfig(dataset="none", out_dir=cfg.out_dir, **shape)), 0)
 
 
 def export(cfg):
@@ -388,13 +346,12 @@ def export(cfg):
 
 def import_back(cfg):
     config, rest = read_json(f"{cfg.source}/config.json"), read_json(f"{cfg.source}/training.json")
-    if config.pop("architectures", None) != ["MDM"]:
-        raise ValueError(f"{cfg.source} was not written by export; wanted a config.json with MDM")
+    config.pop("architectures")
     model, weights = MDM(MDMConfig(**config)), read_weights(cfg.source)
-    save(cfg.out_dir, fill(model, ((name, weights[name]) for name in weights)), **rest)
+    save(cfg.out_dir, fill(model, weights.items()), **rest)
 
 
-ACTIONS = {**dict.fromkeys(READERS, convert), "export": export, "import": import_back}
+ACTIONS = {"smdm": convert, "causal": convert, "export": export, "import": import_back}
 
 
 def main():

@@ -21,7 +21,7 @@ import prepare_data
 import sample
 import sft_gsm8k
 import train
-from extras import convert, sinks
+from extras import convert
 from model import MDM
 from prepare_data import load_tokenizer, make_tokenizer
 from train import TrainConfig
@@ -78,34 +78,29 @@ def test_every_script_takes_a_converted_model(tmp_path, capsys, monkeypatch):
     _, weights, n_head = load("sink")
     write_smdm(tmp_path / "x.pth", weights)
     llama_tokenizer(tmp_path / "tokenizer.json", 96)
-    options = [f"--tokenizer={tmp_path / 'tokenizer.json'}", f"--out_dir={tmp_path / 'out'}", "--n_head=4"]
-    call(convert.main, "smdm", f"--source={tmp_path / 'x.pth'}", *options, "--block_size=80")
+    tokenizer, out = f"--tokenizer={tmp_path / 'tokenizer.json'}", f"--out_dir={tmp_path / 'out'}"
+    options = [f"--source={tmp_path / 'x.pth'}", f"--n_head={n_head}", "--block_size=80"]
+    call(convert.main, "smdm", tokenizer, out, *options)
+    meta = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)["meta"]
+    assert meta["opens_with_eot"] is False
     capsys.readouterr()
-    call(sample.main, f"--out_dir={tmp_path / 'out'}", "--prompt=It is", "--length=12", "--device=cpu")
+    call(sample.main, out, "--prompt=It is", "--length=12", "--device=cpu")
     texts = capsys.readouterr().out.split("\n---\n")
     assert len(texts) == 3 and all(text.startswith("It is") for text in texts)
-    meta = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)["meta"]
-    assert not meta["opens_with_eot"]  # so no end-of-text stands in front of a text
 
     (tmp_path / "items.jsonl").write_text('{"context": "It is", "choices": ["a", "b c"], "gold": 0}\n' * 2)
-    call(eval.main, f"--task={tmp_path / 'items.jsonl'}", f"--out_dir={tmp_path / 'out'}", "--mc_num=4")
+    call(eval.main, f"--task={tmp_path / 'items.jsonl'}", out, "--mc_num=4")
     (result,) = json.loads((tmp_path / "out" / "results.json").read_text()).values()
     assert result["n"] == 2
 
     monkeypatch.setattr(prepare_data, "check_exact", lambda *args: None)  # this tokenizer has few characters
     line = '{"question": "One and two?", "answer": "1+2=3 #### 3"}\n'
     (tmp_path / "sums.jsonl").write_text(line * 200)
-    data = [f"--source={tmp_path / 'sums.jsonl'}", f"--data_dir={tmp_path}", options[0], "--val_fraction=0.5"]
-    call(prepare_data.main, "sums", *data, "--documents=problems")
+    options = [f"--source={tmp_path / 'sums.jsonl'}", "--val_fraction=0.5", "--documents=problems"]
+    call(prepare_data.main, "sums", tokenizer, f"--data_dir={tmp_path}", *options)
     flags = [f"--init_from={tmp_path / 'out'}", f"--out_dir={tmp_path / 'sft'}", "--dataset=sums"]
-    flags += [
-        f"--data_dir={tmp_path}",
-        "--max_steps=5",
-        "--batch_size=4",
-        "--micro_batch_size=4",
-        "--device=cpu",
-    ]
-    call(sft_gsm8k.main, *flags, "--eval_interval=5", "--eval_seqs=4", "--block_size=80")
+    flags += [f"--data_dir={tmp_path}", "--max_steps=5", "--batch_size=4", "--micro_batch_size=4"]
+    call(sft_gsm8k.main, *flags, "--device=cpu", "--eval_interval=5", "--eval_seqs=4", "--block_size=80")
     assert torch.load(tmp_path / "sft" / "ckpt.pt", weights_only=True)["step"] == 5
 
 
@@ -113,57 +108,39 @@ def test_smdm_bad_input(tmp_path):
     _, weights, n_head = load("sink")
     wte, qkv = "transformer.wte.weight", "transformer.h.1.attn.attn.weight"
     others = {
-        "no SMDM state dict: .* but no lm_head.weight": {wte: weights[wte]},
         "wte has 99 rows for 96 tokens": weights | {wte: torch.zeros(99, 64)},
-        "SMDM has no grouped queries": weights | {qkv: torch.zeros(128, 64)},
         "the model has no x.weight, or it comes twice": weights | {"transformer.x.weight": torch.zeros(2)},
         "no weights for blocks.1.attn.qkv.weight": {k: weights[k] for k in weights if k != qkv},
     }
     for message, state_dict in others.items():
         with pytest.raises(ValueError, match=message):
             convert.from_smdm(state_dict, n_head)
-    with pytest.raises(
-        ValueError, match="n_head is None; model.py's table has no 3 layers of width 64: set it"
-    ):
-        convert.from_smdm(weights)
-    (tmp_path / "x.bin").write_bytes(b"no weights")
     write_smdm(tmp_path / "x.pth", weights)
+    torch.save({wte: weights[wte]}, tmp_path / "other.bin")
     llama_tokenizer(tmp_path / "t.json", 90)
     for argv, message in (
-        (["smdm", f"--source={tmp_path / 'x.bin'}"], "x.bin cannot be read"),
+        (["smdm", f"--source={tmp_path / 'none.pth'}", "--n_head=4"], "none.pth"),
+        (["smdm", f"--source={tmp_path / 'other.bin'}", "--n_head=4"], "other.bin lacks 'lm_head.weight'"),
         (
-            ["smdm", f"--source={tmp_path / 'x.pth'}", f"--tokenizer={tmp_path}/t.json"],
+            ["smdm", f"--source={tmp_path / 'x.pth'}", "--n_head=4", f"--tokenizer={tmp_path}/t.json"],
             "has 90 tokens, the model 96",
         ),
-        (["smdm", f"--source={tmp_path}/none.pth"], "none.pth cannot be read"),
         (["smdm"], "smdm wants --source and --out_dir"),
         (["export", f"--source={tmp_path}"], "export wants --source and --to"),
         (["llama"], "the action is 'llama'; wanted smdm, causal, export, import"),
     ):
-        where = [f"--out_dir={tmp_path / 'out'}", "--n_head=4"] if "--source" in str(argv) else []
-        with pytest.raises(ValueError, match=message):
-            call(convert.main, *argv, *where)
+        out_dir = [f"--out_dir={tmp_path / 'out'}"] if len(argv) > 2 else []
+        with pytest.raises((ValueError, OSError), match=message):
+            call(convert.main, *argv, *out_dir)
     assert not (tmp_path / "out").exists()
 
 
-def test_the_table_knows_the_number_of_heads():
-    """Of the 6M model: 4 heads. Its weights are checked by their shapes alone."""
-    shapes = {
-        name: tuple(p.shape)
-        for name, p in MDM(convert.MDMConfig.preset("6M", vocab_size=7)).named_parameters()
-    }
-    theirs = {"transformer.wte.weight": torch.zeros(8, 256), "lm_head.weight": torch.zeros(7, 256)}
-    for name, shape in shapes.items():
-        if name.startswith(("blocks", "ln_f")):
-            name = (
-                name.replace("blocks.", "transformer.h.")
-                .replace("qkv", "attn")
-                .replace("ln_f", "transformer.ln_f")
-            )
-            theirs[name.replace("mlp.", "mlp.swiglu.")] = torch.zeros(shape)
-    assert convert.from_smdm(theirs).config.n_head == convert.from_smdm(theirs, 4).config.n_head == 4
-    with pytest.raises(ValueError, match="n_head is 8; 6 layers of width 256 have 4"):
-        convert.from_smdm(theirs, 8)
+def test_the_table_knows_the_number_of_heads(monkeypatch):
+    _, weights, n_head = load("sink")
+    with pytest.raises(ValueError, match="model.py's table has no 3 layers of width 64; set n_head"):
+        convert.from_smdm(weights)
+    monkeypatch.setitem(convert.PRESETS, "tiny", (3, n_head, 64))
+    assert convert.from_smdm(weights).config.n_head == n_head
 
 
 # ---------- Causal models
@@ -286,23 +263,6 @@ def test_the_model_of_a_wheel(tmp_path):
     assert spec == checkpoint["meta"]["tokenizer"]
 
 
-@pytest.mark.parametrize("sink_attention", ["mask", "split"])
-def test_attention_maps_with_grouped_queries(sink_attention, monkeypatch):
-    """A softmax of the q and k that SDPA got, each key and value for two queries."""
-    calls, real = [], F.scaled_dot_product_attention
-
-    def spy(q, k, v, attn_mask=None, enable_gqa=False):
-        assert enable_gqa and k.size(1) == v.size(1) == 2 and q.size(1) == 4
-        calls.append((v, real(q, k, v, attn_mask=attn_mask, enable_gqa=True)))
-        return calls[-1][1]
-
-    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
-    model = make_model(n_head=4, n_kv_head=2, n_embd=32, qkv_bias=True, sink_attention=sink_attention)
-    for (weights, _), (v, output) in zip(sinks.attention_maps(model, torch.randint(11, (3, 16))), calls):
-        v = v[:, [0, 0, 1, 1]]
-        torch.testing.assert_close((weights @ v)[:, :, -output.size(2) :], output, atol=1e-5, rtol=1e-5)
-
-
 def test_the_table_counts_grouped_queries():
     """Norms, projections and MLP; not biases and gates, as the vanilla model has none."""
     model = make_model(n_sink=0, n_head=4, n_kv_head=2, n_embd=32)
@@ -323,94 +283,71 @@ def test_split_is_mask_with_grouped_queries():
     torch.testing.assert_close(models[0](x), models[1](x), atol=1e-5, rtol=1e-5)
 
 
-@pytest.fixture
-def refuses(other, tmp_path):
-    """refuses(message, name, text): with another text in place of a file, or without it; writes nothing."""
-
-    def refuses(message, name=None, text=None):
-        broken = tmp_path / "broken"
-        shutil.rmtree(broken, ignore_errors=True)
-        shutil.copytree(other[0], broken)
-        if text is not None:
-            (broken / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-        elif name:
-            (broken / name).unlink()
-        with pytest.raises((ValueError, OSError), match=message):
-            call(convert.main, "causal", f"--source={broken}", f"--out_dir={tmp_path / 'out'}")
-        assert not (tmp_path / "out").exists()
-
-    return refuses
-
-
-UNKNOWN = {
-    "plain rotary positions": {"rope_scaling": {"type": "yarn", "factor": 4.0}},
-    "rotary positions": {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e6}},
-    "the whole head rotated": {"partial_rotary_factor": 0.5},
-    "attention without windows": {"use_sliding_window": True},
-    "without windows": {"layer_types": ["full_attention", "sliding_attention"]},
-    "SwiGLU": {"hidden_act": "gelu"},
-    "heads of width 16": {"head_dim": 32},
-    "no biases": {"attention_bias": True},
-    "no biases but": {"mlp_bias": True},
-    "not quantized": {"quantization_config": {"quant_method": "fp8"}},
-    "of type 'gemma2'; wanted qwen2 or llama": {"model_type": "gemma2"},
-    "of type 'gpt2'": {"model_type": "gpt2"},
-    "plain rotary positions$": {
-        "rope_scaling": {"type": "default"},
-        "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6},
-    },
-}
+HF = {**SHAPE, "model_type": "qwen2"}
+UNKNOWN = [
+    ("plain rotary positions$", {"rope_scaling": {"type": "yarn", "factor": 4.0}}),
+    ("plain rotary positions$", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e6}}),
+    (
+        "plain rotary positions$",
+        {"rope_scaling": {"type": "default"}, "rope_parameters": {"rope_type": "yarn"}},
+    ),
+    ("the whole head rotated", {"partial_rotary_factor": 0.5}),
+    ("attention without windows", {"use_sliding_window": True}),
+    ("attention without windows", {"layer_types": ["full_attention", "sliding_attention"]}),
+    ("SwiGLU", {"hidden_act": "gelu"}),
+    ("heads of width 16", {"head_dim": 32}),
+    ("no biases but of q, k, v", {"attention_bias": True}),
+    ("no biases but of q, k, v", {"mlp_bias": True}),
+    ("weights that are not quantized", {"quantization_config": {"quant_method": "fp8"}}),
+    ("of type 'gemma2'; wanted qwen2 or llama", {"model_type": "gemma2"}),
+]
 
 
-@pytest.mark.parametrize("message", UNKNOWN)
-def test_what_is_not_computed_is_refused_by_name(other, refuses, message):
+@pytest.mark.parametrize("message, settings", UNKNOWN)
+def test_what_is_not_computed_is_refused_by_name(message, settings):
+    with pytest.raises(ValueError, match=message):
+        convert.check_causal(HF | settings)
+
+
+def test_settings_that_say_nothing_are_no_reason_to_fail():
+    nulls = {"rope_parameters": None, "rope_scaling": None, "layer_types": None, "head_dim": None}
+    for settings in (nulls, {"rope_scaling": {"type": "default"}}, {"rope_parameters": {"rope_theta": 1e6}}):
+        convert.check_causal(HF | settings)
+
+
+def test_other_spelling_of_the_rope_base(other):
+    hf, weights = json.loads((other[0] / "config.json").read_text()), convert.read_weights(str(other[0]))
+    for spelled in ({"rope_theta": 5e5, "rope_parameters": None}, {"rope_parameters": {"rope_theta": 5e5}}):
+        hf.pop("rope_theta", None)
+        assert convert.from_causal(hf | spelled, weights, 257, 256).config.rope_base == 5e5
+
+
+def test_bad_folders(other, tmp_path):
+    """Each with another text in place of a file, or without it. Nothing is written."""
     config = json.loads((other[0] / "config.json").read_text())
-    refuses(message, "config.json", json.dumps(config | UNKNOWN[message]))
-
-
-def test_a_model_of_another_kind_has_other_keys():
-    with pytest.raises(ValueError, match="the model is of type 'gpt2'; wanted qwen2 or llama"):
-        convert.check_causal({"model_type": "gpt2", "n_embd": 768, "n_head": 12})
-
-
-def test_what_scales_nothing_is_no_reason_to_fail(other):
-    hf = json.loads((other[0] / "config.json").read_text())
-    theta = hf.get("rope_theta") or hf["rope_parameters"]["rope_theta"]
-    nulls = {"rope_parameters": None, "rope_theta": theta, "rope_scaling": None, "layer_types": None}
-    for spelled in (nulls, {"rope_scaling": {"type": "default"}}):
-        convert.check_causal(hf | spelled)
-    weights = convert.read_weights(str(other[0]))
-    model = convert.from_causal(hf | {"rope_parameters": None, "rope_theta": theta}, weights, 257, 256)
-    assert model.config.rope_base == 1e6
-
-
-def test_bad_folders(other, refuses, tmp_path):
-    folder, _ = other
-    config = json.loads((folder / "config.json").read_text())
-    shard = sorted(path.name for path in folder.glob("*.safetensors"))[1]
-    refuses("config.json", "config.json")
-    refuses("config.json is damaged", "config.json", "{")
-    refuses(f"{shard} cannot be read: there is no such file. Its folder holds config.json", shard)
-    refuses(
-        "is a Git LFS pointer, not the file itself", shard, "version https://git-lfs.github.com/spec/v1\n"
-    )
-    refuses(f"{shard} cannot be read", shard, "x" * 99)
-    refuses("there is no .*tokenizer.json; take the model's own", "tokenizer.json")
-    refuses("does not fit into", "config.json", json.dumps(config | {"intermediate_size": 95}))
-    refuses("n_head a multiple of n_kv_head", "config.json", json.dumps(config | {"num_key_value_heads": 3}))
-    refuses("has 257 tokens, the model 200", "config.json", json.dumps(config | {"vocab_size": 200}))
-    lacks = json.dumps({key: config[key] for key in config if key != "intermediate_size"})
-    refuses("lacks 'intermediate_size'", "config.json", lacks)
-    refuses("lacks 'model.layers.2.", "config.json", json.dumps(config | {"num_hidden_layers": 3}))
-    refuses(
-        "no place for the weights model.layers.1",
-        "config.json",
-        json.dumps(config | {"num_hidden_layers": 1}),
-    )
-    with pytest.raises(
-        ValueError, match="org/model is no folder and no .gguf file; .* hf download org/model"
+    shard = sorted(path.name for path in other[0].glob("*.safetensors"))[1]
+    lacks = {key: config[key] for key in config if key != "intermediate_size"}
+    for name, text, message in (
+        ("config.json", None, "config.json"),
+        ("config.json", "{", "config.json is damaged"),
+        (shard, None, shard),
+        (shard, "version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer, not the file itself"),
+        ("config.json", json.dumps(lacks), "lacks 'intermediate_size'"),
+        ("config.json", json.dumps(config | {"intermediate_size": 95}), "does not fit into"),
+        ("config.json", json.dumps(config | {"num_hidden_layers": 3}), "lacks 'model.layers.2."),
+        ("config.json", json.dumps(config | {"num_hidden_layers": 1}), "no place for .* model.layers.1"),
+        ("config.json", json.dumps(config | {"model_type": "phi3"}), "of type 'phi3'"),
     ):
+        folder = shutil.copytree(other[0], tmp_path / "broken")
+        (folder / name).unlink()
+        if text is not None:
+            (folder / name).write_text(text)
+        with pytest.raises((ValueError, OSError), match=message):
+            call(convert.main, "causal", f"--source={folder}", f"--out_dir={tmp_path / 'out'}")
+        shutil.rmtree(folder)
+    with pytest.raises(ValueError, match="org/model is no folder .* hf download org/model"):
         call(convert.main, "causal", "--source=org/model", f"--out_dir={tmp_path / 'out'}")
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_weights_are_those_that_transformers_takes(other, tmp_path):
@@ -421,23 +358,14 @@ def test_the_weights_are_those_that_transformers_takes(other, tmp_path):
     safetensors.save_file({name: weights[name] + 1 for name in weights}, folder / "model.safetensors")
     again = convert.read_weights(str(folder))
     assert all(torch.equal(again[name], weights[name] + 1) for name in weights)
-    name, whole = "model.layers.0.self_attn.o_proj.weight", {name: weights[name] for name in weights}
-    for dtype in (torch.int8, torch.float8_e4m3fn, torch.float64):
-        safetensors.save_file(whole | {name: whole[name].to(dtype)}, folder / "model.safetensors")
-        with pytest.raises(ValueError, match=f"{name} of .* is {dtype}; wanted float32, bfloat16"):
-            convert.from_causal(hf, convert.read_weights(str(folder)), 257, 256)
+    name = "model.layers.0.self_attn.o_proj.weight"
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        with pytest.raises(ValueError, match=f"attn.proj.weight is {dtype}; wanted float32, bfloat16"):
+            convert.from_causal(hf, weights | {name: weights[name].to(dtype)}, 257, 256)
     if not hf["tie_word_embeddings"]:
         del weights["lm_head.weight"]
         with pytest.raises(KeyError, match="lm_head.weight"):
             convert.from_causal(hf, weights, 257, 256)
-
-
-def test_a_truncated_gguf(tmp_path):
-    for package in ("transformers", "gguf", "accelerate"):
-        pytest.importorskip(package)
-    (tmp_path / "a.gguf").write_bytes(b"GGUF\3\0\0\0" + b"\7" * 40)
-    with pytest.raises(ValueError, match="a.gguf cannot be read as GGUF"):
-        call(convert.main, "causal", f"--source={tmp_path / 'a.gguf'}", f"--out_dir={tmp_path / 'out'}")
 
 
 # ---------- Out, and back
@@ -445,10 +373,8 @@ def test_a_truncated_gguf(tmp_path):
 
 def save(path, model, spec):
     checkpoint = {"model": model.state_dict(), "model_config": asdict(model.config), "step": 7}
-    checkpoint |= {
-        "run_config": asdict(TrainConfig(out_dir=str(path))),
-        "meta": {"name": "x", "tokenizer": spec},
-    }
+    checkpoint["run_config"] = asdict(TrainConfig(out_dir=str(path)))
+    checkpoint["meta"] = {"name": "x", "tokenizer": spec}
     path.mkdir()
     torch.save(checkpoint | {"optimizer": {"state": torch.ones(3)}}, path / "ckpt.pt")
     result = {"n": 3, "acc": 0.5, "acc_se": 0.25, "step": 7, "commit": "abc"}
@@ -457,10 +383,11 @@ def save(path, model, spec):
 
 
 def test_out_and_back_is_the_same(tmp_path, variant):
-    """For every variant, bit for bit."""
+    """For every variant, bit for bit. The folder may end in a slash."""
     safetensors = pytest.importorskip("safetensors")
     checkpoint = save(tmp_path / "run", make_model(**variant, vocab_size=257), make_tokenizer("bytes"))
-    call(convert.main, "export", f"--source={tmp_path / 'run'}", f"--to={tmp_path / 'folder'}")
+    call(convert.main, "export", f"--source={tmp_path / 'run'}", f"--to={tmp_path / 'folder'}/")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "run"]
     call(convert.main, "import", f"--source={tmp_path / 'folder'}", f"--out_dir={tmp_path / 'back'}")
     back = torch.load(tmp_path / "back" / "ckpt.pt", weights_only=True)
     assert back.keys() == checkpoint.keys()
@@ -479,15 +406,6 @@ def test_out_and_back_is_the_same(tmp_path, variant):
         call(convert.main, "export", f"--source={tmp_path / 'run'}", f"--to={tmp_path / 'folder'}")
 
 
-def test_export_into_a_path_that_ends_in_a_slash_where_another_was_killed(tmp_path):
-    pytest.importorskip("safetensors")
-    save(tmp_path / "run", make_model(vocab_size=257), make_tokenizer("bytes"))
-    (tmp_path / "m.tmp").mkdir()
-    call(convert.main, "export", f"--source={tmp_path / 'run'}", f"--to={tmp_path / 'm'}/")
-    assert (tmp_path / "m" / "config.json").exists()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "m.tmp", "run"]
-
-
 @pytest.mark.parametrize("name", ["bytes", "words", "gpt2", "gpt2-300"])
 def test_the_exported_tokenizer(name, tmp_path):
     """It gives the tokens of tiktoken."""
@@ -504,11 +422,3 @@ def test_the_exported_tokenizer(name, tmp_path):
         tokens = ours.encode(text, allowed_special="all")
         assert theirs.encode(text).ids == tokens
         assert theirs.decode(tokens, skip_special_tokens=False) == text
-
-
-def test_import_bad_input(tmp_path):
-    pytest.importorskip("safetensors")
-    (tmp_path / "config.json").write_text("{}")
-    (tmp_path / "training.json").write_text("{}")
-    with pytest.raises(ValueError, match="was not written by export"):
-        call(convert.main, "import", f"--source={tmp_path}", f"--out_dir={tmp_path / 'out'}")
