@@ -54,31 +54,30 @@ class SinksConfig:
     seed: int = 0  # of the random draws
     device: str = "auto"  # auto: cuda, else mps, else cpu
 
-    def __post_init__(self):
-        if self.limit < 2 or self.mc_num < 1 or self.seed < 0:
-            got = f"{self.limit}, {self.mc_num} and {self.seed}"
-            raise ValueError(f"limit, mc_num and seed must be at least 2, 1 and 0; got {got}")
-
 
 class Run:
-    """A trained model, and validation sequences x0 (n, T) of which it is to write the hidden tokens (n, T).
-    Raises ValueError if a text has no hidden token. look_at adds prompts, layers and first."""
+    """A trained model, and the texts that take_texts gives it. look_at adds prompts, layers and states."""
 
     def __init__(self, name, cfg, device):
         self.name = name
         self.model, self.tokenizer, self.checkpoint = load_trained(name, device)
-        run_config = self.checkpoint["run_config"]
+        n, word = self.model.config.n_sink, "register" if self.model.config.sink_attends_all else "sink token"
+        self.title = {0: "without a sink token", 1: f"with a {word}"}.get(n, f"with {n} {word}s")
+        self.take_texts(cfg)
+
+    def take_texts(self, cfg):
+        """Sets x0 and maskable of the validation sequences, and hidden, the tokens that are to be written:
+        (n, T) each. Raises ValueError if a text has none."""
         get_batch, n, _ = validation(self.checkpoint, cfg.data, cfg.limit)
-        batches = [get_batch("val", index) for index in range(math.ceil(n / run_config["micro_batch_size"]))]
+        B = self.checkpoint["run_config"]["micro_batch_size"]
+        batches = [get_batch("val", index) for index in range(math.ceil(n / B))]
         self.x0, self.maskable = (torch.cat(tensors)[:n] for tensors in zip(*batches))
         T, length = self.x0.size(1), cfg.prompt_length
         if length is None:  # the question of a fine-tuned model is not maskable
             length = 0 if is_fine_tuned(self.checkpoint) else T // 4
         self.hidden = self.maskable & (torch.arange(T) >= length)
         if not self.hidden.any(dim=1).all():
-            raise ValueError(f"prompt_length {length} leaves {name} nothing to write of {T} tokens; lower it")
-        n, word = self.model.config.n_sink, "register" if self.model.config.sink_attends_all else "sink token"
-        self.title = {0: "without a sink token", 1: f"with a {word}"}.get(n, f"with {n} {word}s")
+            raise ValueError(f"prompt_length {length} leaves {self.name} nothing to write; lower it")
 
 
 @torch.no_grad()
@@ -86,14 +85,14 @@ def attention_maps(model, xt):
     """Yields for each layer the attention weights (B, H, S, S), a row for each query, and the L2 norms of the
     value vectors (B, S), means over heads. xt is (B, T), and the sinks are the first of the S positions.
     Raises ValueError if the weights do not give the output of the layer, as after a change of model.py."""
-    config, seen, layers = model.config, [], [block.attn for block in model.blocks]
-    hooks = [layer.register_forward_hook(lambda _, *calls: seen.append(calls)) for layer in layers]
-    model.trunk(xt.to(next(model.parameters()).device))
+    config, device, calls = model.config, model.wte.weight.device, []
+    hooks = [block.attn.register_forward_hook(lambda *call: calls.append(call)) for block in model.blocks]
+    model.trunk(xt.to(device))
     for hook in hooks:
         hook.remove()
     S = config.n_sink + xt.size(1)
-    may_attend = sink_mask(S, 0 if config.sink_attends_all else config.n_sink).to(model.wte.weight.device)
-    for layer, ((x, cos, sin, _), output) in zip(layers, seen):  # as in Attention.forward
+    may_attend = sink_mask(S, 0 if config.sink_attends_all else config.n_sink).to(device)
+    for layer, (x, cos, sin, _), output in calls:  # as in Attention.forward
         q, k, v = layer.heads(x, cos, sin)
         k, values = (t.repeat_interleave(config.n_head // config.n_kv_head, dim=1) for t in (k, v))  # as q
         scores = q @ k.transpose(2, 3) / math.sqrt(q.size(-1))
@@ -106,7 +105,7 @@ def attention_maps(model, xt):
         yield weights, norms
 
 
-def measure(model, states, threshold):
+def attention_at_steps(model, states, threshold):
     """Three arrays for the states (steps, T) of a text: the attention that each key gets, mean over heads and
     content queries, and the norms of the value vectors, both (n_layer, steps, S); and the sink rate (n_layer,
     steps): the share of heads in which some key gets more than the threshold (arXiv 2410.10781)."""
@@ -124,9 +123,9 @@ def measure(model, states, threshold):
 def follow(mass, norms, rate, config):
     """The position that gets the most attention in one layer, and COLUMNS: {name: a number for each step}.
 
-    mass, norms (steps, S) and rate (steps,) of measure. Content has the positions 0, 1, ...; a sink -1 in
-    front or T at the end. Of several sinks each competes alone, and from one to another is no move. on_sink:
-    a sink gets the most. content_moves: the moves of the content position that gets the most."""
+    mass, norms (steps, S) and rate (steps,) are of attention_at_steps. Content has the positions 0, 1, ...; a
+    sink -1 in front or T at the end. Of several sinks each competes alone, and from one to another is no
+    move. on_sink: a sink gets the most. content_moves: moves of the content position that gets the most."""
     n_sink, (steps, S) = config.n_sink, mass.shape
     positions = np.arange(S) - n_sink
     positions[:n_sink] = -1 if config.sink_position == "front" else S - n_sink
@@ -160,55 +159,55 @@ def summarize(prompts):
 
 def look_at(run, cfg):
     """Writes the texts. run.prompts has what the file gets of each, run.layers the averages of each layer,
-    run.first the first text's states (steps, T) before each step, and what measure makes of them."""
+    run.states (steps, T) the first text before each step."""
     run.prompts, config = [], run.model.config
     for index in tqdm(range(len(run.x0)), desc=run.name, unit="text", disable=None):
         x = torch.where(run.hidden[index], config.mask_id, run.x0[index])[None]
-        states, seed = [x], seed_for(cfg.seed, index)
-        rule = cfg.steps, cfg.temperature, cfg.remasking
-        generate(run.model, x, *rule, seeds=[seed], on_step=states.append)
+        states, rule = [x], (cfg.steps, cfg.temperature, cfg.remasking)
+        generate(run.model, x, *rule, seeds=[seed_for(cfg.seed, index)], on_step=states.append)
         states, text = torch.cat(states[:-1]), states[-1][0]
-        measured = measure(run.model, states, cfg.head_threshold)
-        layers = [follow(*arrays, config) for arrays in zip(*measured)]
+        by_layer = zip(*attention_at_steps(run.model, states, cfg.head_threshold))
+        layers = [follow(*arrays, config) for arrays in by_layer]
         steps = (states == config.mask_id).sum(dim=0).tolist()  # each is hidden in the first so many states
         texts = [readable(run.tokenizer, token) for token in text.tolist()]
         run.prompts.append({"tokens": text.tolist(), "texts": texts, "steps": steps, "layers": layers})
         if index == 0:
-            run.first = states, *measured
+            run.states = states
     run.layers = summarize(run.prompts)
 
 
 def print_table(runs):
     """A row for each layer, a group of columns for each run."""
-    names, head, units, rows = "      ", "      ", "layer ", {}
+    names, head, units = "      ", "      ", "layer "
+    rows = [f"{number:>5} " for number in range(len(runs[0].layers))]
     for run in runs:
         group = [column for column in COLUMNS if column in run.layers[0]]
-        width = max(10 * len(group), len(run.name))
-        names += f"  {run.name:^{width}}"
-        head += "  " + "".join(f"{column:>10}" for column in group).rjust(width)
-        units += "  " + "".join(f"{COLUMNS[column][0]:>10}" for column in group).rjust(width)
+        names += f"  {run.name:^{10 * len(group)}}"
+        head += "  " + "".join(f"{column:>10}" for column in group)
+        units += "  " + "".join(f"{COLUMNS[column][0]:>10}" for column in group)
         for number, layer in enumerate(run.layers):
-            cells = ""
+            rows[number] += "  "
             for column in group:
                 mean, error = layer[column], layer[f"{column}_se"]
-                percent = COLUMNS[column][0][0] == "%"
+                percent = COLUMNS[column][0].startswith("%")
                 cell = f"{100 * mean:.0f}±{100 * error:.0f}" if percent else f"{mean:.1f}±{error:.1f}"
-                cells += f"{cell:>10}"
-            rows[number] = rows.get(number, f"{number:>5} ") + "  " + cells.rjust(width)
-    print("", names.rstrip(), head, units, *rows.values(), sep="\n")
+                rows[number] += f"{cell:>10}"
+    print("", names.rstrip(), head, units, *rows, sep="\n")
 
 
 def sentence(run):
     """What the table says about a run, in words."""
-    parts, on_sink = [], [layer.get("on_sink", 0) > 0.5 for layer in run.layers]
-    for stays, column, words in (
-        (True, "on_sink", "a sink token gets the most attention"),
-        (False, "moves", "the position with the most attention changes"),
+    on_sink = [number for number, layer in enumerate(run.layers) if layer.get("on_sink", 0) > 0.5]
+    others = [number for number in range(len(run.layers)) if number not in on_sink]
+    parts = []
+    for numbers, column, words in (
+        (on_sink, "on_sink", "a sink token gets the most attention"),
+        (others, "moves", "the position with the most attention changes"),
     ):
-        numbers = [number for number, stay in enumerate(on_sink) if stay == stays]
         if numbers:
-            shares = sorted(round(100 * run.layers[number][column]) for number in numbers)
-            often = f"{shares[0]} to {shares[-1]} %" if shares[0] < shares[-1] else f"{shares[0]} %"
+            shares = [round(100 * run.layers[number][column]) for number in numbers]
+            low, high = min(shares), max(shares)
+            often = f"{low} to {high} %" if low < high else f"{low} %"
             layers = f"in layer{'s' * (len(numbers) > 1)} {', '.join(map(str, numbers))}"
             parts.append(f"{layers} {words} at {often} of the steps")
     return f"{run.name}, {len(run.prompts)} texts: {'; '.join(parts)}."
@@ -267,11 +266,10 @@ def draw_maps(Figure, runs, layer):
     figure = Figure(figsize=(4.8 * len(runs), 9.4), layout="constrained")
     axes = figure.subplots(2, len(runs), squeeze=False)
     for column, run in zip(axes.T, runs):
-        states, n_sink = run.first[0], run.model.config.n_sink
-        n_steps, T = states.shape
+        n_sink, (n_steps, T) = run.model.config.n_sink, run.states.shape
         steps, unit = [n_steps // 8, n_steps - 1 - n_steps // 8], T / 24  # unit: the width of a sink
         left, top = -0.5 - unit * (n_sink + 0.5), -0.5 - unit * 1.5
-        weights, _ = next(itertools.islice(attention_maps(run.model, states[steps]), layer, None))
+        weights, _ = next(itertools.islice(attention_maps(run.model, run.states[steps]), layer, None))
         weights = weights[:, :, n_sink:].mean(dim=1).cpu().numpy().clip(0.1 / T)  # (2, T, S)
         options = {"norm": "log", "vmin": 0.1 / T, "vmax": 1, "cmap": "magma", "interpolation": "nearest"}
         for panel, step, image in zip(column, steps, weights):
@@ -279,7 +277,7 @@ def draw_maps(Figure, runs, layer):
             if n_sink:
                 extent = (left, left + unit * n_sink, T - 0.5, -0.5)
                 panel.imshow(image[:, :n_sink], extent=extent, **options)
-            hidden = (states[step] == run.model.config.mask_id)[None].numpy()
+            hidden = (run.states[step] == run.model.config.mask_id)[None].numpy()
             panel.imshow(hidden, cmap="Greys", vmax=2, extent=(-0.5, T - 0.5, top + unit, top))
             panel.set(xlim=(left, T - 0.5), ylim=(T - 0.5, top), xlabel="key", ylabel="query")
             panel.set_xticks(*ticks(T, left + unit * n_sink / 2 if n_sink else None))
@@ -290,13 +288,13 @@ def draw_maps(Figure, runs, layer):
 
 
 def draw_paths(Figure, runs):
-    """The position that gets the most attention at each step: a row for each layer that all runs have, a
-    column for each run. A sink has its own line at the bottom; hidden tokens are grey."""
-    n_layer = min(len(run.layers) for run in runs)
+    """The position that gets the most attention at each step: a row for each layer, a column for each run. A
+    sink has its own line at the bottom; hidden tokens are grey."""
+    n_layer = len(runs[0].layers)
     figure = Figure(figsize=(4.8 * len(runs), 1 + 1.6 * n_layer), layout="constrained")
     axes = figure.subplots(n_layer, len(runs), squeeze=False)
     for column, run in zip(axes.T, runs):
-        hidden = (run.first[0] == run.model.config.mask_id).numpy()
+        hidden = (run.states == run.model.config.mask_id).numpy()
         n_steps, T = hidden.shape
         for layer, panel in enumerate(column):
             positions = np.array(run.prompts[0]["layers"][layer]["position"])
@@ -312,19 +310,13 @@ def draw_paths(Figure, runs):
     return figure
 
 
-def main():
-    names = list(itertools.takewhile(lambda word: not word.startswith("-"), sys.argv[1:]))
-    if not names and not {"-h", "--help"} & set(sys.argv):
-        raise ValueError("no run is named; wanted: python -m extras.sinks out/x [out/y ...] [--key=value]")
-    cfg, _ = configurator.parse(SinksConfig, sys.argv[1 + len(names) :])
-    Figure = configurator.need("matplotlib.figure", "matplotlib").Figure if cfg.plot else None
-    _, _, device = setup_distributed(cfg.device)
-    torch.set_float32_matmul_precision("highest")  # no TF32
+def load_runs(names, cfg, device):
+    """The runs, all with the same texts. Raises ValueError if they do not go together, or lack a setting."""
     runs = [Run(name, cfg, device) for name in names]
-    n_layer = min(run.model.config.n_layer for run in runs)
+    n_layer = runs[0].model.config.n_layer
     for run in runs:
-        if not torch.equal(run.x0, runs[0].x0):
-            raise ValueError(f"{run.name} has other validation sequences than {names[0]}; look at it alone")
+        if run.model.config.n_layer != n_layer or not torch.equal(run.x0, runs[0].x0):
+            raise ValueError(f"{run.name} has other texts or layers than {names[0]}; look at it alone")
     if cfg.layer is not None and cfg.layer not in range(n_layer):
         raise ValueError(f"layer is {cfg.layer}; the layers are 0 to {n_layer - 1}")
     if cfg.changes and not any(run.model.config.n_sink for run in runs):
@@ -332,10 +324,18 @@ def main():
     if len({run.title for run in runs}) < len(runs):
         for run in runs:
             run.title = f"{run.name}, {run.title}"
-    name = "+".join("-".join(Path(name).resolve().parts[-2:]) for name in names)
-    folder = Path(cfg.to or f"out/sinks/{name}")
-    if cfg.json or cfg.plot:
-        folder.mkdir(parents=True, exist_ok=True)
+    return runs
+
+
+def main():
+    names = list(itertools.takewhile(lambda word: not word.startswith("-"), sys.argv[1:]))
+    if not names and "--help" not in sys.argv:
+        raise ValueError("no run is named; wanted: python -m extras.sinks out/x [out/y ...] [--key=value]")
+    cfg, _ = configurator.parse(SinksConfig, sys.argv[1 + len(names) :])
+    Figure = configurator.need("matplotlib.figure", "matplotlib").Figure if cfg.plot else None
+    _, _, device = setup_distributed(cfg.device)
+    torch.set_float32_matmul_precision("highest")  # no TF32
+    runs = load_runs(names, cfg, device)
 
     for run in runs:
         look_at(run, cfg)
@@ -347,24 +347,27 @@ def main():
     print("", *map(sentence, runs), sep="\n")
     results = []
     for run in runs:
-        rows = changed_bounds(run, cfg) if cfg.changes and run.model.config.n_sink else None
-        facts = {"run": run.name, "title": run.title, "step": run.checkpoint["step"]}
-        facts["n_sink"] = run.model.config.n_sink
+        n_sink = run.model.config.n_sink
+        rows = changed_bounds(run, cfg) if cfg.changes and n_sink else None
+        facts = {"run": run.name, "title": run.title, "step": run.checkpoint["step"], "n_sink": n_sink}
         results.append({**facts, "layers": run.layers, "changes": rows, "prompts": run.prompts})
 
     files = {}
     if cfg.json:
         result = json.dumps({"settings": asdict(cfg), **made_by(), "runs": results}).encode()
-        files[folder / "sinks.json"] = lambda file: file.write(result)
-    most = max(runs, key=lambda run: run.model.config.n_sink)
-    shares = [averages.get("sink", averages["top"]) for averages in most.layers[:n_layer]]
-    layer = int(np.argmax(shares)) if cfg.layer is None else cfg.layer
+        files["sinks.json"] = lambda file: file.write(result)
     if cfg.plot:
-        files[folder / "maps.png"] = draw_maps(Figure, runs, layer).savefig
-        files[folder / "paths.png"] = draw_paths(Figure, runs).savefig
-    for path, write in files.items():
-        write_file(path, write)
-        print(f"wrote {path}")
+        most = max(runs, key=lambda run: run.model.config.n_sink)
+        shares = [averages.get("sink", averages["top"]) for averages in most.layers]
+        layer = int(np.argmax(shares)) if cfg.layer is None else cfg.layer
+        files["maps.png"] = draw_maps(Figure, runs, layer).savefig
+        files["paths.png"] = draw_paths(Figure, runs).savefig
+    name = "+".join("-".join(Path(name).resolve().parts[-2:]) for name in names)
+    folder = Path(cfg.to or f"out/sinks/{name}")
+    for file_name, write in files.items():
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(folder / file_name, write)
+        print(f"wrote {folder / file_name}")
 
 
 if __name__ == "__main__":
