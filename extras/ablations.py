@@ -41,30 +41,33 @@ def read_run(path):
         first, last = starts[0]["config"], starts[-1]
         settings = {key: first[key] for key in first if key not in ("seed", "out_dir", *MAY_CHANGE)}
         settings |= {key: last["config"].get(key, "-") for key in ("max_steps", "train_flops", "epochs")}
-        data = " ".join(sha256[:8] for sha256 in (last["data_sha256"] or {}).values())
-        commit = (last["commit"] or "none")[:8] + "-dirty" * str(last["commit"]).endswith("-dirty")
-        start = re.sub(r"-\d+$", "", str(first["init_from"]))  # each seed may have a start of its own
-        settings |= {"commit": commit, "data": data, "init_from": start}
+        commit = last["commit"] or "none"
+        settings["commit"] = commit[:8] + "-dirty" * commit.endswith("-dirty")
+        settings["data"] = " ".join(sha256[:8] for sha256 in (last["data_sha256"] or {}).values())
+        settings["init_from"] = re.sub(r"-\d+$", "", str(first["init_from"]))  # a seed may have its own start
         return path.parent.name.removesuffix(f"-{first['seed']}"), first["seed"], settings, losses
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, IndexError) as error:
         raise ValueError(f"{path} is no log of train.py ({error!r}); move it") from error
 
 
+def differing(settings, others):
+    """The keys in which they differ. What an older log lacks is off."""
+    return [key for key in settings | others if (settings.get(key) or None) != (others.get(key) or None)]
+
+
 def group(runs):
-    """{name: (settings, {seed: losses})} of {path: what read_run gives}. Raises ValueError if a name has
-    several settings."""
+    """{name: (settings, {seed: losses})} of {path: what read_run gives}. Raises ValueError if runs of one
+    name do not go together."""
     rows = {}
     for path, (name, seed, settings, losses) in runs.items():
         if not losses:
             print(f"left out {path}: it has no validation yet")
             continue
-        wanted, seeds = rows.setdefault(name, (settings, {}))
-        for key in settings | wanted:
-            if settings.get(key) != wanted.get(key):
-                values = f"{settings.get(key)!r}, not {wanted.get(key)!r}"
-                raise ValueError(f"{path} has {key} {values}, as other runs named {name}; rename its folder")
+        others, seeds = rows.setdefault(name, (settings, {}))
+        if keys := differing(settings, others):
+            raise ValueError(f"{path} has another {', '.join(keys)} than others named {name}; rename it")
         if seed in seeds:
-            raise ValueError(f"{path} is a second run named {name} of seed {seed}; rename its folder")
+            raise ValueError(f"{path} is a second run named {name} of seed {seed}; rename it")
         seeds[seed] = losses
     return rows
 
@@ -104,37 +107,38 @@ def draw_curves(figure, rows, first):
     panels[0].legend()
 
 
-def main():
-    cfg, _ = configurator.parse(AblationsConfig, positional="folder")
-    runs = {path: read_run(path) for path in sorted(Path(cfg.folder).glob("*/log.jsonl"))}
-    rows = group(runs)
-    if not rows:
-        raise ValueError(f"there is no {cfg.folder}/*/log.jsonl; train with --out_dir={cfg.folder}/NAME-SEED")
-    baseline = cfg.baseline or next(iter(rows))
-    if baseline not in rows:
-        raise ValueError(f"no run is named {baseline}; wanted one of {', '.join(rows)}")
-    Figure = configurator.need("matplotlib.figure", "matplotlib").Figure if cfg.plot else None
+def print_table(rows, baseline):
+    """A row for each name."""
     width = max(map(len, rows))
     head = f"{'validation loss':>18}{f'more than {baseline}':>23}{'95 % interval':>20}"
     print(f"{'':<{width}}  seeds    step{head}  other settings")
     wanted, first = rows[baseline]
     last = shared_steps(first)[-1]
     for name, (settings, seeds) in rows.items():
-        steps = shared_steps(seeds)
-        mean, error = mean_and_error([losses[steps[-1]] for losses in seeds.values()])
-        other = [k for k in settings | wanted if (settings.get(k) or None) != (wanted.get(k) or None)]
+        step, other = shared_steps(seeds)[-1], differing(settings, wanted)
+        mean, error = mean_and_error([losses[step] for losses in seeds.values()])
         more, interval = "-", "-"
-        if steps[-1] == last and OF_AN_ARM.issuperset(other):
+        if step == last and OF_AN_ARM.issuperset(other):
             at_last = {seed: losses[last] for seed, losses in seeds.items()}
             more, interval = compare(at_last, {seed: losses[last] for seed, losses in first.items()})
-        shown = " ".join(f"{key}={settings.get(key)}" for key in other)
-        loss = f"{mean:.4f} ± {error:.4f}"
-        row = f"{len(seeds):>7}{steps[-1]:>8}{loss:>18}{more:>23}{interval:>20}  {shown}"
+        loss, shown = f"{mean:.4f} ± {error:.4f}", " ".join(f"{key}={settings.get(key)}" for key in other)
+        row = f"{len(seeds):>7}{step:>8}{loss:>18}{more:>23}{interval:>20}  {shown}"
         print(f"{name:<{width}}{row}")
 
+
+def main():
+    cfg, _ = configurator.parse(AblationsConfig, positional="folder")
+    rows = group({path: read_run(path) for path in sorted(Path(cfg.folder).glob("*/log.jsonl"))})
+    if not rows:
+        raise ValueError(f"there is no {cfg.folder}/*/log.jsonl; train with --out_dir={cfg.folder}/NAME-SEED")
+    baseline = cfg.baseline or next(iter(rows))
+    if baseline not in rows:
+        raise ValueError(f"no run is named {baseline}; wanted one of {', '.join(rows)}")
+    Figure = configurator.need("matplotlib.figure", "matplotlib").Figure if cfg.plot else None
+    print_table(rows, baseline)
     if cfg.plot:
         figure = Figure(figsize=(10, 4), layout="constrained")
-        draw_curves(figure, rows, first)
+        draw_curves(figure, rows, rows[baseline][1])
         write_file(f"{cfg.folder}/curves.png", figure.savefig)
         print(f"wrote {cfg.folder}/curves.png")
 

@@ -44,11 +44,8 @@ class BenchConfig:
     def __post_init__(self):
         if self.part not in ("sink", "train", "sample"):
             raise ValueError(f"cannot measure {self.part!r}; wanted sink, train or sample")
-        autocast(torch.device("cpu"), self.dtype)  # refuses an unknown dtype
         if self.batch_size is None:
             self.batch_size = 64 if self.part == "sample" else 2
-        if min(self.rounds, self.batch_size) < 1:
-            raise ValueError(f"rounds {self.rounds} and batch_size {self.batch_size} must be at least 1")
 
 
 def take_turns(ways, rounds, device):

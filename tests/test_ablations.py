@@ -17,9 +17,8 @@ def write_log(folder, losses, again=None, commit="c1", data=None, extra=None, **
     rows = [{"config": config, "commit": commit, "data_sha256": data and {"train": data}, "step": 0}]
     rows += [{"step": step, "val_loss": loss} for step, loss in losses.items()] + [{"step": 5, "loss": 1.0}]
     if again:
-        rows.append(
-            {**rows[0], "config": {**config, "init_from": "resume", "max_steps": 9000, "device": "cpu"}}
-        )
+        resumed = {**config, "init_from": "resume", "max_steps": 9000, "device": "cpu"}
+        rows.append({**rows[0], "config": resumed})
         rows += [{"step": step, "val_loss": loss} for step, loss in again.items()]
     folder.mkdir(exist_ok=True)
     (folder / "log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 99, "val')
@@ -81,13 +80,10 @@ def test_what_is_compared(tmp_path, call):
         ({"commit": "c" * 40 + "-dirty"}, "1.0000 ± nan", "commit=cccccccc-dirty"),
         ({"data": "20e" * 20}, "-", "data=20e20e20"),
         ({"extra": {"epochs": 10}}, "-", "epochs=10"),
+        ({"extra": {"epochs": None}}, "-", "epochs=None"),
         ({"block_size": 32}, "-", "block_size=32"),
-        ({"eval_seqs": 99}, "-", "eval_seqs=99"),
-        ({"batch_size": 32}, "-", "batch_size=32"),
         ({"batch_size": 8, "micro_batch_size": 8}, "-", "batch_size=8 micro_batch_size=8"),
         ({"stratified_t": True}, "-", "stratified_t=True"),
-        ({"random_length": 0.1}, "-", "random_length=0.1"),
-        ({"extra": {"epochs": None}}, "-", "epochs=None"),
         ({"extra": {"anchor": True}}, "-", "anchor=True"),
         ({"learning_rate": 0.01, "min_lr": 1e-4}, "1.0000 ± nan", "learning_rate=0.01"),
         ({"losses": {0: 9.0, 10: 6.0}}, "-", ""),
@@ -122,16 +118,12 @@ def test_errors(tmp_path, call):
         call()
     write_log(tmp_path / "a", {0: 9.0}, seed=3)
     write_log(tmp_path / "a-3", {0: 9.0}, seed=3, wandb="project")
-    with pytest.raises(
-        ValueError, match="a-3/log.jsonl is a second run named a of seed 3; rename its folder"
-    ):
+    with pytest.raises(ValueError, match="a-3/log.jsonl is a second run named a of seed 3; rename it"):
         call()
     write_log(tmp_path / "a-3", {0: 9.0}, seed=3, n_sink=2)
-    with pytest.raises(ValueError, match="a-3/log.jsonl has n_sink 2, not 1, as other runs named a; rename"):
+    with pytest.raises(ValueError, match="a-3/log.jsonl has another n_sink than others named a; rename it"):
         call()
-    for text in ' {}\n[3 | [3] | null | {"step": 0, "val_loss": 1} | {"config": {}} | {"config": []} '.split(
-        "|"
-    ):
+    for text in ('{"step": 0, "val_loss": 1}', '{"config": {}}', "[3"):
         (tmp_path / "a-3" / "log.jsonl").write_text(text + "\n")
         with pytest.raises(ValueError, match="a-3/log.jsonl is no log of train.py"):
             call()

@@ -125,6 +125,5 @@ def test_decoding_rules(data_dir, monkeypatch, capsys):
 
 
 def test_bad_settings():
-    for key, value in {"part": "speed", "rounds": 0, "batch_size": 0, "dtype": "float16"}.items():
-        with pytest.raises(ValueError, match=rf"{value}"):
-            bench.BenchConfig(**{key: value})
+    with pytest.raises(ValueError, match="cannot measure 'speed'; wanted sink, train or sample"):
+        bench.BenchConfig("speed")

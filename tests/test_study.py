@@ -3,14 +3,13 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 import torch
-from test_ablations import write_log
 from test_sinks import save
 
 from docs.results import study
 from extras.sinks import CHANGES, Run, SinksConfig, attention_maps
-from sample import load_trained
 
 
 @pytest.fixture
@@ -33,80 +32,68 @@ def test_words_are_counted():
     assert counts == {"words": 11, "known": 10 / 11, "repeated": pytest.approx(1 / 5), "distinct": 3 / 9}
 
 
-def test_attention_by_kind(data_dir, tmp_path, call, monkeypatch):
-    """By hand for two kept checkpoints, in order of their steps: the attention of all content queries, text
-    by text, head by head; the same hidden tokens each time. And the other rows of the file."""
+def test_what_is_measured(data_dir, tmp_path, call):
+    """The rows of the file, of two kept checkpoints in order of their steps."""
     folder = save(tmp_path / "sink", data_dir, n_sink=1)
     checkpoint = torch.load(folder / "ckpt.pt", weights_only=True)
     for step in (1000, 20):
-        checkpoint["model"]["blocks.0.attn.qkv.weight"] *= 2
         torch.save(checkpoint, folder / f"{step}.pt")
-    options = ["--mc_num=1", "--limit=4", "--steps=3", "--head_threshold=0.1"]
-    call("measure", folder, *options)
+    call("measure", folder, "--mc_num=1", "--limit=4", "--steps=3")
     rows = [json.loads(line) for line in (folder / "measured.jsonl").read_text().splitlines()]
-    found = [row for row in rows if row["table"] == "attention"]
-    keys = [(20, "layer 0"), (20, "layer 1"), (1000, "layer 0"), (1000, "layer 1")]
-    assert [(row["step"], row["row"]) for row in found] == keys
-    run, seen = Run(str(folder), SinksConfig(limit=4), "cpu"), []
-    monkeypatch.setattr(
-        study, "attention_maps", lambda model, xt: seen.append(xt) or attention_maps(model, xt)
-    )
-    models = [(step, load_trained(folder / f"{step}.pt", "cpu")[0]) for step in (20, 1000)]
-    assert (
-        list(study.attention_by_kind(run, models, SinksConfig(limit=4, head_threshold=0.1), "cpu")) == found
-    )
-    assert len(seen) == 2 and torch.equal(*seen)
-    masks = seen[0] == run.model.config.mask_id
-    assert torch.equal(torch.where(masks, run.x0, seen[0]), run.x0)
-    shares = masks.float().mean(dim=1)
-    assert shares[0] < 0.4 and shares[-1] > 0.6  # from little to much noise
-    for row in found:
-        model = load_trained(folder / f"{row['step']}.pt", "cpu")[0]
-        weights, _ = list(attention_maps(model, seen[0]))[int(row["row"][-1])]
-        for head in (0, 1):
-            got, number = dict.fromkeys(study.KINDS, 0.0), dict.fromkeys(study.KINDS, 0)
-            above = 0
-            for text in range(4):
-                mean = weights[text, head, 1:].mean(dim=0).tolist()
-                above += max(mean) > 0.1
-                names = ["sink"]
-                for token in seen[0][text].tolist():
-                    word = "" if token == run.model.config.mask_id else run.tokenizer.decode([token]).strip()
-                    name = "punctuation" if word and all(c in "!?.,:;+-*=<>#'()/" for c in word) else "other"
-                    name = "end-of-text" if token == run.tokenizer.eot_token else name
-                    names.append("hidden" if token == run.model.config.mask_id else name)
-                for name, value in zip(names, mean, strict=True):
-                    got[name] += value / 4
-                    number[name] += 1 / 4 / 25
-            for name in study.KINDS:
-                assert row[name][head] == pytest.approx(got[name] / number[name], abs=1e-3)
-            assert row["rate"][head] == above / 4
-    tables = [row["table"] for row in rows]
-    assert tables[:5] == ["facts"] + ["texts"] * 2 + ["denoising"] * 2
-    assert tables[5:] == ["changes"] * len(CHANGES) + ["attention"] * 4
+    tables = ["facts"] + ["texts"] * 2 + ["denoising"] * 2 + ["changes"] * len(CHANGES) + ["attention"] * 4
+    assert [row["table"] for row in rows] == tables
     facts = {"step": 3, "settings": rows[0]["settings"] | {"limit": 4}, "config": checkpoint["run_config"]}
     assert rows[0] == rows[0] | facts | {"data_sha256": checkpoint["meta"]["sha256"]}
     assert rows[2]["known"] == 1 and rows[2]["words"] > 30  # the held-out problems have no new words
+    steps = [(row["step"], row["row"]) for row in rows[-4:]]
+    assert steps == [(20, "layer 0"), (20, "layer 1"), (1000, "layer 0"), (1000, "layer 1")]
+
+
+def test_attention_by_kind(data_dir, tmp_path, monkeypatch):
+    """By hand: what the keys of each kind get from all content queries, over the share of such keys. All
+    models see the same hidden tokens."""
+    cfg, seen = SinksConfig(limit=4, head_threshold=0.1), []
+    run = Run(str(save(tmp_path / "sink", data_dir, n_sink=1)), cfg, "cpu")
+    spy = lambda model, xt: seen.append(xt) or attention_maps(model, xt)  # noqa: E731
+    monkeypatch.setattr(study, "attention_maps", spy)
+    rows = list(study.attention_by_kind(run, [(1, run.model), (2, run.model)], cfg, "cpu"))
+    assert len(rows) == 4 and torch.equal(*seen)
+    xt, mask_id = seen[0], run.model.config.mask_id
+    assert torch.equal(torch.where(xt == mask_id, run.x0, xt), run.x0)
+    shares = (xt == mask_id).float().mean(dim=1)
+    assert shares[0] < 0.4 and shares[-1] > 0.6  # from little to much noise
+
+    def kind_of(token):
+        if token in (mask_id, run.tokenizer.eot_token):
+            return "hidden" if token == mask_id else "end-of-text"
+        word = run.tokenizer.decode([token]).strip()
+        return "punctuation" if word and all(c in "!?.,:;+-*=<>#'()/" for c in word) else "other"
+
+    kinds = np.array([["sink", *map(kind_of, text)] for text in xt.tolist()])  # (4, 25)
+    for row, (weights, _) in zip(rows, attention_maps(run.model, xt)):
+        by_head = weights[:, :, 1:].mean(dim=2).numpy()  # (4, 2, 25)
+        for kind in study.KINDS:
+            gets = (by_head * (kinds == kind)[:, None]).sum(axis=(0, 2)) / 4
+            assert row[kind] == pytest.approx(gets / (kinds == kind).mean(), abs=1e-3)
+        assert row["rate"] == (by_head.max(axis=2) > 0.1).mean(axis=0).tolist()
 
 
 def write_measured(folder, *rows):
     keys = "table", "step", "row"
     lines = [json.dumps({k: v for k, v in zip(keys, row) if v is not None} | row[3]) for row in rows]
+    folder.mkdir()
     (folder / "measured.jsonl").write_text("".join(line + "\n" for line in lines))
 
 
 def test_tables_of_what_was_measured(tmp_path, call):
-    """At the last step; a list is of heads. A column that a run lacks, and a run without the file."""
+    """At the last step; a list is of heads. A run may lack a column."""
     pytest.importorskip("matplotlib")
     for seed, known, sink in ((0, 0.9, [3, 5]), (1, 0.8, [1, 1])):
         folder = tmp_path / f"a-x-{seed}"
-        write_log(folder, {0: 9.0}, seed=seed)
         texts, early = ("texts", None, "written", {"known": known}), {"sink": [0, 99], "rate": [0, 0]}
         attention = ("attention", 2, "layer 0", early), ("attention", 10, "layer 0", early | {"sink": sink})
         write_measured(folder, texts, *attention)
-    write_log(tmp_path / "b", {0: 9.0})
-    write_measured(tmp_path / "b", ("texts", None, "written", {"repeated": 0.1234}))
-    write_log(tmp_path / "c", {0: 9.0})
+    write_measured(tmp_path / "b-0", ("texts", None, "written", {"repeated": 0.1234}))
     assert call("tables", tmp_path) == [
         "",
         "texts known repeated",
@@ -120,19 +107,8 @@ def test_tables_of_what_was_measured(tmp_path, call):
     ]
 
 
-def test_what_was_measured_of_an_earlier_step_is_refused(tmp_path, call):
-    write_log(tmp_path / "a-0", {0: 9.0, 10: 6.0})
-    known = ("texts", None, "written", {"known": 1})
-    write_measured(tmp_path / "a-0", ("facts", 10, "", {"commit": "c"}), known)
-    assert call("tables", tmp_path)[-1] == "a written 1.000 ± nan"
-    write_log(tmp_path / "a-0", {0: 9.0, 10: 6.0, 20: 5.0})
-    with pytest.raises(ValueError, match="measured.jsonl is of step 10, .*log.jsonl goes on; measure"):
-        call("tables", tmp_path)
-
-
 def test_the_last_step_that_all_seeds_have(tmp_path, call):
     for seed, steps in ((0, (0, 10, 20)), (1, (10,))):
-        write_log(tmp_path / f"a-{seed}", {0: 9.0}, seed=seed)
         rows = [("attention", step, "layer 0", {"sink": [step, seed], "rate": [0, 0]}) for step in steps]
         write_measured(tmp_path / f"a-{seed}", *rows)
     assert call("tables", tmp_path)[-3] == "a layer 0 5.250 ± 0.250 0.000 ± 0.000"
@@ -145,12 +121,10 @@ def test_pictures(tmp_path, call, monkeypatch):
     """Means over heads and seeds, and the highest head."""
     figures = {}
     monkeypatch.setattr(study, "write_file", lambda path, write: figures.update({path: write.__self__}))
-    write_log(tmp_path / "b-0", {0: 9.0})
     others = {"hidden": [3, 5], "rate": [0, 1]}
     for seed in (0, 1):
         values = {"sink": [1 + seed, 2]} | others
         rows = [("attention", step, f"layer {layer}", values) for layer in (0, 1) for step in (0, 10)]
-        write_log(tmp_path / f"a-{seed}", {0: 9.0}, seed=seed)
         write_measured(tmp_path / f"a-{seed}", *rows)
     write_measured(tmp_path / "b-0", ("attention", 0, "layer 1", others))
     call("tables", tmp_path)

@@ -21,7 +21,7 @@ from tqdm import tqdm
 import configurator
 import train
 from docs.results.anchor import keep_first_visible
-from docs.results.study import KINDS, attention_by_kind, kinds_of, numbers
+from docs.results.study import KINDS, attention_by_kind, kinds_of, measured_rows, numbers
 from eval import EvalConfig, read_items, score_item, validation
 from extras.ablations import compare, mean_and_error
 from extras.sinks import Run, SinksConfig, attention_maps, look_at
@@ -55,11 +55,11 @@ def bounds(run, folders, n_texts):
             yield {"table": "bound", "row": row, "mean": mean, "se": se, **texts}
 
 
-def writing(run, cfg, length, device):
+def writing(run, cfg, length):
     """Where attention is while texts are written with length tokens given: a row for each layer, means over
     texts, and the first text with its positions step by step."""
     sinks = SinksConfig(limit=cfg.limit, prompt_length=length, steps=cfg.steps)
-    run = Run(run.name, sinks, device)
+    run.take_texts(sinks)
     look_at(run, sinks)
     for number, layer in enumerate(run.layers):
         yield {"table": "writing", "row": f"layer {number}", "given": length, **layer}
@@ -97,7 +97,7 @@ def measure(path, folders, cfg):
         rows += attention_by_kind(run, [(step, run.model)], sinks, device)
     if "writing" in parts:
         for length in (0, cfg.prompt_length):
-            rows += writing(run, cfg, length, device)
+            rows += writing(run, cfg, length)
     if "items" in parts:
         rows += items(run, cfg.items.split(","), cfg.n_items)
     lines = [json.dumps(row | {"step": step}) + "\n" for row in rows]
@@ -108,15 +108,13 @@ def measure(path, folders, cfg):
 # ---------- Tables and a picture
 
 
-def read_measured(folder):
-    """{(table, row, given): {name: {seed: row}}} of FOLDER/NAME-SEED/measured.jsonl."""
-    found = {}
-    for path in sorted(Path(folder).glob("*/measured.jsonl")):
-        name, seed = path.parent.name.rsplit("-", 1)
-        for row in map(json.loads, path.read_text(encoding="utf-8").splitlines()):
-            arms = found.setdefault((row["table"], row["row"], row.get("given")), {})
-            arms.setdefault(name, {})[int(seed)] = row
-    return found
+def read_arms(folder):
+    """{(table, row, given): {name: {seed: row}}}"""
+    tables = {}
+    for name, seed, row in measured_rows(folder):
+        arms = tables.setdefault((row["table"], row["row"], row.get("given")), {})
+        arms.setdefault(name, {})[seed] = row
+    return tables
 
 
 def print_values(title, arms, value, baseline):
@@ -144,34 +142,34 @@ def print_pairs(arms, key, baseline):
         print(f"{name}: {mean:.4f} ± {error:.4f} more than {baseline}, over {len(more)} texts")
 
 
-def by_layer(found, table):
+def by_layer(results, table):
     """{(name, seed, given): rows of the layers 0, 1, ...} of a table."""
     runs = {}
-    for (other, _, given), arms in found.items():
+    for (other, _, given), arms in results.items():
         for name, seeds in arms.items() if other == table else []:
             for seed, row in seeds.items():
                 runs.setdefault((name, seed, given), []).append(row)
     return runs
 
 
-def print_writing(found):
+def print_writing(results):
     """Means over layers while texts are written, of the runs in which that was measured."""
     keys = ["share", "norm", "heads", "moves", "on_sink", "content_moves"]
     print(f"\n{'while texts are written':<26}{'given':>6}" + "".join(f"{key:>15}" for key in keys))
-    for (name, seed, given), rows in by_layer(found, "writing").items():
-        run = found["facts", "", None][name][seed]["config"]
+    for (name, seed, given), rows in by_layer(results, "writing").items():
+        run = results["facts", "", None][name][seed]["config"]
         means = {key: np.mean([row[key] for row in rows]) for key in rows[0] if key in [*keys, "top"]}
         means["share"] = means["top"] / (run["block_size"] + run["n_sink"])
         cells = [f"{means[key]:>15.3f}" if key in means else f"{'-':>15}" for key in keys]
         print(f"{name:<26}{given:>6}" + "".join(cells))
 
 
-def print_deep(found):
+def print_deep(results):
     """Means over the layers from 12 on: the sink rate over seeds, and the norm while texts are written."""
     for table, key in (("attention", "rate"), ("writing", "norm")):
         print(f"\n{key}, layers 12 and on ({table})")
         deep = {}
-        for (name, _, given), rows in by_layer(found, table).items():
+        for (name, _, given), rows in by_layer(results, table).items():
             if len(rows) > 12:
                 deep.setdefault((name, given), []).append(np.mean([row[key] for row in rows[12:]]))
         for (name, given), values in deep.items():
@@ -209,10 +207,10 @@ def print_sinks(path, folder):
         print(f"  {t:.0%} hidden, {texts.sum()} texts: {shown}")
 
 
-def draw_rates(figure, found):
+def draw_rates(figure, results):
     """The sink rate of each layer: mean over heads, a line for each run, a color for each arm."""
     axes, colors = figure.subplots(), {}
-    for (name, _, _), rows in by_layer(found, "attention").items():
+    for (name, _, _), rows in by_layer(results, "attention").items():
         label = None if name in colors else name
         color = colors.setdefault(name, f"C{len(colors)}")
         axes.plot([np.mean(row["rate"]) for row in rows], color=color, label=label)
@@ -221,10 +219,10 @@ def draw_rates(figure, found):
 
 
 def tables(folder, baseline):
-    found = read_measured(folder)
-    if baseline not in found.get(("facts", "", None), {}):
+    results = read_arms(folder)
+    if baseline not in results.get(("facts", "", None), {}):
         raise ValueError(f"{folder} has no run {baseline}-SEED with measured.jsonl; set another --baseline")
-    for (table, row, _), arms in found.items():
+    for (table, row, _), arms in results.items():
         if table == "bound":
             print_values(f"nats per token, {row}", arms, lambda row: row["mean"], baseline)
             print_pairs(arms, "nats", baseline)
@@ -232,12 +230,12 @@ def tables(folder, baseline):
             for key in ("acc", "log_p"):
                 print_values(f"{key}, {row}", arms, lambda row, key=key: np.mean(row[key]), baseline)
                 print_pairs(arms, key, baseline)
-    print_writing(found)
-    print_deep(found)
-    if not any(table == "attention" for table, *_ in found):
+    print_writing(results)
+    print_deep(results)
+    if not any(table == "attention" for table, *_ in results):
         return
     figure = configurator.need("matplotlib.figure", "matplotlib").Figure(figsize=(7, 4), layout="constrained")
-    draw_rates(figure, found)
+    draw_rates(figure, results)
     write_file(f"{folder}/rates.png", figure.savefig)
     print(f"wrote {folder}/rates.png")
 

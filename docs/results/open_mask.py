@@ -4,8 +4,8 @@
 
 The model is a converted one without a sink, the texts are the beginnings of held-out documents. It measures
 the next-token cross-entropy of clean text, with a share of the edges to later tokens open, drawn anew for
-each text, and with the first row as it is or self-only. Results go to docs/results/open_mask/losses.jsonl, a row
-for each condition: a run that was stopped goes on. At the end it prints the table and draws the picture."""
+each text, and with the first row as it is or self-only. docs/results/open_mask/losses.jsonl gets a row for
+each condition: a run that was stopped goes on. At the end it prints the table and draws the picture."""
 
 import json
 import sys
@@ -75,32 +75,32 @@ def losses(model, texts, vector, share, row, seed):
 def show(rows):
     """Prints means, and differences on the same texts ± standard errors: to the causal mask with the same
     token in front; of other vectors, to end-of-text with the same share open. Draws the means."""
-    found = {(r["texts"], r["front"], r["row"], r["share"]): np.array(r["nll"]) for r in rows if "nll" in r}
-    kinds = list(dict.fromkeys(key[0] for key in found))
+    results = {(r["texts"], r["front"], r["row"], r["share"]): np.array(r["nll"]) for r in rows if "nll" in r}
+    kinds = list(dict.fromkeys(key[0] for key in results))
     Figure = configurator.need("matplotlib.figure", "matplotlib").Figure
     figure = Figure(figsize=(10, 4), layout="constrained")
     panels = figure.subplots(1, len(kinds), squeeze=False)[0]
-    for (kind, front, row, share), nll in found.items():
+    for (kind, front, row, share), nll in results.items():
         if share == 0 and (front, row) == ROWS[0]:
             print(
                 f"\n{kind + ', in front; first row':<40}{'share open':>10}{'nats per token':>17}{'more':>18}"
             )
         other = (kind, front, "as it is", 0) if front not in INITS else (kind, "eot", "self-only", share)
-        more, se = (nll - found[other]).mean(), (nll - found[other]).std(ddof=1) / len(nll) ** 0.5
+        more, se = (nll - results[other]).mean(), (nll - results[other]).std(ddof=1) / len(nll) ** 0.5
         print(f"{front + '; ' + row:<40}{share:>10.1%}{nll.mean():>17.3f}{f'{more:.3f} ± {se:.3f}':>18}")
     percent = 100 * np.array(SHARES)
     for kind, axes in zip(kinds, panels):
         for front, row in ROWS:
-            nll = np.array([found[kind, front, row, share] for share in SHARES])  # (shares, texts)
-            errors = (nll - found[kind, front, row, 0]).std(axis=1, ddof=1) / nll.shape[1] ** 0.5
+            nll = np.array([results[kind, front, row, share] for share in SHARES])  # (shares, texts)
+            errors = (nll - results[kind, front, row, 0]).std(axis=1, ddof=1) / nll.shape[1] ** 0.5
             color, name = ("tab:red", "open") if row == "as it is" else ("tab:green", "self-only")
             style, before = (".-", "nothing") if front == "nothing" else (".--", "end-of-text")
             label = f"{before} in front, first row {name}"
             axes.errorbar(percent, nll.mean(axis=1), errors, fmt=style, color=color, label=label)
-        for key in found:
+        for key in results:
             if key[:3] == (kind, *CONTROL):
                 label = "nothing in front, second row causal" if key[3] == 0.01 else None
-                axes.plot(100 * key[3], found[key].mean(), "kx", label=label)
+                axes.plot(100 * key[3], results[key].mean(), "kx", label=label)
         axes.set_xscale("symlog", linthresh=0.1)
         axes.set_xticks(percent, [f"{share:g}" for share in percent])
         axes.set(title=kind, xlabel="% of the edges to later tokens that are open")

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 import configurator
-from extras.ablations import mean_and_error, read_run
+from extras.ablations import mean_and_error
 from extras.sinks import Run, SinksConfig, attention_maps, changed_bounds, look_at
 from model import MDM, mask_tokens, noise_levels
 from train import made_by, setup_distributed, write_file
@@ -116,18 +116,20 @@ def measure_run(run, cfg, changes, device):
 # ---------- Tables and pictures
 
 
-def read_measured(runs):
-    """{table: {(name, row): {step: {seed: values}}}} of what measure wrote beside logs."""
+def measured_rows(folder):
+    """Yields (name, seed, row) of what measure wrote, for each line of FOLDER/NAME-SEED/measured.jsonl."""
+    for path in sorted(Path(folder).glob("*/measured.jsonl")):
+        name, seed = path.parent.name.rsplit("-", 1)
+        for line in path.read_text(encoding="utf-8").splitlines():
+            yield name, int(seed), json.loads(line)
+
+
+def read_tables(folder):
+    """{table: {(name, row): {step: {seed: values}}}}"""
     tables = {}
-    for path, (name, seed, _, losses) in runs.items():
-        measured = path.with_name("measured.jsonl")
-        for line in measured.read_text(encoding="utf-8").splitlines() if measured.exists() else []:
-            values = json.loads(line)
-            table, row, step = values.pop("table"), values.pop("row"), values.pop("step", None)
-            if table == "facts":
-                if step < max(losses, default=0):
-                    raise ValueError(f"{measured} is of step {step}, {path} goes on; measure the run again")
-                continue
+    for name, seed, values in measured_rows(folder):
+        table, row, step = values.pop("table"), values.pop("row"), values.pop("step", None)
+        if table != "facts":
             steps = tables.setdefault(table, {}).setdefault((name, row), {})
             steps.setdefault(step, {})[seed] = values
     return tables
@@ -164,7 +166,7 @@ def of_heads(steps, key):
 
 def draw_attention(figure, rows):
     """What each kind of key gets over training: a row for each name, a column for each layer. Solid lines are
-    means over heads and seeds, dotted ones the head of any seed that gives the most."""
+    means over heads and seeds, dotted lines the head of any seed that gives the most."""
     names, layers = (list(dict.fromkeys(part)) for part in zip(*rows))
     panels = figure.subplots(len(names), len(layers), sharex=True, sharey=True, squeeze=False)
     for (name, layer), steps in rows.items():
@@ -209,14 +211,14 @@ def measure(path, argv):
 
 
 def tables(folder):
-    found = read_measured({path: read_run(path) for path in sorted(Path(folder).glob("*/log.jsonl"))})
-    print_tables(found)
-    if "attention" not in found:  # no run has kept its checkpoints
+    results = read_tables(folder)
+    print_tables(results)
+    if "attention" not in results:  # no run has kept its checkpoints
         return
     Figure = configurator.need("matplotlib.figure", "matplotlib").Figure
     for name, draw, height in (("attention", draw_attention, 9.5), ("rates", draw_rates, 3.2)):
         figure = Figure(figsize=(10, height), layout="constrained")
-        draw(figure, found["attention"])
+        draw(figure, results["attention"])
         write_file(f"{folder}/{name}.png", figure.savefig)
         print(f"wrote {folder}/{name}.png")
 
