@@ -33,21 +33,19 @@ class AblationsConfig:
 
 
 def read_run(path):
-    """Name, seed, settings, validation losses {step: loss} of a run. Raises ValueError for a foreign log."""
-    try:
-        rows = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]  # the last may be cut off
-        losses = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}  # a step's last row
-        starts = [row for row in rows if "config" in row]  # resuming changes nothing but lengths and commit
-        first, last = starts[0]["config"], starts[-1]
-        settings = {key: first[key] for key in first if key not in ("seed", "out_dir", *MAY_CHANGE)}
-        settings |= {key: last["config"].get(key, "-") for key in ("max_steps", "train_flops", "epochs")}
-        commit = last["commit"] or "none"
-        settings["commit"] = commit[:8] + "-dirty" * commit.endswith("-dirty")
-        settings["data"] = " ".join(sha256[:8] for sha256 in (last["data_sha256"] or {}).values())
-        settings["init_from"] = re.sub(r"-\d+$", "", str(first["init_from"]))  # a seed may have its own start
-        return path.parent.name.removesuffix(f"-{first['seed']}"), first["seed"], settings, losses
-    except (ValueError, TypeError, KeyError, IndexError) as error:
-        raise ValueError(f"{path} is no log of train.py ({error!r}); move it") from error
+    """Name, seed, settings, validation losses {step: loss} of a run."""
+    rows = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]  # the last may be cut off
+    losses = {row["step"]: row["val_loss"] for row in rows if "val_loss" in row}  # a step's last row
+    starts = [row for row in rows if "config" in row]  # resuming changes nothing but lengths and commit
+    first, last = starts[0]["config"], starts[-1]
+    settings = {key: first[key] for key in first if key not in ("seed", "out_dir", *MAY_CHANGE)}
+    settings |= {key: last["config"].get(key, "-") for key in ("max_steps", "train_flops", "epochs")}
+    commit = last["commit"] or "none"
+    settings["commit"] = commit[:8] + "-dirty" * commit.endswith("-dirty")
+    settings["data"] = " ".join(sha256[:8] for sha256 in (last["data_sha256"] or {}).values())
+    start = str(first["init_from"])  # each seed may have one of its own
+    settings["init_from"] = re.sub(r"-\d+$", "", start)
+    return path.parent.name.removesuffix(f"-{first['seed']}"), first["seed"], settings, losses
 
 
 def differing(settings, others):

