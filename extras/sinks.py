@@ -38,7 +38,7 @@ COLUMNS = {  # of the table: unit, meaning
 
 @dataclass
 class SinksConfig:
-    limit: int = 16  # texts: validation sequences, evenly spread
+    limit: int = 16  # texts, at least 2: validation sequences, evenly spread
     prompt_length: int | None = None  # tokens given of each; None: a quarter, or the question (sft_gsm8k.py)
     steps: int = 256  # denoising steps; a text needs no more than it has hidden tokens
     temperature: float = 0.1  # 0: the likeliest token; 1: the model's distribution

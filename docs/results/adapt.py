@@ -58,9 +58,9 @@ def bounds(run, folders, n_texts):
 def writing(run, cfg, length):
     """Where attention is while texts are written with length tokens given: a row for each layer, means over
     texts, and the first text with its positions step by step."""
-    sinks = SinksConfig(limit=cfg.limit, prompt_length=length, steps=cfg.steps)
-    run.take_texts(sinks)
-    look_at(run, sinks)
+    settings = SinksConfig(limit=cfg.limit, prompt_length=length, steps=cfg.steps)
+    run.take_texts(settings)
+    look_at(run, settings)
     for number, layer in enumerate(run.layers):
         yield {"table": "writing", "row": f"layer {number}", "given": length, **layer}
     first = run.prompts[0]
@@ -87,14 +87,14 @@ def measure(path, folders, cfg):
         raise ValueError(f"parts are bound, attention, writing and items; got {', '.join(sorted(wrong))}")
     _, _, device = setup_distributed(cfg.device)
     torch.set_float32_matmul_precision("highest")  # no TF32
-    sinks = SinksConfig(limit=64, prompt_length=0)
-    run = Run(path, sinks, device)
+    all_hidden = SinksConfig(limit=64, prompt_length=0)
+    run = Run(path, all_hidden, device)
     step, facts = run.checkpoint["step"], made_by() | {"settings": asdict(cfg), "folders": folders}
     rows = [{"table": "facts", "row": "", "config": run.checkpoint["run_config"], **facts}]
     if "bound" in parts:
         rows += bounds(run, folders, cfg.texts)
     if "attention" in parts:
-        rows += attention_by_kind(run, [(step, run.model)], sinks, device)
+        rows += attention_by_kind(run, [(step, run.model)], all_hidden, device)
     if "writing" in parts:
         for length in (0, cfg.prompt_length):
             rows += writing(run, cfg, length)
@@ -117,10 +117,12 @@ def read_arms(folder):
     return tables
 
 
-def print_values(title, arms, value, baseline):
-    """Means over seeds of value(row), and how much more that is than the baseline's with the same seeds."""
+def print_values(title, arms, key, baseline):
+    """Means over seeds of row[key], and how much more that is than the baseline's with the same seeds."""
     print(f"\n{title:<42}  seeds{'mean':>18}{f'more than {baseline}':>22}{'95 % interval':>20}")
-    values = {name: {seed: value(row) for seed, row in seeds.items()} for name, seeds in arms.items()}
+    values = {}
+    for name, seeds in arms.items():
+        values[name] = {seed: np.mean(row[key]) for seed, row in seeds.items()}
     for name, seeds in values.items():
         mean, error = mean_and_error(list(seeds.values()))
         more, interval = compare(seeds, values[baseline]) if name != baseline else ("-", "-")
@@ -133,11 +135,11 @@ def print_pairs(arms, key, baseline):
         shared = arms[name].keys() & arms[baseline].keys()
         if not shared:
             continue
-        more = [np.subtract(arms[name][seed][key], arms[baseline][seed][key], dtype=float) for seed in shared]
-        more, (row, *_) = np.mean(more, axis=0), arms[name].values()
+        pairs = [(arms[name][seed][key], arms[baseline][seed][key]) for seed in shared]
+        more = np.mean([np.subtract(ours, theirs, dtype=float) for ours, theirs in pairs], axis=0)
         mean, error = mean_and_error(more)
         if key == "nats":  # of texts at different noise levels
-            tokens = torch.tensor(row["tokens"]).double()
+            tokens = torch.tensor(arms[name][min(shared)]["tokens"]).double()
             mean, error = train.bound_and_error(torch.from_numpy(more), tokens, spread_levels(len(more)))
         print(f"{name}: {mean:.4f} ± {error:.4f} more than {baseline}, over {len(more)} texts")
 
@@ -145,10 +147,11 @@ def print_pairs(arms, key, baseline):
 def by_layer(results, table):
     """{(name, seed, given): rows of the layers 0, 1, ...} of a table."""
     runs = {}
-    for (other, _, given), arms in results.items():
-        for name, seeds in arms.items() if other == table else []:
-            for seed, row in seeds.items():
-                runs.setdefault((name, seed, given), []).append(row)
+    for (name_of_table, _, given), arms in results.items():
+        if name_of_table == table:
+            for name, seeds in arms.items():
+                for seed, row in seeds.items():
+                    runs.setdefault((name, seed, given), []).append(row)
     return runs
 
 
@@ -198,9 +201,8 @@ def print_sinks(path, folder):
         for weights, _ in islice(attention_maps(run.model, xt), 12, None):
             top = weights[:, :, n_sink:, n_sink:].mean(dim=(1, 2)).argmax(dim=1)
             on_mark = is_mark.gather(1, top[:, None])[:, 0]
-            hits.append(
-                torch.stack((top == leftmost, top == mark, on_mark), dim=1)[texts].float().mean(dim=0)
-            )
+            hit = torch.stack((top == leftmost, top == mark, on_mark), dim=1)  # (n, 3)
+            hits.append(hit[texts].float().mean(dim=0))
         shares = torch.stack(hits).mean(dim=0).tolist()
         words = ("leftmost token", "leftmost punctuation", "any punctuation")
         shown = ", ".join(f"{word} {share:.3f}" for word, share in zip(words, shares))
@@ -224,11 +226,11 @@ def tables(folder, baseline):
         raise ValueError(f"{folder} has no run {baseline}-SEED with measured.jsonl; set another --baseline")
     for (table, row, _), arms in results.items():
         if table == "bound":
-            print_values(f"nats per token, {row}", arms, lambda row: row["mean"], baseline)
+            print_values(f"nats per token, {row}", arms, "mean", baseline)
             print_pairs(arms, "nats", baseline)
         if table == "items":
             for key in ("acc", "log_p"):
-                print_values(f"{key}, {row}", arms, lambda row, key=key: np.mean(row[key]), baseline)
+                print_values(f"{key}, {row}", arms, key, baseline)
                 print_pairs(arms, key, baseline)
     print_writing(results)
     print_deep(results)

@@ -82,9 +82,8 @@ def show(rows):
     panels = figure.subplots(1, len(kinds), squeeze=False)[0]
     for (kind, front, row, share), nll in results.items():
         if share == 0 and (front, row) == ROWS[0]:
-            print(
-                f"\n{kind + ', in front; first row':<40}{'share open':>10}{'nats per token':>17}{'more':>18}"
-            )
+            title = f"{kind}, in front; first row"
+            print(f"\n{title:<40}{'share open':>10}{'nats per token':>17}{'more':>18}")
         other = (kind, front, "as it is", 0) if front not in INITS else (kind, "eot", "self-only", share)
         more, se = (nll - results[other]).mean(), (nll - results[other]).std(ddof=1) / len(nll) ** 0.5
         print(f"{front + '; ' + row:<40}{share:>10.1%}{nll.mean():>17.3f}{f'{more:.3f} ± {se:.3f}':>18}")

@@ -83,9 +83,12 @@ def count_words(texts, known):
         pairs += zip(text, text[1:])
         fours += max(0, len(text) - 3)
         new_fours += len(set(zip(text, text[1:], text[2:], text[3:])))
-    known = sum(word in known for word in words) / max(1, len(words))
-    repeated, distinct = 1 - new_fours / max(1, fours), len(set(pairs)) / max(1, len(pairs))
-    return {"words": len(words), "known": known, "repeated": repeated, "distinct": distinct}
+    return {
+        "words": len(words),
+        "known": sum(word in known for word in words) / max(1, len(words)),
+        "repeated": 1 - new_fours / max(1, fours),
+        "distinct": len(set(pairs)) / max(1, len(pairs)),
+    }
 
 
 def measure_run(run, cfg, changes, device):
