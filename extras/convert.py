@@ -87,13 +87,16 @@ def fill(model, tensors):
 def from_smdm(state_dict, n_head: int | None = None, block_size: int = 2048) -> MDM:
     """The model of a state dict in SMDM's layout. n_head may be left out for a size of model.py's table.
     Raises KeyError or ValueError if the dict has another layout."""
-    names = {name.removeprefix("module.").removeprefix("_orig_mod."): name for name in state_dict}
-    wte, head = (state_dict[names.pop(name)] for name in ("transformer.wte.weight", "lm_head.weight"))
+    weights = {}
+    for name, tensor in state_dict.items():  # a compiled model in several processes adds prefixes
+        weights[name.removeprefix("module.").removeprefix("_orig_mod.")] = tensor
+    wte, head = weights.pop("transformer.wte.weight"), weights.pop("lm_head.weight")
     V, C = head.shape
     if len(wte) not in (V + 1, V + 2):
         raise ValueError(f"wte has {len(wte)} rows for {V} tokens; wanted 1 more for mask, or 2 with a sink")
-    n_layer = 1 + max(int(name.split(".")[2]) for name in names if name.startswith("transformer.h."))
-    n_head = n_head or {(layers, width): heads for layers, heads, width in PRESETS.values()}.get((n_layer, C))
+    n_layer = 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("transformer.h."))
+    heads_of = {(layers, width): heads for layers, heads, width in PRESETS.values()}
+    n_head = n_head or heads_of.get((n_layer, C))
     if n_head is None:
         raise ValueError(f"model.py's table has no {n_layer} layers of width {C}; set n_head")
     config = MDMConfig(
@@ -102,9 +105,9 @@ def from_smdm(state_dict, n_head: int | None = None, block_size: int = 2048) -> 
         n_layer=n_layer,
         n_head=n_head,
         n_embd=C,
-        mlp_hidden=len(state_dict[names["transformer.h.0.mlp.swiglu.w1.weight"]]),
+        mlp_hidden=len(weights["transformer.h.0.mlp.swiglu.w1.weight"]),
         n_sink=len(wte) - V - 1,
-        gated_attention="transformer.h.0.attn.gate.weight" in names,
+        gated_attention="transformer.h.0.attn.gate.weight" in weights,
     )
 
     def tensors():
@@ -112,14 +115,13 @@ def from_smdm(state_dict, n_head: int | None = None, block_size: int = 2048) -> 
         yield "lm_head.weight", head
         if config.n_sink:
             yield "sink", wte[V + 1 :]
-        for ours, name in names.items():
-            if ours.endswith(("rope_cache", "inv_freq", "cos", "sin")):  # rotary buffers
+        for name, tensor in weights.items():
+            if name.endswith(("rope_cache", "inv_freq", "cos", "sin")):  # rotary buffers
                 continue
-            tensor = state_dict[name]
-            ours = ours.replace("transformer.h.", "blocks.").removeprefix("transformer.")
-            if ours.endswith("attn.attn.weight"):  # rows by head, then q, k, v -> all q, all k, all v
+            if name.endswith("attn.attn.weight"):  # rows by head, then q, k, v -> all q, all k, all v
                 tensor = tensor.view(n_head, 3, C // n_head, C).transpose(0, 1).reshape(3 * C, C)
-            yield ours.replace("attn.attn.", "attn.qkv.").replace("swiglu.", ""), tensor
+            name = name.replace("transformer.h.", "blocks.").removeprefix("transformer.")
+            yield name.replace("attn.attn.", "attn.qkv.").replace("swiglu.", ""), tensor
 
     return fill(MDM(config), tensors())
 
