@@ -178,30 +178,28 @@ def from_causal(hf, weights, vocab_size, eot_id, shift=True, block_size=2048, **
         norm_eps=hf["rms_norm_eps"],
         **flags,
     )
-    unused = {name for name in weights if not name.endswith("rotary_emb.inv_freq")}
-
-    def take(name):
-        unused.discard(name)
-        return weights[name]
+    unused = {name: weights[name] for name in weights if not name.endswith("rotary_emb.inv_freq")}
 
     def tensors():
-        wte = take("model.embed_tokens.weight")[:vocab_size]
+        wte = unused.pop("model.embed_tokens.weight")[:vocab_size]
         mean = sum(part.float().sum(dim=0, keepdim=True) for part in wte.split(4096)) / vocab_size
         yield "wte.weight", wte, mean  # [MASK] starts as no token in particular
         if config.n_sink:  # a causal model's first token sees only itself, too: that is its sink
             yield "sink", wte[eot_id].expand(config.n_sink, -1)
-        unused.discard("lm_head.weight")
-        tied = hf.get("tie_word_embeddings", False)
-        yield "lm_head.weight", wte if tied else weights["lm_head.weight"][:vocab_size]
-        yield "ln_f.weight", take("model.norm.weight")
+        if hf.get("tie_word_embeddings"):
+            unused.pop("lm_head.weight", None)
+            yield "lm_head.weight", wte
+        else:
+            yield "lm_head.weight", unused.pop("lm_head.weight")[:vocab_size]
+        yield "ln_f.weight", unused.pop("model.norm.weight")
         for layer in range(config.n_layer):
             theirs, ours = f"model.layers.{layer}.", f"blocks.{layer}."
             for name, our_name in IN_A_LAYER.items():
-                yield ours + our_name, take(theirs + name)
+                yield ours + our_name, unused.pop(theirs + name)
             for kind in ("weight", "bias") if config.qkv_bias else ("weight",):
-                parts = [take(f"{theirs}self_attn.{part}_proj.{kind}") for part in "qkv"]
+                parts = [unused.pop(f"{theirs}self_attn.{part}_proj.{kind}") for part in "qkv"]
                 yield f"{ours}attn.qkv.{kind}", *parts
-            proj = take(f"{theirs}self_attn.o_proj.weight")
+            proj = unused.pop(f"{theirs}self_attn.o_proj.weight")
             if config.gated_attention:  # sigmoid(0) = 1/2 times 2: the start is the same function
                 yield f"{ours}attn.gate.weight", torch.zeros_like(proj)
                 proj = 2 * proj
