@@ -8,7 +8,6 @@ measure writes measured.jsonl beside the checkpoint. Its parts are: bound, on he
 also with the first token visible; attention, by kind of key; writing, attention while texts are written,
 without and with a prompt; items, the chain rule of the items of --items=lambada.jsonl,..."""
 
-import json
 import sys
 from dataclasses import asdict, dataclass
 from itertools import islice, takewhile
@@ -21,7 +20,7 @@ from tqdm import tqdm
 import configurator
 import train
 from docs.results.anchor import keep_first_visible
-from docs.results.study import KINDS, attention_by_kind, kinds_of, measured_rows, numbers
+from docs.results.study import KINDS, attention_by_kind, kinds_of, measured_rows, numbers, write_measured
 from eval import EvalConfig, read_items, score_item, validation
 from extras.ablations import compare, mean_and_error
 from extras.sinks import Run, SinksConfig, attention_maps, look_at
@@ -100,9 +99,7 @@ def measure(path, folders, cfg):
             rows += writing(run, cfg, length)
     if "items" in parts:
         rows += items(run, cfg.items.split(","), cfg.n_items)
-    lines = [json.dumps(row | {"step": step}) + "\n" for row in rows]
-    write_file(f"{path}/measured.jsonl", lambda file: file.write("".join(lines).encode()))
-    print(f"wrote {path}/measured.jsonl")
+    write_measured(path, [row | {"step": step} for row in rows])
 
 
 # ---------- Tables and a picture

@@ -91,9 +91,10 @@ def count_words(texts, known):
     }
 
 
-def measure_run(run, cfg, changes, device):
+def measure_run(run, cfg, device):
     """Yields the rows of measured.jsonl: of what and how it was measured; what was written in numbers, beside
     the held-out texts; the table; the changed sinks; attention_by_kind."""
+    look_at(run, cfg)
     run_config, data_sha256 = run.checkpoint["run_config"], run.checkpoint["meta"]["sha256"]
     facts = made_by() | {"config": run_config, "data_sha256": data_sha256, "settings": asdict(cfg)}
     yield {"table": "facts", "row": "", "step": run.checkpoint["step"], **facts}
@@ -107,7 +108,7 @@ def measure_run(run, cfg, changes, device):
     for number, layer in enumerate(run.layers):
         means = {key: layer[key] for key in layer if not key.endswith("_se")}
         yield {"table": "denoising", "row": f"layer {number}", **means}
-    for row in changes or []:
+    for row in changed_bounds(run, cfg) if run.model.config.n_sink else []:
         yield {"table": "changes", "row": row["change"], "more": row["more"]}
     paths = sorted(Path(run.name).glob("[0-9]*.pt"), key=lambda path: int(path.stem))
     if not paths:
@@ -201,16 +202,17 @@ def draw_rates(figure, rows):
     panels[0].legend()
 
 
+def write_measured(path, rows):
+    lines = [json.dumps(row) + "\n" for row in rows]
+    write_file(f"{path}/measured.jsonl", lambda file: file.write("".join(lines).encode()))
+    print(f"wrote {path}/measured.jsonl")
+
+
 def measure(path, argv):
     cfg, _ = configurator.parse(SinksConfig, argv)
     _, _, device = setup_distributed(cfg.device)
     torch.set_float32_matmul_precision("highest")  # no TF32
-    run = Run(path, cfg, device)
-    look_at(run, cfg)
-    changes = changed_bounds(run, cfg) if run.model.config.n_sink else None
-    lines = [json.dumps(row) + "\n" for row in measure_run(run, cfg, changes, device)]
-    write_file(f"{path}/measured.jsonl", lambda file: file.write("".join(lines).encode()))
-    print(f"wrote {path}/measured.jsonl")
+    write_measured(path, measure_run(Run(path, cfg, device), cfg, device))
 
 
 def tables(folder):
