@@ -49,7 +49,7 @@ def read_run(path):
 
 
 def differing(settings, others):
-    """The keys in which they differ. What an older log lacks is off."""
+    """The keys in which they differ. A setting that an older log lacks counts as off."""
     return [key for key in settings | others if (settings.get(key) or None) != (others.get(key) or None)]
 
 

@@ -311,7 +311,7 @@ def draw_paths(Figure, runs):
 
 
 def load_runs(names, cfg, device):
-    """The runs, all with the same texts. Raises ValueError if they do not go together, or lack a setting."""
+    """The runs, all with the same texts. Raises ValueError if they cannot be compared."""
     runs = [Run(name, cfg, device) for name in names]
     n_layer = runs[0].model.config.n_layer
     for run in runs:

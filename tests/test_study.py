@@ -10,6 +10,7 @@ from test_sinks import save
 
 from docs.results import study
 from extras.sinks import CHANGES, Run, SinksConfig, attention_maps
+from prepare_data import load_tokenizer, make_tokenizer
 
 
 @pytest.fixture
@@ -25,9 +26,9 @@ def call(tmp_path, monkeypatch, capsys):
 def test_words_are_counted():
     """Of 11 words 10 are known. Of 5 4-grams one is repeated: what another text has had does not count. Of 9
     pairs 3 are distinct."""
-    decode = lambda self, ids: "".join("Ab' c."[i] for i in ids)  # noqa: E731
-    tokenizer = type("Tokenizer", (), {"eot_token": 9, "decode": decode})()
-    assert study.words_of([0, 1, 9, 2, 1, 3, 4, 5, 3, 4], tokenizer) == ["ab", "b", "c", "c"]
+    tokenizer = load_tokenizer(make_tokenizer("bytes"))
+    tokens = tokenizer.encode("It's<|endoftext|>'s a Cat. a", allowed_special="all")
+    assert study.words_of(tokens, tokenizer) == ["it's", "s", "a", "cat", "a"]
     counts = study.count_words(["a b a b a b".split(), "a b a b c".split(), []], {"a", "b"})
     assert counts == {"words": 11, "known": 10 / 11, "repeated": pytest.approx(1 / 5), "distinct": 3 / 9}
 

@@ -65,13 +65,9 @@ def numbers(tensor):
 
 
 def words_of(tokens, tokenizer):
-    words, story = [], []
-    for token in [*tokens, tokenizer.eot_token]:
-        story.append(token)
-        if token == tokenizer.eot_token:  # words do not reach over it
-            words += re.findall(r"[a-z]+(?:'[a-z]+)*", tokenizer.decode(story[:-1]).lower())
-            story = []
-    return words
+    """The words of a text, none of which reaches over an end-of-text."""
+    text, eot = tokenizer.decode(tokens), tokenizer.decode([tokenizer.eot_token])
+    return re.findall(r"[a-z]+(?:'[a-z]+)*", text.replace(eot, " ").lower())
 
 
 def count_words(texts, known):
