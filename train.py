@@ -415,8 +415,8 @@ def start_run(cfg: TrainConfig, set_by: dict):
         if resumes:
             settings, free = saved["run_config"] | {"out_dir": cfg.out_dir, "init_from": "resume"}, MAY_CHANGE
             if "optimizer" not in saved or settings.keys() != asdict(cfg).keys():
-                problem = f"cannot resume {path}, which another script or version made"
-                raise ValueError(f"{problem}; start a new run from its weights: --init_from={path}")
+                why = "it has weights alone, or another script or version made it"
+                raise ValueError(f"cannot resume {path}: {why}; start a new run: --init_from={path}")
         else:
             settings, free = {key: model_config[key] for key in MODEL_KEYS}, {"block_size", "sink_attention"}
             if model_config["n_sink"] == 0:  # a model without a sink may be given one

@@ -19,12 +19,12 @@ for seed in 0 1 2 3 4; do
             --init_from=out/ablation/$n-sink$([ $n = 0 ] && echo s)-$seed
     done
     run train ablation/register-$seed --seed=$seed --sink_attends_all=True
+    run train ablation/gate-$seed --seed=$seed --n_sink=0 --gated_attention=True
 done
 for seed in 0 1 2 3; do
     run train ablation/2-sinks-$seed --seed=$seed --n_sink=2
     run train ablation/4-sinks-$seed --seed=$seed --n_sink=4
     run train ablation/end-$seed --seed=$seed --sink_position=end
-    run train ablation/gate-$seed --seed=$seed --n_sink=0 --gated_attention=True
     run train ablation/gate-sink-$seed --seed=$seed --gated_attention=True
     run train ablation/zero-value-$seed --seed=$seed --sink_zero_value=True
 done
