@@ -19,7 +19,6 @@ import itertools
 import json
 import os
 import random
-import sys
 import tempfile
 import unicodedata
 import urllib.request
@@ -64,30 +63,32 @@ class PrepareConfig:
                 setattr(self, key, value)
         if os.path.exists(self.test_source or ""):
             self.test_source = os.path.abspath(self.test_source)
-        if not regex.fullmatch(r"\w[\w.-]*", self.name) or bool(self.source) == (self.name == "arithmetic"):
+        if bool(self.source) == (self.name == "arithmetic") or not regex.fullmatch(r"\w[\w.-]*", self.name):
             wanted = f"wanted a new name with a --source, or {', '.join(CORPORA)} (arithmetic is generated)"
             raise ValueError(f"name {self.name!r}, source {self.source!r}: {wanted}")
-        if self.documents not in MARKS or not 0 < self.val_fraction <= 0.5 or not self.max_tokens >= 1:
-            wanted = f"documents of {', '.join(MARKS)}, val_fraction from 0 to 0.5, max_tokens of 1 or more"
-            got = f"{self.documents!r}, {self.val_fraction}, {self.max_tokens}"
-            raise ValueError(f"wanted {wanted}; got {got}")
+        if self.documents not in MARKS or not 0 < self.val_fraction <= 0.5:
+            wanted = f"wanted documents of {', '.join(MARKS)}, and val_fraction from 0 to 0.5"
+            raise ValueError(f"{wanted}; got {self.documents!r}, {self.val_fraction}")
 
 
-GITHUB, HF = "https://raw.githubusercontent.com", "https://huggingface.co/datasets"
-ICOT, ICOT_LFS = "da03/implicit_chain_of_thought/main/data/gsm8k", "https://media.githubusercontent.com/media"
+GITHUB, GITHUB_LFS = "https://raw.githubusercontent.com", "https://media.githubusercontent.com/media"
+GSM8K = "da03/implicit_chain_of_thought/main/data/gsm8k"
 GSM8K_TEST = f"{GITHUB}/openai/grade-school-math/master/grade_school_math/data/test.jsonl"
 SHAKESPEARE = f"{GITHUB}/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
-WIKITEXT2 = f"{GITHUB}/pytorch/examples/main/word_language_model/data/wikitext-2"
-TINYSTORIES = f"{HF}/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4"
+WIKI = f"{GITHUB}/pytorch/examples/main/word_language_model/data/wikitext-2"
+STORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4"
 FINEWEB, SLIMPAJAMA = "hub:HuggingFaceFW/fineweb-edu@sample-10BT", "hub:cerebras/SlimPajama-627B"
 CORPORA = {  # what None stands for
-    "arithmetic": {"documents": "problems", "tokenizer": "words", "test_source": "test.txt"},
-    "gsm8k": {"source": f"{ICOT_LFS}/{ICOT}/train.txt", "val_source": f"{GITHUB}/{ICOT}/valid.txt"}
-    | {"documents": "problems", "test_source": GSM8K_TEST},
+    "arithmetic": {"test_source": "test.txt", "documents": "problems", "tokenizer": "words"},
+    "gsm8k": {
+        "source": f"{GITHUB_LFS}/{GSM8K}/train.txt",
+        "val_source": f"{GITHUB}/{GSM8K}/valid.txt",
+        "test_source": GSM8K_TEST,
+        "documents": "problems",
+    },
     "shakespeare": {"source": SHAKESPEARE, "val_fraction": 0.1, "tokenizer": "bytes"},
-    "wikitext2": {"source": f"{WIKITEXT2}/train.txt", "val_source": f"{WIKITEXT2}/valid.txt"}
-    | {"documents": "articles"},
-    "tinystories": {"source": f"{TINYSTORIES}-train.txt", "val_source": f"{TINYSTORIES}-valid.txt"},
+    "wikitext2": {"source": f"{WIKI}/train.txt", "val_source": f"{WIKI}/valid.txt", "documents": "articles"},
+    "tinystories": {"source": f"{STORIES}-train.txt", "val_source": f"{STORIES}-valid.txt"},
     "fineweb_edu": {"source": FINEWEB, "val_fraction": 0.0005},
     "slimpajama": {"source": f"{SLIMPAJAMA}:train", "val_source": f"{SLIMPAJAMA}:validation"},
 }
@@ -101,11 +102,13 @@ DIGIT_PATTERN = PATTERN.replace(r" ?\p{N}+", r"\p{N}")
 def make_tokenizer(name: str, split_digits: bool = False, vocab_size: int | None = None, texts=()) -> dict:
     """gpt2, or its first vocab_size - 1 tokens and end-of-text; bytes; words, the bytes and the commonest
     pieces of texts, up to a million texts; or a tokenizer.json. Raises ValueError if it is not available."""
-    spec = {"name": name, "pattern": DIGIT_PATTERN if split_digits else PATTERN}
     if vocab_size is not None and not (257 <= vocab_size <= 50257 and name in ("gpt2", "words")):
         raise ValueError(f"vocab_size is {vocab_size}; wanted 257 to 50257, with gpt2 or words")
-    if name in ("gpt2", "bytes"):
-        return spec | {"vocab_size": (vocab_size or 50257) if name == "gpt2" else 257}
+    spec = {"name": name, "pattern": DIGIT_PATTERN if split_digits else PATTERN}
+    if name == "gpt2":
+        return spec | {"vocab_size": vocab_size or 50257}
+    if name == "bytes":
+        return spec | {"vocab_size": 257}
     if name == "words":
         counts = collections.Counter()
         for text in itertools.islice(texts, 1_000_000):
@@ -119,44 +122,37 @@ def make_tokenizer(name: str, split_digits: bool = False, vocab_size: int | None
     except Exception as error:  # tokenizers defines no exception class
         wanted = "gpt2, bytes, words, the path of a tokenizer.json, or a model on the hub"
         raise ValueError(f"tokenizer {name!r} cannot be loaded ({error}); wanted {wanted}") from error
-    data, ids = json.loads(tokenizer.to_str()), tokenizer.get_vocab()
-    data |= {"truncation": None, "padding": None}
-    for key, kind in (("normalizer", "Prepend"), ("decoder", "Strip")):  # Llama 2's adds a space to each text
-        if steps := (data[key] or {}).get(f"{key}s"):  # and removes it again: pieces of a text would not join
-            steps[:] = [step for step in steps if step["type"] != kind]
+    ids = tokenizer.get_vocab()
     eot = [token for token in (EOT, "<|end_of_text|>", "</s>") if token in ids]
-    config = os.path.join(os.path.dirname(name), "config.json")  # of several, the one that the model takes
-    eos_ids = np.atleast_1d(read_json(config).get("eos_token_id") if os.path.exists(config) else None)
-    eot.sort(key=lambda token: ids[token] not in eos_ids)
     if not eot:
         raise ValueError(f"tokenizer {name!r} lacks an end-of-text token: {EOT}, <|end_of_text|> or </s>")
+    data = json.loads(tokenizer.to_str()) | {"truncation": None, "padding": None}
+    # Llama 2's puts a space in front of each text, and takes it off again: the parts of a text would not join
+    for key, kind in (("normalizer", "Prepend"), ("decoder", "Strip")):
+        if steps := (data[key] or {}).get(f"{key}s"):
+            steps[:] = [step for step in steps if step["type"] != kind]
     spec = {"name": "tokenizer.json", "pattern": None, "vocab_size": max(ids.values()) + 1}
-    spec |= {"eot": eot[0], "json": json.dumps(data)}
-    encoding = HubTokenizer(spec)
-    if encoding.decode(sum(map(encoding.encode, ("a", " b", "c")), [])) != "a bc":
-        raise ValueError(f"tokenizer {name!r} changes the ends of a text: its parts would not join")
-    return spec
+    return spec | {"eot": eot[0], "json": json.dumps(data)}
 
 
 def load_tokenizer(spec: dict):
-    """The tiktoken.Encoding or HubTokenizer that a dict describes. Raises ValueError if it does not."""
+    """The tiktoken.Encoding or HubTokenizer that a dict of make_tokenizer describes. Raises ValueError if
+    GPT-2's vocabulary cannot be downloaded."""
     if "json" in spec:
         return HubTokenizer(spec)
-    size, ranks = spec["vocab_size"], {bytes([byte]): byte for byte in range(256)}
-    try:
-        if spec["name"] == "gpt2":
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    if spec["name"] == "gpt2":
+        try:
             ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
-        for word in spec.get("words", []):
-            ranks[word.encode()] = len(ranks)
-        ranks = {token: rank for token, rank in ranks.items() if rank < size - 1}  # the first are a valid BPE
-        options = {"special_tokens": {EOT: size - 1}, "explicit_n_vocab": size}
-        return tiktoken.Encoding(spec["name"], pat_str=spec["pattern"], mergeable_ranks=ranks, **options)
-    except OSError as error:
-        hint = "set TIKTOKEN_CACHE_DIR to a folder with its vocabulary, or choose --tokenizer=words"
-        raise ValueError(f"gpt2 could not be downloaded ({type(error).__name__}); {hint}") from error
-    except Exception as error:  # tiktoken defines no exception class
-        hint = "prepare the data set again"
-        raise ValueError(f"the tokenizer's description is damaged ({error!r}); {hint}") from error
+        except OSError as error:
+            hint = "set TIKTOKEN_CACHE_DIR to a folder with its vocabulary, or choose --tokenizer=words"
+            raise ValueError(f"gpt2 could not be downloaded ({type(error).__name__}); {hint}") from error
+    for word in spec.get("words", []):
+        ranks[word.encode()] = len(ranks)
+    eot_id = spec["vocab_size"] - 1
+    options = {"pat_str": spec["pattern"], "special_tokens": {EOT: eot_id}}
+    ranks = {token: rank for token, rank in ranks.items() if rank < eot_id}  # the first are a valid BPE
+    return tiktoken.Encoding(spec["name"], mergeable_ranks=ranks, **options)
 
 
 class HubTokenizer:
@@ -181,14 +177,16 @@ class HubTokenizer:
 
 
 def check_exact(tokenizer, texts):
-    """Raises ValueError if a text does not come back from its tokens, but for Unicode's NFC normalization.
-    Control characters, which SmolLM2's vocabulary lacks, are checked only where texts have them."""
+    """Raises ValueError if one of the texts, or of many characters, encoded in two halves, does not come back
+    from its tokens. Unicode's NFC normalization may change it, as Qwen's tokenizer does. Other control
+    characters, which SmolLM2's vocabulary lacks, are checked only where texts have them."""
     characters = [9, 10, 13, *range(32, 127), *range(160, 0x801), *range(0x1000, 0x10000, 0x1000), 0x1F600]
-    for text in ["".join(map(chr, characters)), *texts]:  # all bytes of assigned characters
-        back, text = tokenizer.decode(tokenizer.encode_ordinary(text)), unicodedata.normalize("NFC", text)
-        if unicodedata.normalize("NFC", back) != text:
-            i = len(os.path.commonprefix([back, text]))
-            change = f"{text[i : i + 20]!r} comes back as {back[i : i + 20]!r}"
+    for text in [*map(chr, characters), *texts]:  # all bytes that UTF-8 uses
+        half = len(text) // 2
+        ids = tokenizer.encode_ordinary(text[:half]) + tokenizer.encode_ordinary(text[half:])
+        back = tokenizer.decode(ids)
+        if unicodedata.normalize("NFC", back) != unicodedata.normalize("NFC", text):
+            change = f"{text[:80]!r} comes back as {back[:80]!r}"
             raise ValueError(f"the tokenizer loses text: {change}; take one of all bytes, such as gpt2")
 
 
@@ -205,18 +203,6 @@ def is_remote(address):
     return "://" in address or address.startswith("hub:")  # all else is a path, with colons or without
 
 
-def list_files(path):
-    """All files in a folder and below it, also behind links; a path that is no folder as it is."""
-    files, seen = [], set()
-    for folder, folders, names in os.walk(path, followlinks=True):
-        if os.path.realpath(folder) in seen:  # a link led here for the second time
-            folders.clear()
-            continue
-        seen.add(os.path.realpath(folder))
-        files += [os.path.join(folder, name) for name in names]
-    return files or [path]
-
-
 def find_files(address, download_dir, training=False):
     """The files to read at a path or URL, in all folders below it; for hub:... the address itself. For
     training, those that are named test or validation are left out, if there are others. Prints what is read,
@@ -224,24 +210,20 @@ def find_files(address, download_dir, training=False):
     if address.startswith("hub:"):
         return [address]
     path = download(address, download_dir) if is_remote(address) else address
-    start, files, others, held_out = len(path.rstrip(os.sep)), [], [], []
-    for file in sorted(list_files(path)):
-        if not (FILES.search(file) and os.path.isfile(file)) or f"{os.sep}." in file[start:]:
-            others.append(file)
-        elif training and HELD_OUT.search(file[start:]):
-            held_out.append(file)
-        else:
-            files.append(file)
-    if not files:  # all have such names
-        files, held_out = held_out, []
+    found = [path]
+    if not os.path.isfile(path):  # a folder, of which glob finds what is not hidden
+        found = sorted(glob.glob(f"{glob.escape(path)}/**", recursive=True))
+        found = {os.path.realpath(file): file for file in found if os.path.isfile(file)}.values()
+    texts = [file for file in found if FILES.search(file)]
+    files = [file for file in texts if not (training and HELD_OUT.search(file[len(path) :]))] or texts
     if not files:
         wanted = "wanted .txt, .jsonl or .parquet files, also as .gz, .xz or .zst, or a folder of them"
         raise ValueError(f"source {path!r} does not exist, or holds no texts; {wanted}")
-    for left_out, why in ((others, "hidden, or of another kind"), (held_out, "held out by their names")):
-        if left_out:
-            print(f"{path}: leaves out {len(left_out):,} ({why}): {', '.join(left_out[:9])}")
-    print(f"{path}: reads {sum(map(os.path.getsize, files)):,} bytes, number of files: {len(files):,}")
-    print(", ".join(files[:9]) + ", ..." * (len(files) > 9))
+    size = sum(os.path.getsize(file) for file in files)
+    print(f"{path}: reads {len(files):,} files, {size:,} bytes: {', '.join(files[:9])}")
+    if left_out := sorted(set(found) - set(files)):
+        why = "of another kind, or held out by their names"
+        print(f"{path}: leaves out {len(left_out):,} files ({why}): {', '.join(left_out[:9])}")
     return files
 
 
@@ -268,35 +250,31 @@ def open_text(path):
 def read_rows(address, kind="problems"):
     """(row, position) for all that is not blank: the lines of a .jsonl file or of problems; the documents of
     other .txt files; the dicts of .parquet or of hub:ID[@CONFIG][:SPLIT], where datasets tries 20 times."""
-    options = {"path": "parquet", "data_files": glob.escape(address), "split": "train"}
     if address.startswith("hub:"):
         name, config, split = regex.fullmatch(r"hub:([^@:]*)@?([^:]*):?(.*)", address).groups()
         options = {"path": name, "name": config or None, "split": split or "train"}
-    elif not address.lower().endswith(".parquet"):
+    elif address.lower().endswith(".parquet"):
+        options = {"path": "parquet", "data_files": glob.escape(address), "split": "train"}
+    else:
         with open_text(address) as file:
             rows = file if kind == "problems" or not TEXT.search(address) else split_text(file, kind)
             yield from ((row, f"{address}, line {n}") for n, row in enumerate(rows, 1) if row.strip())
         return
-    load_dataset, n = configurator.need("datasets").load_dataset, 0
-    try:
-        for n, row in enumerate(load_dataset(**options, streaming=True), start=1):
-            yield row, f"{address}, row {n}"
-    except Exception as error:  # of the library, or of one that it calls
-        hint = "nothing is kept: try again, or download it and give the folder as --source"
-        raise ValueError(f"{address} cannot be read beyond row {n:,} ({error!r}); {hint}") from error
+    rows = configurator.need("datasets").load_dataset(**options, streaming=True)
+    yield from ((row, f"{address}, row {n}") for n, row in enumerate(rows, 1))
 
 
 def split_text(file, kind):
     """The documents of a text file: between <|endoftext|> marks, or from one title to the next."""
-    lines = []
+    text = ""
     for line in file:
         *ends, rest = regex.split(MARKS[kind], line)
         for end in ends:
-            document = "".join([*lines, end])
-            yield document.removesuffix("\n") if kind == "marked" else document
-            lines = []
-        lines.append(rest)
-    yield "".join(lines)
+            text += end
+            yield text.removesuffix("\n") if kind == "marked" else text
+            text = ""
+        text += rest
+    yield text
 
 
 def cut(text):
@@ -325,7 +303,7 @@ def parse(row, kind, text_field):
     if not is_line:
         thoughts = " ".join(regex.findall(r"<<.*?>>", thoughts)) or thoughts
     question, thoughts, answer = question.strip(), thoughts.strip(), answer.strip()
-    if not (hashes and question and answer) or len(question + thoughts) > PIECE:
+    if not (hashes and question and answer):
         raise ValueError("wanted question||thoughts #### answer")
     parts = [f"Question: {question}", f" Answer: {thoughts}".rstrip(), f" #### {answer}"]
     "".join(parts).encode()
@@ -340,41 +318,39 @@ class Documents:
         self.files, self.kind, self.text_field = files, kind, text_field
 
     def __iter__(self):
-        self.n_rows = self.n_empty = self.n_bad = 0
-        self.first_bad = None
+        self.n_rows, self.n_empty, self.n_bad, self.first_bad = 0, 0, 0, ""
         for path in self.files:
             for row, position in read_rows(path, self.kind):
                 self.n_rows += 1
                 try:
                     if isinstance(row, str) and not TEXT.search(path):
-                        row = {**json.loads(row)}  # fails for what is no dict
+                        row = dict(json.loads(row))
                     parts = parse(row, self.kind, self.text_field)
                     self.n_empty += not parts
-                except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+                except (ValueError, LookupError, TypeError, AttributeError) as error:
                     parts = []
                     self.n_bad += 1
                     self.first_bad = self.first_bad or f"{position}, {error!r}: {str(row)[:80]!r}"
-                    if self.n_bad >= 100 and self.n_bad > self.n_rows / 100:  # a wrong setting is told early
+                    if self.n_bad > max(99, self.n_rows / 100):  # a wrong setting is told early
                         self.report()
                 if parts:
                     yield parts
 
     def report(self):
         """Prints what was left out so far. Raises ValueError if more than 1 in 100 rows do not fit."""
-        bad = f"{self.n_bad:,} of {self.n_rows:,} rows do not fit"
-        if self.n_bad > self.n_rows / 100:
-            hint = "More than 1 in 100 is too many: fix them, or set --text_field or --documents"
-            raise ValueError(f"{bad}; the first is {self.first_bad}. {hint}")
-        if self.n_bad:
-            print(f"{bad} and are left out; the first is {self.first_bad}")
         if self.n_empty:
             print(f"{self.n_empty:,} empty rows left out")
+        if self.n_bad:
+            bad = f"{self.n_bad:,} of {self.n_rows:,} rows do not fit; the first is {self.first_bad}"
+            if self.n_bad > self.n_rows / 100:
+                raise ValueError(f"{bad}. Fix them, or set --text_field or --documents")
+            print(f"{bad}. They are left out")
 
 
 def download(url, folder):
-    """Local path of a URL's file, fetched once into folder. Raises ValueError if it cannot be had whole."""
-    name = os.path.basename(url.split("?")[0].split("#")[0])
-    path = os.path.join(folder, f"{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}")
+    """The path of a URL's file, fetched once into folder. Raises ValueError if it cannot be had whole."""
+    name = os.path.basename(url.split("?")[0])
+    path = f"{folder}/{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
     if not os.path.exists(path):
         os.makedirs(folder, exist_ok=True)
         print(f"downloading {url}", flush=True)
@@ -411,8 +387,7 @@ def write_tokens(parts, files, tokenizer, dtype, sizes, max_tokens=float("inf"))
     """Encodes parts (split, text, is_last) to files[split], and an end-of-text behind each document. Appends
     how many tokens a part has to sizes[split], if that exists. Returns how many documents were written."""
     n_tokens, n_documents = 0, 0
-    wait = 0.1 if sys.stderr.isatty() else 30  # seconds between two lines of progress
-    with tqdm(unit=" tokens", unit_scale=True, mininterval=wait, delay=wait) as bar:
+    with tqdm(unit=" tokens", unit_scale=True) as bar:
         while batch := list(itertools.islice(parts, 256)):  # as many at a time: this bounds the memory
             texts = [text for _, text, _ in batch]
             encoded = tokenizer.encode_ordinary_batch(texts, num_threads=os.cpu_count())
@@ -443,35 +418,30 @@ def prepare(cfg: PrepareConfig) -> dict:
     settings = {key: value for key, value in asdict(cfg).items() if key != "data_dir"}
     if os.path.exists(f"{folder}/meta.json"):
         meta = load_meta(folder)
-        old = meta.get("settings", {})
-        changed = [f"{key}={old.get(key)!r}" for key in settings if old.get(key) != settings[key]]
-        if changed:
-            problem = f"{folder} was prepared with {', '.join(changed)}; remove {folder}"
-            raise ValueError(f"{problem} (or, to keep downloads, its meta.json), or choose another name")
+        old = {key: value for key, value in meta["settings"].items() if key in settings}
+        if changed := [f"{key}={value!r}" for key, value in old.items() if value != settings[key]]:
+            hint = "remove it (to keep downloads, only its meta.json), or choose another name"
+            raise ValueError(f"{folder} was prepared with {', '.join(changed)}; {hint}")
         print(f"{folder} is prepared already; to prepare it again, remove it")
         return meta
     os.makedirs(folder, exist_ok=True)
-    if others := glob.glob(f"{glob.escape(folder)}/.new*"):
-        print(f"{', '.join(others)}: of another run; remove what no run is working on")
     with tempfile.TemporaryDirectory(prefix=".new", dir=folder) as new:
         meta = {"name": cfg.name, "settings": settings} | write_data(cfg, folder, new)
         if os.path.exists(f"{folder}/meta.json"):
             raise ValueError(f"{folder} was prepared by another run in the meantime; its data are kept")
-        for name in ("train_cuts.npy", "val_cuts.npy"):  # of data whose meta.json was removed
-            with contextlib.suppress(FileNotFoundError):
-                os.remove(f"{folder}/{name}")
-        for name in os.listdir(new):
-            os.replace(f"{new}/{name}", f"{folder}/{name}")
+        names = os.listdir(new)
         with open(f"{new}/meta.json", "w", encoding="utf-8") as file:
             json.dump(meta, file, indent=1)
-        os.replace(f"{new}/meta.json", f"{folder}/meta.json")
+        for name in [*names, "meta.json"]:
+            os.replace(f"{new}/{name}", f"{folder}/{name}")
     return meta
 
 
 def write_data(cfg, folder, new):
     """Writes token files to the folder new, downloads to folder. Returns what meta.json says of them."""
     if cfg.name == "arithmetic":
-        files, val_files = ([path] for path in write_arithmetic(new, cfg))
+        write_arithmetic(new, cfg)
+        files, val_files = [f"{new}/train.txt"], [f"{new}/valid.txt"]
     else:
         files = find_files(cfg.source, f"{folder}/download", training=True)
         val_files = find_files(cfg.val_source, f"{folder}/download") if cfg.val_source else []
@@ -484,7 +454,7 @@ def write_data(cfg, folder, new):
     spec = make_tokenizer(cfg.tokenizer, is_problems, cfg.vocab_size, texts)
     tokenizer = load_tokenizer(spec)
     if "json" in spec:  # those of our own are exact
-        check_exact(tokenizer, (text for _, text, _ in itertools.islice(parts_of(documents, n), 1000)))
+        check_exact(tokenizer, itertools.islice(texts, 1000))
 
     dtype = np.dtype("uint16" if spec["vocab_size"] <= 1 << 16 else "uint32")
     sizes = {"train": [], "val": []} if is_problems else {}
@@ -511,28 +481,23 @@ def write_data(cfg, folder, new):
         np.save(f"{new}/{split}_cuts.npy", borders[starts[:, None] + np.arange(4)])
 
     names = sorted(name for name in os.listdir(new) if not name.endswith(".txt"))
-    meta = {"held_out": held_out, "documents": n_documents, "one_per_line": is_problems}
-    meta["opens_with_eot"] = n_documents > 1
-    meta |= {"vocab_size": spec["vocab_size"], "eot_id": tokenizer.eot_token, "dtype": dtype.name}
-    meta |= {"tokens": n_tokens, "tokenizer": spec}
-    meta["sha256"] = {name.split(".")[0]: file_sha256(f"{new}/{name}") for name in names}
-    return meta
+    meta = {"held_out": held_out, "documents": n_documents, "opens_with_eot": n_documents > 1}
+    meta |= {"one_per_line": is_problems, "vocab_size": spec["vocab_size"], "eot_id": tokenizer.eot_token}
+    meta |= {"dtype": dtype.name, "tokens": n_tokens, "tokenizer": spec}
+    return meta | {"sha256": {name.split(".")[0]: file_sha256(f"{new}/{name}") for name in names}}
 
 
 def load_meta(folder: str) -> dict:
     """meta.json of prepared data. Raises ValueError if it is missing, or a token file has another size."""
-    path, again = f"{folder}/meta.json", f"prepare it again: remove {folder}, then run prepare_data.py"
+    path = f"{folder}/meta.json"
     if not os.path.exists(path):
         hint = "prepare it with prepare_data.py, or say where it is: --data_dir (eval.py: --data)"
         raise ValueError(f"no prepared data in {str(folder)!r}; {hint}")
-    try:
-        meta = read_json(path)
-        sizes = {split: n * np.dtype(meta["dtype"]).itemsize for split, n in meta["tokens"].items()}
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error!r}); {again}") from error
-    for split, size in sizes.items():
-        path = f"{folder}/{split}.bin"
+    meta = read_json(path)
+    for split, n_tokens in meta["tokens"].items():
+        path, size = f"{folder}/{split}.bin", n_tokens * np.dtype(meta["dtype"]).itemsize
         if not os.path.exists(path) or os.path.getsize(path) != size:
+            again = f"prepare it again: remove {folder}, then run prepare_data.py"
             raise ValueError(f"{path} should have {size:,} bytes, as meta.json says; {again}")
     return meta
 
@@ -580,7 +545,7 @@ def make_problem(rng: random.Random) -> str:
 
 
 def write_arithmetic(folder, cfg):
-    """Writes train.txt, and 1,000 lines of valid.txt and test.txt; no question twice. Returns two paths."""
+    """Writes train.txt, and 1,000 lines of valid.txt and test.txt; no question twice."""
     if not 1 <= cfg.num_problems <= 100_000:
         raise ValueError(f"num_problems is {cfg.num_problems}; it must lie between 1 and 100,000")
     rng, problems = random.Random(cfg.seed), {}
@@ -591,7 +556,6 @@ def write_arithmetic(folder, cfg):
     for name, part in {"train": lines[:-2000], "valid": lines[-2000:-1000], "test": lines[-1000:]}.items():
         with open(f"{folder}/{name}.txt", "w", encoding="utf-8") as file:
             file.write("\n".join(part) + "\n")
-    return f"{folder}/train.txt", f"{folder}/valid.txt"
 
 
 def main():

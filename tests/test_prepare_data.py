@@ -132,9 +132,7 @@ def test_every_source_keeps_every_document(tmp_path, monkeypatch, tokenizer, opt
 def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
     path = write(tmp_path / "a.txt.zst", MARKED)
     monkeypatch.delitem(prepare_data.fsspec.utils.compressions, "zst", raising=False)
-    with pytest.raises(
-        ValueError, match="a.txt.zst needs a package; run: pip install -U fsspec backports.zstd"
-    ):
+    with pytest.raises(ValueError, match="a.txt.zst needs a package; run: pip install -U fsspec backports"):
         parts_of(path)
 
 
@@ -157,34 +155,31 @@ def cache(tmp_path, monkeypatch):
 
 
 def test_parquet(tmp_path, cache):
+    """Its name is no pattern; a row without a text does not fit."""
     stories = STORIES * 5
     rows = [{"id": i, "content": story if i != 7 else None} for i, story in enumerate(stories)]
-    path = parquet(tmp_path / "e.parquet", rows)
+    path = parquet(tmp_path / "data[1]*.parquet", rows)
     assert parts_of(path, text_field="content") == [[story] for i, story in enumerate(stories) if i != 7]
 
 
 def test_a_folder_tells_what_it_reads_and_what_not(tmp_path, capsys, cache):
+    """Hidden files do not count; links are followed, and a link that leads back adds nothing."""
     folder = tmp_path / ".cache" / "mine"
     files = {"README.txt": "About.", "d.jsonl.zst": "".join(ROWS[:9]), "b/A.TXT.GZ": EOT.join(STORIES[20:])}
-    others = {
-        "a.txt.bak": "Old",
-        "notes.pdf": "%PDF",
-        ".ipynb_checkpoints/README.txt": "Old.",
-        "b/.hidden.txt": "No.",
-    }
-    for name, text in (files | others).items():
+    others = {"a.txt.bak": "Old", "b/notes.pdf": "%PDF"}
+    hidden = {".ipynb_checkpoints/README.txt": "Old.", "b/.hidden.txt": "No."}
+    for name, text in (files | others | hidden).items():
         write(folder / name, text)
     parquet(folder / "E.PARQUET", [{"text": story} for story in STORIES[9:15]])
     write(tmp_path / "elsewhere" / "c.txt", EOT.join(STORIES[15:20]))
     (folder / "linked").symlink_to(tmp_path / "elsewhere")
     (folder / "b" / "loop").symlink_to(folder)
-    (folder / "b" / "broken.txt").symlink_to("nothing.txt")
     found = find_files(str(folder), "")
     assert sorted(parts_of(*found)) == sorted([text] for text in [*STORIES, "About."])
     printed = capsys.readouterr().out
     size = sum(os.path.getsize(path) for path in found)
-    assert f"{folder}: reads {size:,} bytes, number of files: 5\n" in printed
-    assert "leaves out 5 (hidden, or of another kind)" in printed and all(name in printed for name in others)
+    assert f"{folder}: reads 5 files, {size:,} bytes: " in printed and "leaves out 2 files" in printed
+    assert all(name in printed for name in others) and "idden" not in printed
     assert len(find_files(f"{folder}/", "")) == 5
 
 
@@ -199,39 +194,8 @@ def test_hub_data_sets_stream(tmp_path, monkeypatch):
         prepared(tmp_path, "fineweb_edu")
 
 
-def test_a_stream_that_breaks_off_tells_what_is_lost(monkeypatch):
-    def load_dataset(**options):
-        yield from ({"text": story} for story in STORIES[:15])
-        raise ConnectionError("reset by peer")
-
-    monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load_dataset))
-    message = (
-        "hub:a/b cannot be read beyond row 15 .ConnectionError.*reset by peer.*; nothing is kept: try again"
-    )
-    with pytest.raises(ValueError, match=message):
-        parts_of("hub:a/b")
-
-
-def test_the_library_tries_again():
-    assert pytest.importorskip("datasets").config.STREAMING_READ_MAX_RETRIES == 20
-
-
-@pytest.mark.parametrize("address", ["hub:{}:none", "hub:{}@none", "hub:{}/nothing"])
-def test_errors_of_the_datasets_library_are_one_line(tmp_path, cache, address):
-    parquet(tmp_path / "train.parquet", [{"text": "a"}])
-    with pytest.raises(ValueError, match="^hub:.*cannot be read beyond row 0"):
-        parts_of(address.format(tmp_path))
-
-
-def test_a_broken_shard_is_named(tmp_path, cache):
-    path = parquet(tmp_path / "e.parquet", [{"text": "a" * i} for i in range(1, 999)])
-    data = Path(path).read_bytes()
-    Path(path).write_bytes(data[: len(data) // 2])
-    with pytest.raises(ValueError, match="e.parquet cannot be read beyond row"):
-        parts_of(path)
-
-
 def test_urls_are_fetched_once_and_kept_apart(tmp_path):
+    """Two addresses may end in the same name."""
     urls = {}
     for key, text in {"source": "train " * 50, "val_source": "valid"}.items():
         urls[key] = "file://" + write(tmp_path / key / "t.txt", text)
@@ -285,10 +249,9 @@ def test_a_long_document_is_cut_between_tokens(tmp_path, monkeypatch):
 
 def test_documents_end_at_marks(tmp_path):
     """With one line end before and behind a mark; what is blank between two is no document."""
-    path = write(
-        tmp_path / "a.txt", f"w w{EOT}two\n{EOT}\n{EOT}\n\nthree\n\n\n{EOT}long{EOT} \n{EOT}\nend\n\n"
-    )
-    assert parts_of(path) == [["w w"], ["two"], ["\nthree\n\n"], ["long"], ["end\n\n"]]
+    text = f"w w{EOT}two\n{EOT}\n{EOT}\n\nthree\n\n\n{EOT}long{EOT} \n{EOT}\nend\n\n"
+    wanted = [["w w"], ["two"], ["\nthree\n\n"], ["long"], ["end\n\n"]]
+    assert parts_of(write(tmp_path / "a.txt", text)) == wanted
 
 
 def test_an_article_begins_with_its_title(tmp_path):
@@ -314,54 +277,41 @@ def gpt2_is_there():
 # ---- rows that do not fit
 
 
-def test_a_file_name_is_no_pattern(tmp_path, cache):
-    path = parquet(tmp_path / "data[1]*.parquet", [{"text": "a"}])
-    assert parts_of(path) == [["a"]]
-
-
 BAD_ROWS = [
-    '{"id": 7, "text": null}',
+    '{"text": null}',
     '{"text": 5}',
     '"text"',
     "[1]",
     '{"a": 1}',
-    '{"text": "half a pair \\ud83d"}',
+    '{"text": "\\ud83d"}',
     '{"text": "cut',
 ]
 
 
-@pytest.mark.parametrize("bad", [*BAD_ROWS, "[" * 99999])
+@pytest.mark.parametrize("bad", BAD_ROWS)
 def test_rows_that_do_not_fit_are_counted_and_named(tmp_path, capsys, bad):
     path = write(tmp_path / "a.jsonl", "".join(ROWS * 5) + bad)
     assert len(parts_of(path)) == 200
-    wanted = f"1 of 201 rows do not fit and are left out; the first is {path}, line 201"
-    assert wanted in capsys.readouterr().out
+    assert f"1 of 201 rows do not fit; the first is {path}, line 201" in capsys.readouterr().out
     write(tmp_path / "a.jsonl", "".join(ROWS) + bad)
-    with pytest.raises(ValueError, match="1 of 41 rows do not fit; .*, line 41.*More than 1 in 100"):
+    with pytest.raises(ValueError, match="1 of 41 rows do not fit; .*, line 41.*set --text_field"):
         parts_of(path)
 
 
-def test_another_field_is_told_at_once(tmp_path):
-    path = write(tmp_path / "a.jsonl", '{"content": "Once"}\n' * 9999)
-    message = "100 of 100 rows do not fit; the first is .*line 1, KeyError.'text'.*Once.*--text_field"
+@pytest.mark.parametrize("n_good, n_bad", [(0, 100), (40, 100), (20_000, 203)])
+def test_too_many_bad_rows_are_told_at_once(tmp_path, n_good, n_bad):
+    """That is, 100 or more, and more than 1 in 100."""
+    path = write(tmp_path / "a.jsonl", ROWS[0] * n_good + '{"content": "Once"}\n' * 9999)
+    message = f"{n_bad} of {n_good + n_bad:,} rows do not fit; the first is .*KeyError.'text'.*--text_field"
     with pytest.raises(ValueError, match=message):
-        next(iter(Documents([path], "marked")))
-
-
-def test_bad_rows_after_many_good_ones_are_told_at_once(tmp_path):
-    """After 40 good ones at the 100th bad row; after 20,000 at the 203rd, which is more than 1 in 100."""
-    for n_good, n_bad in ((40, 100), (20_000, 203)):
-        path = write(tmp_path / "a.jsonl", ROWS[0] * n_good + "[1]\n" * 99_999)
-        with pytest.raises(ValueError, match=f"{n_bad} of {n_good + n_bad:,} rows do not fit"):
-            list(Documents([path], "marked"))
+        list(Documents([path], "marked"))
 
 
 def test_what_is_left_out_is_printed_also_when_no_more_is_wanted(tmp_path, capsys):
     path = write(tmp_path / "a.jsonl", ROWS[0] + "[1]\n" + '{"text": ""}\n' + ROWS[0] * 200)
     prepared(tmp_path, source=path, max_tokens=60, val_source=write(tmp_path / "b.txt", MARKED))
     printed = capsys.readouterr().out
-    assert re.search("1 of [0-9]+ rows do not fit and are left out", printed)
-    assert "1 empty rows left out" in printed
+    assert re.search("1 of [0-9]+ rows do not fit", printed) and "1 empty rows left out" in printed
 
 
 LINES = {  # a good one, then bad ones
@@ -369,7 +319,6 @@ LINES = {  # a good one, then bad ones
     "p.jsonl": [
         ROW,
         r'{"question": "\ud83d", "answer": "a #### 1"}',
-        f'{{"question": "{" " * 99999}q", "answer": "{"a" * 99999} #### 1"}}',
         '{"question": "q"}',
         '{"question": 1, "answer": "#### 1"}',
         "[1]",
@@ -384,7 +333,7 @@ def test_malformed_problems_are_counted(tmp_path, capsys, file):
     path = write(tmp_path / file, "\n".join([good] * 30 + bad + [""] + [good] * 600))
     meta, _, _ = prepared(tmp_path, documents="problems", source=path)
     assert meta["documents"] == 630
-    wanted = f"{len(bad)} of {630 + len(bad)} rows do not fit and are left out; the first is {path}, line 31"
+    wanted = f"{len(bad)} of {630 + len(bad)} rows do not fit; the first is {path}, line 31"
     assert wanted in capsys.readouterr().out
 
 
@@ -395,49 +344,34 @@ def test_a_problem_without_thoughts_has_three_parts_too(tmp_path):
 
 # ---- nothing is replaced without a word
 
+ARITHMETIC = {"name": "arithmetic", "source": None}
 BAD_SOURCES = [
     ("a.txt", "\n \n", {}, "a.txt is empty, or too short to hold out"),
-    ("a.txt", "fine so far " * 1000 + "\udcff", {}, "a.txt cannot be read as UTF-8 text"),
+    ("a.txt", "\udcff", {}, "a.txt cannot be read as UTF-8 text"),
     ("a.txt", "version https://git-lfs.github.com/spec/v1\nsize 1\n", {}, "Git LFS pointer"),
     ("a.md", "text", {}, "a.md' does not exist, or holds no texts; wanted .txt, .jsonl or .parquet files"),
     ("a.txt", "text", {"source": "nothing.txt"}, "nothing.txt' does not exist"),
     ("a.txt", "text", {"tokenizer": "words", "vocab_size": 0}, "vocab_size is 0; wanted 257 to 50257"),
     ("a.txt", "text", {"vocab_size": 300}, "vocab_size is 300; wanted .*, with gpt2 or words"),
-    ("a.txt", "text", {"val_fraction": 0}, "val_fraction from 0 to 0.5.*; got .*0"),
+    ("a.txt", "text", {"val_fraction": 0}, "val_fraction from 0 to 0.5; got .*0"),
     ("a.txt", "text", {"documents": "poems"}, "wanted documents of marked, articles, problems.*'poems'"),
-    (
-        "a.txt",
-        "",
-        {"name": "nonsense", "source": None},
-        "name 'nonsense', source None: wanted a new name with a --source, or arithmetic",
-    ),
+    ("a.txt", "", {"name": "nonsense", "source": None}, "wanted a new name with a --source, or arithmetic"),
     ("a.txt", "text", {"name": "arithmetic"}, "arithmetic is generated"),
-    (
-        "a.txt",
-        "",
-        {"name": "arithmetic", "source": None, "num_problems": 10**6},
-        "num_problems is 1000000; it must lie between 1 and 100,000",
-    ),
-    (
-        "a.txt",
-        "q||t #### 1",
-        {"documents": "problems"},
-        "too short to hold out 1 of every 100 documents: raise --val_fraction",
-    ),
+    ("a.txt", "", ARITHMETIC | {"num_problems": 10**6}, "num_problems is 1000000; .* between 1 and 100,000"),
+    ("a.txt", "q||t #### 1", {"documents": "problems"}, "too short to hold out 1 of every 100 documents"),
     ("a.txt", "no problem", {"documents": "problems"}, "1 of 1 rows do not fit"),
-    ("a.txt", "text", {"max_tokens": 0}, "max_tokens of 1 or more; got .*0"),
     ("a.txt", "text", {"name": "../esc"}, "name '../esc'.*: wanted a new name"),
-    ("a.txt", "text", {"source": None, "val_source": "a.txt"}, "name 'mine', source None: wanted a new name"),
     ("a.txt", "a few documents", {"tokenizer": "words"}, "too short to hold out 1 of every 100 documents"),
-    ("a.txt.gz", "text", {"cut": True}, "a.txt.gz cannot be read as UTF-8 text"),
-    ("a.txt.xz", "text", {"cut": True}, "a.txt.xz cannot be read as UTF-8 text"),
-    ("a.txt.zst", "text", {"cut": True}, "a.txt.zst cannot be read as UTF-8 text"),
+    *[
+        (f"a.txt.{p}", "text", {"cut": True}, f"a.txt.{p} cannot be read as UTF-8")
+        for p in ("gz", "xz", "zst")
+    ],
 ]
 
 
 @pytest.mark.parametrize("file, text, options, message", BAD_SOURCES)
 def test_bad_sources_leave_nothing_behind(tmp_path, file, text, options, message):
-    source = write(tmp_path / file, text)
+    source, options = write(tmp_path / file, text), dict(options)
     if options.pop("cut", False):
         Path(source).write_bytes(Path(source).read_bytes()[:-4])
     with pytest.raises(ValueError, match=message):
@@ -449,17 +383,15 @@ def test_prepared_data_are_never_replaced(tmp_path, capsys):
     source, data_dir = write(tmp_path / "a.txt", MARKED), str(tmp_path / "data")
     meta = prepare(PrepareConfig("mine", source, tokenizer="bytes", data_dir=data_dir))
     before = contents(tmp_path)
-    message = "mine was prepared with tokenizer='bytes', max_tokens=1e.30; remove .*mine .or, to keep downl"
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(
+        ValueError, match="mine was prepared with tokenizer='bytes', max_tokens=1e.30; remove"
+    ):
         prepare(PrepareConfig("mine", source, tokenizer="words", max_tokens=9, data_dir=data_dir))
     (tmp_path / "data").rename(tmp_path / "moved")
     (tmp_path / "a.txt").unlink()
     again = PrepareConfig("mine", source, tokenizer="bytes", data_dir=str(tmp_path / "moved"))
     assert prepare(again) == meta and "mine is prepared already" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in (tmp_path / "moved/mine").iterdir()} == before
-    (tmp_path / "moved/mine/meta.json").write_text("{}")
-    with pytest.raises(ValueError, match="meta.json is damaged .*; prepare it again: remove .*mine"):
-        prepare(again)
 
 
 def test_data_of_an_earlier_version_are_prepared_already(tmp_path):
@@ -488,30 +420,19 @@ def test_an_interrupted_preparation_counts_as_none(tmp_path, monkeypatch):
     assert prepared(tmp_path, "arithmetic", num_problems=100, seed=1)[0]["settings"]["seed"] == 1
 
 
-def test_cuts_of_earlier_data_go(tmp_path):
-    """Of problems whose meta.json was removed to prepare a text in their place."""
-    source = write(tmp_path / "p.txt", SUMS)
-    prepared(tmp_path, documents="problems", source=source)
-    assert (tmp_path / "data/mine/train_cuts.npy").exists()
-    prepared(tmp_path, source=write(tmp_path / "t.txt", MARKED))
-    assert not (tmp_path / "data/mine/train_cuts.npy").exists()
-
-
-def test_another_run_in_the_meantime(tmp_path, monkeypatch, capsys):
-    """Its data are kept. It says that there is one."""
-    config = PrepareConfig(data_dir=str(tmp_path / "data"), num_problems=100)
-    write_data = prepare_data.write_data
+def test_another_run_in_the_meantime(tmp_path, monkeypatch):
+    """Its data are kept."""
+    options, write_data = {"data_dir": str(tmp_path / "data"), "num_problems": 100}, prepare_data.write_data
 
     def slow(*args):
         monkeypatch.setattr(prepare_data, "write_data", write_data)
-        prepare(PrepareConfig(data_dir=str(tmp_path / "data"), num_problems=100, seed=1))
+        prepare(PrepareConfig(**options, seed=1))
         return write_data(*args)
 
     monkeypatch.setattr(prepare_data, "write_data", slow)
     with pytest.raises(ValueError, match="arithmetic was prepared by another run in the meantime"):
-        prepare(config)
+        prepare(PrepareConfig(**options))
     assert json.loads(contents(tmp_path)["meta.json"])["settings"]["seed"] == 1
-    assert re.search(r"arithmetic/\.new\w+: of another run; remove", capsys.readouterr().out)
 
 
 def test_test_problems_of_ones_own(tmp_path, monkeypatch):
@@ -553,12 +474,13 @@ def test_words_are_learned_from_the_training_part_alone(tmp_path):
     assert encoding.encode_ordinary("secret") == list(b"secret")
 
 
-@pytest.mark.parametrize("max_tokens", [1, 500, 1000])
-def test_max_tokens(tmp_path, max_tokens, monkeypatch):
-    monkeypatch.setenv("TQDM_DISABLE", "1")
+@pytest.mark.parametrize("max_tokens", [1, len(STORIES[0]) + 1, 500, 1000])
+def test_max_tokens(tmp_path, max_tokens):
+    """Ends with the document that reaches them; one that ends with them is the last."""
     path = write(tmp_path / "a.txt", MARKED)
     meta, splits, _ = prepared(tmp_path, source=path, val_source=path, max_tokens=max_tokens)
-    assert max_tokens <= meta["tokens"]["train"] < max_tokens + 60 and splits["train"][-1] == meta["eot_id"]
+    ends = np.cumsum([len(story) + 1 for story in STORIES])
+    assert meta["tokens"]["train"] == ends[ends >= max_tokens][0] and splits["train"][-1] == meta["eot_id"]
     assert meta["documents"] == (splits["train"] == meta["eot_id"]).sum()
     assert meta["tokens"]["val"] == len("".join(STORIES)) + 40
 
@@ -573,12 +495,6 @@ def test_round_trip(text):
     ids = ENCODINGS["words"].encode_ordinary(text)
     assert ENCODINGS["words"].decode_bytes(ids) == text.encode()
     assert all(i < SPECS["words"]["vocab_size"] - 1 for i in ids)
-
-
-def test_max_tokens_at_the_end_of_a_document(tmp_path):
-    path = write(tmp_path / "a.txt", MARKED)
-    n = len(STORIES[0]) + 1
-    assert prepared(tmp_path, source=path, val_source=path, max_tokens=n)[0]["tokens"]["train"] == n
 
 
 def test_a_source_of_ones_own_has_no_public_validation_set(tmp_path):
@@ -770,7 +686,7 @@ def test_bad_tokenizers(tmp_path, monkeypatch):
     path = Path(hub_tokenizer(tmp_path, "GPT-2"))
     path.write_text(path.read_text().replace('"add_prefix_space":false', '"add_prefix_space":true'))
     path.write_text(path.read_text().replace('"add_prefix_space": false', '"add_prefix_space": true'))
-    with pytest.raises(ValueError, match="tokenizer .* changes the ends of a text"):
+    with pytest.raises(ValueError, match="the tokenizer loses text: '.t' comes back as ' .t'"):
         prepared(tmp_path, source=source, tokenizer=str(path))
     with pytest.raises(ValueError, match="tokenizer .*a.txt' cannot be loaded .*; wanted gpt2, bytes, words"):
         prepared(tmp_path, source=source, tokenizer=source)
@@ -872,31 +788,18 @@ def test_openai_test_set_is_whole():
     assert len(problems) == 1319 and problems == read_problems(str(DATA / "gsm8k" / "test.txt"))
 
 
-def test_a_local_clone_trains_on_its_training_part(tmp_path, capsys):
+def test_a_folder_trains_on_its_training_part(tmp_path, capsys):
     """Files named test, dev or validation are left out, and said; not if they are given by name, or alone."""
-    (tmp_path / "clone" / "sub").mkdir(parents=True)
     for name in "train-0 validation-0 sub/test sub/dev-1 contest latest".split():
-        (tmp_path / "clone" / f"{name}.txt").write_text("a")
+        write(tmp_path / "clone" / f"{name}.txt", "a" * 50)
     clone = str(tmp_path / "clone")
-    names = [f"{clone}/{name}" for name in ("contest.txt", "latest.txt", "train-0.txt")]
+    names = [f"{clone}/{name}.txt" for name in ("contest", "latest", "train-0")]
     assert find_files(clone, "", training=True) == names
-    out = capsys.readouterr().out
-    assert "leaves out 3 (held out by their names): " in out and out.endswith(", ".join(names) + "\n")
+    assert "leaves out 3 files (of another kind, or held out by their names)" in capsys.readouterr().out
     assert find_files(f"{clone}/validation-0.txt", "", training=True) == [f"{clone}/validation-0.txt"]
     assert len(find_files(f"{clone}/sub", "", training=True)) == 2
     assert len(find_files(clone, "")) == 6  # to validate or to test
-
-
-def test_only_the_training_part_is_trained_on(tmp_path):
-    """What is named validation is read where it is given as such, also as the same folder."""
-    for name, text in (("train", "a b c"), ("valid", "x y z")):
-        (tmp_path / "clone").mkdir(exist_ok=True)
-        (tmp_path / "clone" / f"{name}.txt").write_text(text * 50)
-    source = {"source": str(tmp_path / "clone"), "tokenizer": "bytes", "data_dir": str(tmp_path)}
-    meta = prepare(PrepareConfig(name="one", **source, val_source=f"{tmp_path}/clone/valid.txt"))
-    assert meta["tokens"] == {"train": 251, "val": 251}
-    meta = prepare(PrepareConfig(name="two", **source, val_source=source["source"]))
-    assert meta["tokens"] == {"train": 251, "val": 502}
+    assert prepared(tmp_path, source=clone, val_source=clone)[0]["tokens"] == {"train": 153, "val": 306}
 
 
 def test_a_path_may_have_colons(tmp_path):
