@@ -136,17 +136,12 @@ def make_tokenizer(name: str, split_digits: bool = False, vocab_size: int | None
 
 
 def load_tokenizer(spec: dict):
-    """The tiktoken.Encoding or HubTokenizer that a dict of make_tokenizer describes. Raises ValueError if
-    GPT-2's vocabulary cannot be downloaded."""
+    """The tiktoken.Encoding or HubTokenizer that a dict of make_tokenizer describes."""
     if "json" in spec:
         return HubTokenizer(spec)
     ranks = {bytes([byte]): byte for byte in range(256)}
     if spec["name"] == "gpt2":
-        try:
-            ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
-        except OSError as error:
-            hint = "set TIKTOKEN_CACHE_DIR to a folder with its vocabulary, or choose --tokenizer=words"
-            raise ValueError(f"gpt2 could not be downloaded ({type(error).__name__}); {hint}") from error
+        ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
     for word in spec.get("words", []):
         ranks[word.encode()] = len(ranks)
     eot_id = spec["vocab_size"] - 1
@@ -177,11 +172,11 @@ class HubTokenizer:
 
 
 def check_exact(tokenizer, texts):
-    """Raises ValueError if one of the texts, or of many characters, encoded in two halves, does not come back
-    from its tokens. Unicode's NFC normalization may change it, as Qwen's tokenizer does. Other control
-    characters, which SmolLM2's vocabulary lacks, are checked only where texts have them."""
+    """Raises ValueError if a text, encoded in two parts, does not come back from its tokens. Unicode's NFC
+    normalization may change it, as Qwen's tokenizer does. Checks the texts, and characters with all bytes of
+    UTF-8, but not the control characters: SmolLM2's vocabulary lacks them, and few texts have them."""
     characters = [9, 10, 13, *range(32, 127), *range(160, 0x801), *range(0x1000, 0x10000, 0x1000), 0x1F600]
-    for text in [*map(chr, characters), *texts]:  # all bytes that UTF-8 uses
+    for text in [*map(chr, characters), *texts]:
         half = len(text) // 2
         ids = tokenizer.encode_ordinary(text[:half]) + tokenizer.encode_ordinary(text[half:])
         back = tokenizer.decode(ids)
@@ -204,9 +199,8 @@ def is_remote(address):
 
 
 def find_files(address, download_dir, training=False):
-    """The files to read at a path or URL, in all folders below it; for hub:... the address itself. For
-    training, those that are named test or validation are left out, if there are others. Prints what is read,
-    and what is left out. Raises ValueError if there are none."""
+    """The files to read at a path or URL, in all folders below it; for hub:... the address itself. Training
+    leaves out those that are named test or validation, if there are others. Raises ValueError for none."""
     if address.startswith("hub:"):
         return [address]
     path = download(address, download_dir) if is_remote(address) else address
@@ -219,8 +213,7 @@ def find_files(address, download_dir, training=False):
     if not files:
         wanted = "wanted .txt, .jsonl or .parquet files, also as .gz, .xz or .zst, or a folder of them"
         raise ValueError(f"source {path!r} does not exist, or holds no texts; {wanted}")
-    size = sum(os.path.getsize(file) for file in files)
-    print(f"{path}: reads {len(files):,} files, {size:,} bytes: {', '.join(files[:9])}")
+    print(f"{path}: reads {len(files):,} files: {', '.join(files[:9])}")
     if left_out := sorted(set(found) - set(files)):
         why = "of another kind, or held out by their names"
         print(f"{path}: leaves out {len(left_out):,} files ({why}): {', '.join(left_out[:9])}")
@@ -237,14 +230,13 @@ def refuse_pointer(path):
 def open_text(path):
     """A text file, also compressed: UTF-8 with or without a byte order mark, and with any line ends."""
     refuse_pointer(path)
-    if path.lower().endswith(".zst") and "zst" not in fsspec.utils.compressions:
-        raise ValueError(f"{path} needs a package; run: pip install -U fsspec backports.zstd")
     local = fsspec.filesystem("file")  # and not fsspec.open: a path with colons is no address
     try:
         with local.open(os.path.abspath(path), "rt", encoding="utf-8-sig", compression="infer") as file:
             yield file
     except Exception as error:  # each format raises its own
-        raise ValueError(f"{path} cannot be read as UTF-8 text ({error}); convert it") from error
+        hint = "convert it, or if it is a .zst file, run: pip install -U fsspec backports.zstd"
+        raise ValueError(f"{path} cannot be read as UTF-8 text ({error}); {hint}") from error
 
 
 def read_rows(address, kind="problems"):
@@ -293,11 +285,10 @@ def parse(row, kind, text_field):
     A problem is a line of augmented GSM8K, question||<<3+4=7>> <<7*2=14>> #### 14, or OpenAI's {"question":
     ..., "answer": "... #### 14"}, where the equations <<...>> are the thoughts, or the prose if it has none.
     A part begins with a space, as words do: alone, as in an evaluation, it has the same tokens."""
-    if kind != "problems":
-        text = row if isinstance(row, str) else row[text_field]
-        text.encode()  # fails for None, and for half a surrogate pair
-        return cut(text) if text.strip() else []
     is_line = isinstance(row, str)
+    if kind != "problems":
+        text = row if is_line else row[text_field]
+        return cut(text) if text.strip() else []
     question, solution = row.split("||", 1) if is_line else (row["question"], row["answer"])
     thoughts, hashes, answer = solution.rpartition("####")
     if not is_line:
@@ -305,9 +296,7 @@ def parse(row, kind, text_field):
     question, thoughts, answer = question.strip(), thoughts.strip(), answer.strip()
     if not (hashes and question and answer):
         raise ValueError("wanted question||thoughts #### answer")
-    parts = [f"Question: {question}", f" Answer: {thoughts}".rstrip(), f" #### {answer}"]
-    "".join(parts).encode()
-    return parts
+    return [f"Question: {question}", f" Answer: {thoughts}".rstrip(), f" #### {answer}"]
 
 
 class Documents:
@@ -326,6 +315,7 @@ class Documents:
                     if isinstance(row, str) and not TEXT.search(path):
                         row = dict(json.loads(row))
                     parts = parse(row, self.kind, self.text_field)
+                    "".join(parts).encode()  # fails for half a surrogate pair
                     self.n_empty += not parts
                 except (ValueError, LookupError, TypeError, AttributeError) as error:
                     parts = []

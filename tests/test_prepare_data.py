@@ -132,7 +132,7 @@ def test_every_source_keeps_every_document(tmp_path, monkeypatch, tokenizer, opt
 def test_a_package_that_is_missing_is_named(tmp_path, monkeypatch):
     path = write(tmp_path / "a.txt.zst", MARKED)
     monkeypatch.delitem(prepare_data.fsspec.utils.compressions, "zst", raising=False)
-    with pytest.raises(ValueError, match="a.txt.zst needs a package; run: pip install -U fsspec backports"):
+    with pytest.raises(ValueError, match="a.txt.zst cannot be read .*run: pip install -U fsspec backports"):
         parts_of(path)
 
 
@@ -177,8 +177,7 @@ def test_a_folder_tells_what_it_reads_and_what_not(tmp_path, capsys, cache):
     found = find_files(str(folder), "")
     assert sorted(parts_of(*found)) == sorted([text] for text in [*STORIES, "About."])
     printed = capsys.readouterr().out
-    size = sum(os.path.getsize(path) for path in found)
-    assert f"{folder}: reads 5 files, {size:,} bytes: " in printed and "leaves out 2 files" in printed
+    assert f"{folder}: reads 5 files: " in printed and "leaves out 2 files" in printed
     assert all(name in printed for name in others) and "idden" not in printed
     assert len(find_files(f"{folder}/", "")) == 5
 
@@ -655,16 +654,6 @@ def test_a_tokenizer_of_the_hub(tmp_path, kind):
     )
     mark = encoding.decode([meta["eot_id"]])
     assert encoding.encode(f"a{mark}", allowed_special="all")[-1] == meta["eot_id"]
-
-
-def test_gpt2_without_a_network(monkeypatch):
-    monkeypatch.setattr(
-        prepare_data.tiktoken, "get_encoding", Mock(side_effect=ConnectionError("no network"))
-    )
-    with pytest.raises(
-        ValueError, match="gpt2 could not be downloaded .ConnectionError.; set TIKTOKEN_CACHE_DIR"
-    ):
-        load_tokenizer(make_tokenizer("gpt2"))
 
 
 def test_a_model_of_the_hub_names_its_tokenizer(tmp_path, monkeypatch):
