@@ -159,8 +159,7 @@ class HubTokenizer:
 
     def encode_ordinary_batch(self, texts, num_threads=None, allowed_special=()):
         self.tokenizer.encode_special_tokens = not allowed_special  # what looks like one is ordinary text
-        encodings = self.tokenizer.encode_batch(texts, add_special_tokens=False)
-        return [encoding.ids for encoding in encodings]
+        return [item.ids for item in self.tokenizer.encode_batch(texts, add_special_tokens=False)]
 
     def encode(self, text, allowed_special=()):
         return self.encode_ordinary_batch([text], None, allowed_special)[0]
@@ -173,8 +172,8 @@ class HubTokenizer:
 
 def check_exact(tokenizer, texts):
     """Raises ValueError if a text, encoded in two parts, does not come back from its tokens. Unicode's NFC
-    normalization may change it, as Qwen's tokenizer does. Checks the texts, and characters with all bytes of
-    UTF-8, but not the control characters: SmolLM2's vocabulary lacks them, and few texts have them."""
+    normalization may change it, as Qwen's tokenizer does."""
+    # all bytes of UTF-8, but few control characters: SmolLM2's vocabulary lacks them, and few texts have them
     characters = [9, 10, 13, *range(32, 127), *range(160, 0x801), *range(0x1000, 0x10000, 0x1000), 0x1F600]
     for text in [*map(chr, characters), *texts]:
         half = len(text) // 2
@@ -199,13 +198,14 @@ def is_remote(address):
 
 
 def find_files(address, download_dir, training=False):
-    """The files to read at a path or URL, in all folders below it; for hub:... the address itself. Training
-    leaves out those that are named test or validation, if there are others. Raises ValueError for none."""
+    """The files of a path or URL, also in all folders below it; for hub:... the address itself. Training
+    leaves out those named test or validation, if there are others. Prints what it reads and what it leaves
+    out. Raises ValueError if there are no texts."""
     if address.startswith("hub:"):
         return [address]
     path = download(address, download_dir) if is_remote(address) else address
     found = [path]
-    if not os.path.isfile(path):  # a folder, of which glob finds what is not hidden
+    if not os.path.isfile(path):  # links are followed, hidden files are not read, and each file once
         found = sorted(glob.glob(f"{glob.escape(path)}/**", recursive=True))
         found = {os.path.realpath(file): file for file in found if os.path.isfile(file)}.values()
     texts = [file for file in found if FILES.search(file)]
@@ -230,9 +230,9 @@ def refuse_pointer(path):
 def open_text(path):
     """A text file, also compressed: UTF-8 with or without a byte order mark, and with any line ends."""
     refuse_pointer(path)
-    local = fsspec.filesystem("file")  # and not fsspec.open: a path with colons is no address
+    disk = fsspec.filesystem("file")  # fsspec.open would take a path with colons for an address
     try:
-        with local.open(os.path.abspath(path), "rt", encoding="utf-8-sig", compression="infer") as file:
+        with disk.open(os.path.abspath(path), "rt", encoding="utf-8-sig", compression="infer") as file:
             yield file
     except Exception as error:  # each format raises its own
         hint = "convert it, or if it is a .zst file, run: pip install -U fsspec backports.zstd"
@@ -241,7 +241,7 @@ def open_text(path):
 
 def read_rows(address, kind="problems"):
     """(row, position) for all that is not blank: the lines of a .jsonl file or of problems; the documents of
-    other .txt files; the dicts of .parquet or of hub:ID[@CONFIG][:SPLIT], where datasets tries 20 times."""
+    other .txt files; the dicts of .parquet files, and of the hub, from hub:ID[@CONFIG][:SPLIT]."""
     if address.startswith("hub:"):
         name, config, split = regex.fullmatch(r"hub:([^@:]*)@?([^:]*):?(.*)", address).groups()
         options = {"path": name, "name": config or None, "split": split or "train"}
@@ -479,11 +479,10 @@ def write_data(cfg, folder, new):
 
 def load_meta(folder: str) -> dict:
     """meta.json of prepared data. Raises ValueError if it is missing, or a token file has another size."""
-    path = f"{folder}/meta.json"
-    if not os.path.exists(path):
+    if not os.path.exists(f"{folder}/meta.json"):
         hint = "prepare it with prepare_data.py, or say where it is: --data_dir (eval.py: --data)"
         raise ValueError(f"no prepared data in {str(folder)!r}; {hint}")
-    meta = read_json(path)
+    meta = read_json(f"{folder}/meta.json")
     for split, n_tokens in meta["tokens"].items():
         path, size = f"{folder}/{split}.bin", n_tokens * np.dtype(meta["dtype"]).itemsize
         if not os.path.exists(path) or os.path.getsize(path) != size:

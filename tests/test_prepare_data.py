@@ -42,6 +42,7 @@ ARTICLES = [" = A = \n \n Text . \n = = Part = = \n \n More . \n \n", " = Next o
 PROBLEM = "Question: Two  more? Answer: <<3+2=5>> <<5*2=10>> #### 10"
 ROW = json.dumps({"question": "Two  more? ", "answer": "#### <<3+2=5>>5, then $<<5*2=10>>10\n#### 10"})
 PROSE = json.dumps({"question": "q", "answer": "Add them to get 4.\n#### 4"})
+PROSE_PROBLEM = "Question: q Answer: Add them to get 4. #### 4"
 SUMS = "".join(f"{i}+1? ####||<<{i}+1={i + 1}>> #### {i + 1}\n" for i in range(200))
 PARTS = [[f"Question: {i}+1? ####", f" Answer: <<{i}+1={i + 1}>>", f" #### {i + 1}{EOT}"] for i in range(200)]
 SPECS = {name: make_tokenizer(name, True, texts=STORIES) for name in ("bytes", "words")}
@@ -105,12 +106,7 @@ SOURCES = [
     ({"documents": "articles"}, "w.txt", "".join(ARTICLES).replace("\n", "\r\n"), ARTICLES),
     ({"documents": "problems"}, "p.txt", "Two  more?||<<3+2=5>> <<5*2=10>> #### 10\n" * 3, [PROBLEM] * 3),
     ({"documents": "problems"}, "p.jsonl", f"{ROW}\r\n" * 3, [PROBLEM] * 3),
-    (
-        {"documents": "problems"},
-        "q.jsonl",
-        f"{PROSE}\n" * 3,
-        ["Question: q Answer: Add them to get 4. #### 4"] * 3,
-    ),
+    ({"documents": "problems"}, "q.jsonl", f"{PROSE}\n" * 3, [PROSE_PROBLEM] * 3),
 ]
 
 
@@ -123,7 +119,9 @@ def test_every_source_keeps_every_document(tmp_path, monkeypatch, tokenizer, opt
     meta, splits, encoding = prepared(tmp_path, **options)
     for tokens in splits.values():
         assert encoding.decode(tokens.tolist()).split(EOT) == [*wanted, ""]
-    assert meta["documents"] == len(wanted) and meta["settings"]["source"] == source
+    assert (
+        meta["documents"] == len(wanted) and meta["opens_with_eot"] and meta["settings"]["source"] == source
+    )
     assert meta["dtype"] == "uint16" and max(splits["train"]) < meta["vocab_size"] == meta["eot_id"] + 1
     assert meta["sha256"]["val"] == hashlib.sha256(splits["val"].tobytes()).hexdigest()
     assert meta["tokens"] == {split: len(tokens) for split, tokens in splits.items()}
@@ -219,14 +217,6 @@ def test_half_a_download_is_none(tmp_path, monkeypatch):
     monkeypatch.setattr(prepare_data.urllib.request, "urlretrieve", whole)
     assert prepared(tmp_path, source="https://a.b/t.txt?download=true")[0]["documents"] == 40
     assert whole.call_count == 1 and len(list((tmp_path / "data/mine/download").glob("*-t.txt"))) == 1
-
-
-def test_help_lists_the_data_sets(capsys, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["prepare_data.py", "--help"])
-    with pytest.raises(SystemExit):
-        prepare_data.main()
-    printed = capsys.readouterr().out
-    assert all(name in printed for name in prepare_data.CORPORA)
 
 
 # ---- long documents
@@ -456,12 +446,12 @@ def test_every_nth_document_is_held_out(tmp_path, fraction, held_out):
 
 
 def test_of_a_single_text_the_end_is_held_out(tmp_path):
-    meta, splits, encoding = prepared(
-        tmp_path, source=write(tmp_path / "a.txt", "0123456789" * 100), val_fraction=0.1
-    )
+    source = write(tmp_path / "a.txt", "0123456789" * 100)
+    meta, splits, encoding = prepared(tmp_path, source=source, val_fraction=0.1)
     assert encoding.decode(splits["val"].tolist()) == "0123456789"[1:] + "0123456789" * 9 + EOT
     assert encoding.decode(splits["train"].tolist()) == "0123456789" * 90 + "0"
     assert meta["held_out"] == "the last 10.00% of the text" and meta["tokens"] == {"train": 901, "val": 100}
+    assert meta["documents"] == 1 and not meta["opens_with_eot"]
 
 
 def test_words_are_learned_from_the_training_part_alone(tmp_path):
@@ -506,18 +496,16 @@ def test_a_source_of_ones_own_has_no_public_validation_set(tmp_path):
 
 
 def test_public_data_sets():
-    """What None stands for, by the name."""
+    """What None stands for, by the name; the help lists them."""
     of = {name: PrepareConfig(name) for name in prepare_data.CORPORA}
-    assert {name: cfg.documents for name, cfg in of.items() if cfg.documents != "marked"} == {
-        "arithmetic": "problems",
-        "gsm8k": "problems",
-        "wikitext2": "articles",
-    }
+    documents = {name: cfg.documents for name, cfg in of.items() if cfg.documents != "marked"}
+    assert documents == {"arithmetic": "problems", "gsm8k": "problems", "wikitext2": "articles"}
     assert {name for name, cfg in of.items() if cfg.tokenizer != "gpt2"} == {"arithmetic", "shakespeare"}
     assert of["shakespeare"].val_fraction == 0.1 and of["tinystories"].val_fraction == 0.01
     for name in ("gsm8k", "wikitext2", "tinystories", "slimpajama"):
         source, val_source = of[name].source, of[name].val_source
         assert "train" in source and "valid" in val_source and "train" not in val_source, name
+    assert all(name in prepare_data.__doc__ for name in of)
 
 
 def test_words_are_the_commonest_pieces():
@@ -578,13 +566,8 @@ def hub_tokenizer(tmp_path, kind):
         tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
         tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")  # only to learn
         tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-        parts = [
-            decoders.Replace("▁", " "),
-            decoders.ByteFallback(),
-            decoders.Fuse(),
-            decoders.Strip(" ", 1, 0),
-        ]
-        tokenizer.decoder = decoders.Sequence(parts)
+        parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+        tokenizer.decoder = decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)])
         options["special_tokens"] += [f"<0x{byte:02X}>" for byte in range(256)]
     else:
         tokenizer = tokenizers.Tokenizer(models.BPE())
@@ -636,10 +619,8 @@ def test_a_tokenizer_of_the_hub(tmp_path, kind):
     rows = [json.dumps({"text": f"{story} </s><|end_of_text|>{EOT}"}) for story in STORIES]
     source = write(tmp_path / "a.jsonl", "\n".join(rows))
     meta, splits, encoding = prepared(tmp_path, source=source, tokenizer=str(path), val_fraction=0.1)
-    n_marks = (splits["train"] == meta["eot_id"]).sum()
-    assert n_marks == 36 and encoding.decode(splits["train"][:-1].tolist()).endswith(
-        f"</s><|end_of_text|>{EOT}"
-    )
+    assert (splits["train"] == meta["eot_id"]).sum() == 36
+    assert encoding.decode(splits["train"][:-1].tolist()).endswith(f"</s><|end_of_text|>{EOT}")
     source = write(tmp_path / "a.txt", MARKED)
     meta, splits, encoding = prepared(tmp_path, source=source, tokenizer=str(path), val_fraction=0.1)
     texts = encoding.decode(splits["train"].tolist()).split(encoding.decode([meta["eot_id"]]))
@@ -649,9 +630,8 @@ def test_a_tokenizer_of_the_hub(tmp_path, kind):
         ids = encoding.encode_ordinary(text)
         assert encoding.decode(ids) == text and meta["eot_id"] not in ids
         assert encoding.encode_ordinary_batch([text, text], num_threads=2) == [ids, ids]
-    assert encoding.encode_ordinary("It was a cat.") == sum(
-        map(encoding.encode_ordinary, ["It was", " a cat."]), []
-    )
+    whole, parts = "It was a cat.", ["It was", " a cat."]
+    assert encoding.encode_ordinary(whole) == sum(map(encoding.encode_ordinary, parts), [])
     mark = encoding.decode([meta["eot_id"]])
     assert encoding.encode(f"a{mark}", allowed_special="all")[-1] == meta["eot_id"]
 
@@ -673,18 +653,15 @@ def test_bad_tokenizers(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="lacks an end-of-text token"):
         prepared(tmp_path, source=source, tokenizer=hub_tokenizer(tmp_path, "none"))
     path = Path(hub_tokenizer(tmp_path, "GPT-2"))
-    path.write_text(path.read_text().replace('"add_prefix_space":false', '"add_prefix_space":true'))
-    path.write_text(path.read_text().replace('"add_prefix_space": false', '"add_prefix_space": true'))
+    path.write_text(re.sub(r'("add_prefix_space": ?)false', r"\1true", path.read_text()))
     with pytest.raises(ValueError, match="the tokenizer loses text: '.t' comes back as ' .t'"):
         prepared(tmp_path, source=source, tokenizer=str(path))
     with pytest.raises(ValueError, match="tokenizer .*a.txt' cannot be loaded .*; wanted gpt2, bytes, words"):
         prepared(tmp_path, source=source, tokenizer=source)
     spec = make_tokenizer(hub_tokenizer(tmp_path, "GPT-2"))
     monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(ValueError, match="^(?!.*damaged).*; run: pip install tokenizers"):
+    with pytest.raises(ValueError, match="run: pip install tokenizers"):
         load_tokenizer(spec)
-    with pytest.raises(ValueError, match="pip install tokenizers"):
-        prepared(tmp_path, source=source, tokenizer=source)
 
 
 # ---- arithmetic, problems and their parts
@@ -692,9 +669,7 @@ def test_bad_tokenizers(tmp_path, monkeypatch):
 
 def test_arithmetic_is_right_and_disjoint(tmp_path):
     _, splits, encoding = prepared(tmp_path, "arithmetic", num_problems=3000, tokenizer="words")
-    texts_of_split = {
-        split: encoding.decode(tokens.tolist()).split(EOT)[:-1] for split, tokens in splits.items()
-    }
+    texts_of_split = {k: encoding.decode(tokens.tolist()).split(EOT)[:-1] for k, tokens in splits.items()}
     for name, key in {"train": "train", "valid": "val", "test": "test"}.items():
         lines = (tmp_path / "data" / "arithmetic" / f"{name}.txt").read_text().splitlines()
         texts = ["Question: " + line.replace("||", " Answer: ") for line in lines]
@@ -737,9 +712,8 @@ def problem_parts(tmp_path, split, tokens, encoding):
 def test_cuts_of_held_out_problems(tmp_path):
     path = write(tmp_path / "p.txt", SUMS)
     _, splits, encoding = prepared(tmp_path, source=path, documents="problems", val_fraction=0.1)
-    assert problem_parts(tmp_path, "train", splits["train"], encoding) == [
-        p for i, p in enumerate(PARTS) if i % 10 != 9
-    ]
+    train = [parts for i, parts in enumerate(PARTS) if i % 10 != 9]
+    assert problem_parts(tmp_path, "train", splits["train"], encoding) == train
     assert problem_parts(tmp_path, "val", splits["val"], encoding) == PARTS[9::10]
 
 
