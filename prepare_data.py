@@ -328,27 +328,26 @@ class Documents:
 
     def report(self):
         """Prints what was left out so far. Raises ValueError if more than 1 in 100 rows do not fit."""
+        bad = f"{self.n_bad:,} of {self.n_rows:,} rows do not fit"
+        if self.n_bad > self.n_rows / 100:
+            raise ValueError(
+                f"{bad}; the first is {self.first_bad}. Fix them, or set --text_field or --documents"
+            )
+        if self.n_bad:
+            print(f"{bad} and are left out; the first is {self.first_bad}")
         if self.n_empty:
             print(f"{self.n_empty:,} empty rows left out")
-        if self.n_bad:
-            bad = f"{self.n_bad:,} of {self.n_rows:,} rows do not fit; the first is {self.first_bad}"
-            if self.n_bad > self.n_rows / 100:
-                raise ValueError(f"{bad}. Fix them, or set --text_field or --documents")
-            print(f"{bad}. They are left out")
 
 
 def download(url, folder):
-    """The path of a URL's file, fetched once into folder. Raises ValueError if it cannot be had whole."""
+    """The path of a URL's file, fetched once into folder. Raises OSError if it cannot be had."""
     name = os.path.basename(url.split("?")[0])
     path = f"{folder}/{hashlib.sha256(url.encode()).hexdigest()[:8]}-{name}"
     if not os.path.exists(path):
         os.makedirs(folder, exist_ok=True)
         print(f"downloading {url}", flush=True)
-        temporary = f"{path}.{os.getpid()}.tmp"  # another run may download it, too
-        try:
-            urllib.request.urlretrieve(url, temporary)
-        except Exception as error:  # whatever can go wrong on the way
-            raise ValueError(f"cannot download {url} ({error}); give the path of a local copy") from error
+        temporary = f"{path}.{os.getpid()}.tmp"  # half a file never gets the name
+        urllib.request.urlretrieve(url, temporary)
         os.replace(temporary, path)
     return path
 
