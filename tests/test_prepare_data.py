@@ -72,12 +72,6 @@ def prepared(tmp_path, name="mine", **kwargs):
     return meta, splits, load_tokenizer(meta["tokenizer"])
 
 
-def texts_of(tmp_path, name="mine", **kwargs):
-    """Documents of training, and then of validation."""
-    _, splits, encoding = prepared(tmp_path, name, **kwargs)
-    return [encoding.decode(tokens.tolist()).split(EOT)[:-1] for tokens in splits.values()]
-
-
 def parts_of(*paths, kind="marked", **options):
     """The documents of files, each a list of its parts."""
     documents = Documents([str(path) for path in paths], kind, **options)
@@ -105,6 +99,7 @@ SOURCES = [
     ({"documents": "articles"}, "w.txt", " \n" + "".join(ARTICLES), ARTICLES),
     ({"documents": "articles"}, "w.txt", "".join(ARTICLES).replace("\n", "\r\n"), ARTICLES),
     ({"documents": "problems"}, "p.txt", "Two  more?||<<3+2=5>> <<5*2=10>> #### 10\n" * 3, [PROBLEM] * 3),
+    ({"documents": "problems"}, "p.txt", "q||#### 4\n" * 3, ["Question: q Answer: #### 4"] * 3),
     ({"documents": "problems"}, "p.jsonl", f"{ROW}\r\n" * 3, [PROBLEM] * 3),
     ({"documents": "problems"}, "q.jsonl", f"{PROSE}\n" * 3, [PROSE_PROBLEM] * 3),
 ]
@@ -119,9 +114,8 @@ def test_every_source_keeps_every_document(tmp_path, monkeypatch, tokenizer, opt
     meta, splits, encoding = prepared(tmp_path, **options)
     for tokens in splits.values():
         assert encoding.decode(tokens.tolist()).split(EOT) == [*wanted, ""]
-    assert (
-        meta["documents"] == len(wanted) and meta["opens_with_eot"] and meta["settings"]["source"] == source
-    )
+    assert meta["documents"] == len(wanted) and meta["settings"]["source"] == source
+    assert meta["opens_with_eot"] and meta["one_per_line"] == (options.get("documents") == "problems")
     assert meta["dtype"] == "uint16" and max(splits["train"]) < meta["vocab_size"] == meta["eot_id"] + 1
     assert meta["sha256"]["val"] == hashlib.sha256(splits["val"].tobytes()).hexdigest()
     assert meta["tokens"] == {split: len(tokens) for split, tokens in splits.items()}
@@ -205,18 +199,19 @@ def test_urls_are_fetched_once_and_kept_apart(tmp_path):
 
 def test_half_a_download_is_none(tmp_path, monkeypatch):
     """And the file has the name of the address's path."""
+    address, text, errors = "https://a.b/t.txt?download=true", "half", [http.client.IncompleteRead(b"half")]
 
-    def broken(url, path):
-        write(Path(path), "half")
-        raise http.client.IncompleteRead(b"half")
+    def retrieve(url, path):
+        write(Path(path), text)
+        if errors:
+            raise errors.pop()
 
-    monkeypatch.setattr(prepare_data.urllib.request, "urlretrieve", broken)
+    monkeypatch.setattr(prepare_data.urllib.request, "urlretrieve", retrieve)
     with pytest.raises(http.client.IncompleteRead):
-        prepared(tmp_path, source="https://a.b/t.txt?download=true")
-    whole = Mock(side_effect=lambda url, path: write(Path(path), MARKED))
-    monkeypatch.setattr(prepare_data.urllib.request, "urlretrieve", whole)
-    assert prepared(tmp_path, source="https://a.b/t.txt?download=true")[0]["documents"] == 40
-    assert whole.call_count == 1 and len(list((tmp_path / "data/mine/download").glob("*-t.txt"))) == 1
+        prepared(tmp_path, source=address)
+    text = MARKED
+    assert prepared(tmp_path, source=address)[0]["documents"] == 40
+    assert len(list((tmp_path / "data/mine/download").glob("*-t.txt"))) == 1
 
 
 # ---- long documents
@@ -328,11 +323,6 @@ def test_malformed_problems_are_counted(tmp_path, capsys, file):
     assert wanted in capsys.readouterr().out
 
 
-def test_a_problem_without_thoughts_has_three_parts_too(tmp_path):
-    path = write(tmp_path / "a.txt", "q||#### 4\n")
-    assert parts_of(path, kind="problems") == [["Question: q", " Answer:", " #### 4"]]
-
-
 # ---- nothing is replaced without a word
 
 ARITHMETIC = {"name": "arithmetic", "source": None}
@@ -383,15 +373,9 @@ def test_prepared_data_are_never_replaced(tmp_path, capsys):
     again = PrepareConfig("mine", source, tokenizer="bytes", data_dir=str(tmp_path / "moved"))
     assert prepare(again) == meta and "mine is prepared already" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in (tmp_path / "moved/mine").iterdir()} == before
-
-
-def test_data_of_an_earlier_version_are_prepared_already(tmp_path):
-    """Settings that are gone since then do not count."""
-    source = write(tmp_path / "a.txt", MARKED)
-    meta = prepared(tmp_path, source=source)[0]
-    meta["settings"]["split_digits"] = False
-    (tmp_path / "data/mine/meta.json").write_text(json.dumps(meta))
-    assert prepare(PrepareConfig("mine", source, tokenizer="bytes", data_dir=str(tmp_path / "data"))) == meta
+    meta["settings"]["split_digits"] = False  # a setting of an earlier version does not count
+    (tmp_path / "moved/mine/meta.json").write_text(json.dumps(meta))
+    assert prepare(again) == meta
 
 
 def test_an_interrupted_preparation_counts_as_none(tmp_path, monkeypatch):
@@ -442,7 +426,9 @@ EVERY_NTH = [(0.1, [9, 19, 29, 39]), (0.5, range(1, 40, 2)), (0.03, [32]), (0.15
 
 @pytest.mark.parametrize("fraction, held_out", EVERY_NTH)
 def test_every_nth_document_is_held_out(tmp_path, fraction, held_out):
-    train, val = texts_of(tmp_path, source=write(tmp_path / "a.txt", MARKED), val_fraction=fraction)
+    source = write(tmp_path / "a.txt", MARKED)
+    _, splits, encoding = prepared(tmp_path, source=source, val_fraction=fraction)
+    train, val = (encoding.decode(tokens.tolist()).split(EOT)[:-1] for tokens in splits.values())
     assert val == [STORIES[i] for i in held_out]
     assert train == [story for i, story in enumerate(STORIES) if i not in held_out]
 
@@ -490,11 +476,8 @@ def test_round_trip(text):
 
 def test_a_source_of_ones_own_has_no_public_validation_set(tmp_path):
     source = write(tmp_path / "p.txt", SUMS)
-    meta, _, _ = prepared(tmp_path, "gsm8k", source=source)
-    assert meta["held_out"] == "1 of every 100 documents" and meta["one_per_line"]
-    meta, _, _ = prepared(tmp_path, "gsm8k", source=source, val_source=source)
-    assert meta["held_out"] == source
-    assert not prepared(tmp_path, source=write(tmp_path / "a.txt", MARKED))[0]["one_per_line"]
+    assert prepared(tmp_path, "gsm8k", source=source)[0]["held_out"] == "1 of every 100 documents"
+    assert prepared(tmp_path, "gsm8k", source=source, val_source=source)[0]["held_out"] == source
 
 
 def test_public_data_sets():
