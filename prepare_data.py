@@ -127,7 +127,7 @@ def make_tokenizer(name: str, split_digits: bool = False, vocab_size: int | None
     if not eot:
         raise ValueError(f"tokenizer {name!r} lacks an end-of-text token: {EOT}, <|end_of_text|> or </s>")
     data = json.loads(tokenizer.to_str()) | {"truncation": None, "padding": None}
-    # Llama 2's puts a space in front of each text, and takes it off again: the parts of a text would not join
+    # Llama 2's puts a space in front of each text and takes it away again, so parts of a text would not join
     for key, kind in (("normalizer", "Prepend"), ("decoder", "Strip")):
         if steps := (data[key] or {}).get(f"{key}s"):
             steps[:] = [step for step in steps if step["type"] != kind]
@@ -173,7 +173,7 @@ class HubTokenizer:
 def check_exact(tokenizer, texts):
     """Raises ValueError if a text, encoded in two parts, does not come back from its tokens. Unicode's NFC
     normalization may change it, as Qwen's tokenizer does."""
-    # all bytes of UTF-8, but few control characters: SmolLM2's vocabulary lacks them, and few texts have them
+    # All bytes that UTF-8 uses, but not the rarer control characters, which SmolLM2's vocabulary lacks
     characters = [9, 10, 13, *range(32, 127), *range(160, 0x801), *range(0x1000, 0x10000, 0x1000), 0x1F600]
     for text in [*map(chr, characters), *texts]:
         half = len(text) // 2
@@ -300,8 +300,8 @@ def parse(row, kind, text_field):
 
 
 class Documents:
-    """The documents of files, to be read once or more: each a list of its parts. Rows that are empty, or do
-    not fit, are left out and counted."""
+    """The documents of files, each a list of its parts. They can be read several times. Rows that are empty,
+    or do not fit, are left out and counted."""
 
     def __init__(self, files, kind, text_field="text"):
         self.files, self.kind, self.text_field = files, kind, text_field
@@ -331,7 +331,7 @@ class Documents:
         bad = f"{self.n_bad:,} of {self.n_rows:,} rows do not fit"
         if self.n_bad > self.n_rows / 100:
             raise ValueError(
-                f"{bad}; the first is {self.first_bad}. Fix them, or set --text_field or --documents"
+                f"{bad}; the first is {self.first_bad}. Fix them, or set --text_field, --documents"
             )
         if self.n_bad:
             print(f"{bad} and are left out; the first is {self.first_bad}")
@@ -442,7 +442,7 @@ def write_data(cfg, folder, new):
     texts = (text for split, text, _ in parts_of(documents, n) if split == "train")
     spec = make_tokenizer(cfg.tokenizer, is_problems, cfg.vocab_size, texts)
     tokenizer = load_tokenizer(spec)
-    if "json" in spec:  # those of our own are exact
+    if "json" in spec:  # our own are exact
         check_exact(tokenizer, itertools.islice(texts, 1000))
 
     dtype = np.dtype("uint16" if spec["vocab_size"] <= 1 << 16 else "uint32")
