@@ -72,20 +72,16 @@ class PrepareConfig:
 
 
 GITHUB, GITHUB_LFS = "https://raw.githubusercontent.com", "https://media.githubusercontent.com/media"
-GSM8K = "da03/implicit_chain_of_thought/main/data/gsm8k"
-GSM8K_TEST = f"{GITHUB}/openai/grade-school-math/master/grade_school_math/data/test.jsonl"
+ICOT = "da03/implicit_chain_of_thought/main/data/gsm8k"
+ICOT_TRAIN, ICOT_VAL = f"{GITHUB_LFS}/{ICOT}/train.txt", f"{GITHUB}/{ICOT}/valid.txt"
+GSM_TEST = f"{GITHUB}/openai/grade-school-math/master/grade_school_math/data/test.jsonl"
 SHAKESPEARE = f"{GITHUB}/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
 WIKI = f"{GITHUB}/pytorch/examples/main/word_language_model/data/wikitext-2"
 STORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/main/TinyStoriesV2-GPT4"
 FINEWEB, SLIMPAJAMA = "hub:HuggingFaceFW/fineweb-edu@sample-10BT", "hub:cerebras/SlimPajama-627B"
 CORPORA = {  # what None stands for
     "arithmetic": {"test_source": "test.txt", "documents": "problems", "tokenizer": "words"},
-    "gsm8k": {
-        "source": f"{GITHUB_LFS}/{GSM8K}/train.txt",
-        "val_source": f"{GITHUB}/{GSM8K}/valid.txt",
-        "test_source": GSM8K_TEST,
-        "documents": "problems",
-    },
+    "gsm8k": {"source": ICOT_TRAIN, "val_source": ICOT_VAL, "test_source": GSM_TEST, "documents": "problems"},
     "shakespeare": {"source": SHAKESPEARE, "val_fraction": 0.1, "tokenizer": "bytes"},
     "wikitext2": {"source": f"{WIKI}/train.txt", "val_source": f"{WIKI}/valid.txt", "documents": "articles"},
     "tinystories": {"source": f"{STORIES}-train.txt", "val_source": f"{STORIES}-valid.txt"},
@@ -171,14 +167,12 @@ class HubTokenizer:
 
 
 def check_exact(tokenizer, texts):
-    """Raises ValueError if a text, encoded in two parts, does not come back from its tokens. Unicode's NFC
+    """Raises ValueError if a text, or a character alone, does not come back from its tokens. Unicode's NFC
     normalization may change it, as Qwen's tokenizer does."""
     # All bytes that UTF-8 uses, but not the rarer control characters, which SmolLM2's vocabulary lacks
     characters = [9, 10, 13, *range(32, 127), *range(160, 0x801), *range(0x1000, 0x10000, 0x1000), 0x1F600]
     for text in [*map(chr, characters), *texts]:
-        half = len(text) // 2
-        ids = tokenizer.encode_ordinary(text[:half]) + tokenizer.encode_ordinary(text[half:])
-        back = tokenizer.decode(ids)
+        back = tokenizer.decode(tokenizer.encode_ordinary(text))
         if unicodedata.normalize("NFC", back) != unicodedata.normalize("NFC", text):
             change = f"{text[:80]!r} comes back as {back[:80]!r}"
             raise ValueError(f"the tokenizer loses text: {change}; take one of all bytes, such as gpt2")
@@ -211,8 +205,9 @@ def find_files(address, download_dir, training=False):
     texts = [file for file in found if FILES.search(file)]
     files = [file for file in texts if not (training and HELD_OUT.search(file[len(path) :]))] or texts
     if not files:
-        wanted = "wanted .txt, .jsonl or .parquet files, also as .gz, .xz or .zst, or a folder of them"
-        raise ValueError(f"source {path!r} does not exist, or holds no texts; {wanted}")
+        raise ValueError(
+            f"{path!r} does not exist, or holds no .txt(.gz, .xz, .zst), .jsonl or .parquet files"
+        )
     print(f"{path}: reads {len(files):,} files: {', '.join(files[:9])}")
     if left_out := sorted(set(found) - set(files)):
         why = "of another kind, or held out by their names"
@@ -330,9 +325,7 @@ class Documents:
         """Prints what was left out so far. Raises ValueError if more than 1 in 100 rows do not fit."""
         bad = f"{self.n_bad:,} of {self.n_rows:,} rows do not fit"
         if self.n_bad > self.n_rows / 100:
-            raise ValueError(
-                f"{bad}; the first is {self.first_bad}. Fix them, or set --text_field, --documents"
-            )
+            raise ValueError(f"{bad}; the first is {self.first_bad}. Set --text_field or --documents?")
         if self.n_bad:
             print(f"{bad} and are left out; the first is {self.first_bad}")
         if self.n_empty:
@@ -409,8 +402,9 @@ def prepare(cfg: PrepareConfig) -> dict:
         meta = load_meta(folder)
         old = {key: value for key, value in meta["settings"].items() if key in settings}
         if changed := [f"{key}={value!r}" for key, value in old.items() if value != settings[key]]:
-            hint = "remove it (to keep downloads, only its meta.json), or choose another name"
-            raise ValueError(f"{folder} was prepared with {', '.join(changed)}; {hint}")
+            raise ValueError(
+                f"{folder} was prepared with {', '.join(changed)}; remove it, or choose another name"
+            )
         print(f"{folder} is prepared already; to prepare it again, remove it")
         return meta
     os.makedirs(folder, exist_ok=True)
@@ -485,8 +479,7 @@ def load_meta(folder: str) -> dict:
     for split, n_tokens in meta["tokens"].items():
         path, size = f"{folder}/{split}.bin", n_tokens * np.dtype(meta["dtype"]).itemsize
         if not os.path.exists(path) or os.path.getsize(path) != size:
-            again = f"prepare it again: remove {folder}, then run prepare_data.py"
-            raise ValueError(f"{path} should have {size:,} bytes, as meta.json says; {again}")
+            raise ValueError(f"{path} should have {size:,} bytes, as meta.json says; prepare {folder} again")
     return meta
 
 

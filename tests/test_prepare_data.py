@@ -280,7 +280,7 @@ def test_rows_that_do_not_fit_are_counted_and_named(tmp_path, capsys, bad):
         f"1 of 201 rows do not fit and are left out; the first is {path}, line 201" in capsys.readouterr().out
     )
     write(tmp_path / "a.jsonl", "".join(ROWS) + bad)
-    with pytest.raises(ValueError, match="1 of 41 rows do not fit; .*, line 41.*set --text_field"):
+    with pytest.raises(ValueError, match="1 of 41 rows do not fit; .*, line 41.*Set --text_field"):
         parts_of(path)
 
 
@@ -330,7 +330,7 @@ BAD_SOURCES = [
     ("a.txt", "\n \n", {}, "a.txt is empty, or too short to hold out"),
     ("a.txt", "\udcff", {}, "a.txt cannot be read as UTF-8 text"),
     ("a.txt", "version https://git-lfs.github.com/spec/v1\nsize 1\n", {}, "Git LFS pointer"),
-    ("a.md", "text", {}, "a.md' does not exist, or holds no texts; wanted .txt, .jsonl or .parquet files"),
+    ("a.md", "text", {}, "a.md' does not exist, or holds no .txt.*, .jsonl or .parquet files"),
     ("a.txt", "text", {"source": "nothing.txt"}, "nothing.txt' does not exist"),
     ("a.txt", "text", {"tokenizer": "words", "vocab_size": 0}, "vocab_size is 0; wanted 257 to 50257"),
     ("a.txt", "text", {"vocab_size": 300}, "vocab_size is 300; wanted .*, with gpt2 or words"),
@@ -640,6 +640,13 @@ def test_bad_tokenizers(tmp_path, monkeypatch):
     path = Path(hub_tokenizer(tmp_path, "GPT-2"))
     path.write_text(re.sub(r'("add_prefix_space": ?)false', r"\1true", path.read_text()))
     with pytest.raises(ValueError, match="the tokenizer loses text: '.t' comes back as ' .t'"):
+        prepared(tmp_path, source=source, tokenizer=str(path))
+    data = json.loads(Path(hub_tokenizer(tmp_path, "Llama 2")).read_text())
+    blank = {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": False}
+    data |= {"normalizer": None, "pre_tokenizer": blank}  # adds a space to each part of a text
+    data["decoder"]["decoders"] = [{"type": "ByteFallback"}, blank]
+    path.write_text(json.dumps(data))
+    with pytest.raises(ValueError, match="the tokenizer loses text: ' ' comes back as ''"):
         prepared(tmp_path, source=source, tokenizer=str(path))
     with pytest.raises(ValueError, match="tokenizer .*a.txt' cannot be loaded .*; wanted gpt2, bytes, words"):
         prepared(tmp_path, source=source, tokenizer=source)
