@@ -25,16 +25,7 @@ import prepare_data
 import sample
 import train
 from eval import read_problems
-from prepare_data import (
-    EOT,
-    Documents,
-    PrepareConfig,
-    find_files,
-    is_remote,
-    load_tokenizer,
-    make_tokenizer,
-    prepare,
-)
+from prepare_data import EOT, Documents, PrepareConfig, find_files, load_tokenizer, make_tokenizer, prepare
 
 STORIES = [f"Story {i}.\nOnce there was a cat.\n\nIt was {i} years old, or 1{i}." for i in range(40)]
 MARKED, ROWS = f"\n{EOT}\n".join(STORIES), [json.dumps({"text": story, "id": 1}) + "\n" for story in STORIES]
@@ -261,15 +252,7 @@ def gpt2_is_there():
 # ---- rows that do not fit
 
 
-BAD_ROWS = [
-    '{"text": null}',
-    '{"text": 5}',
-    '"text"',
-    "[1]",
-    '{"a": 1}',
-    '{"text": "\\ud83d"}',
-    '{"text": "cut',
-]
+BAD_ROWS = ['{"text": null}', '"text"', "[1]", '{"a": 1}', '{"text": "\\ud83d"}', '{"text": "cut']
 
 
 @pytest.mark.parametrize("bad", BAD_ROWS)
@@ -300,11 +283,12 @@ def test_what_is_left_out_is_printed_also_when_no_more_is_wanted(tmp_path, capsy
     assert re.search("1 of [0-9]+ rows do not fit", printed) and "1 empty rows left out" in printed
 
 
+BAD_PROBLEM = r'{"question": "\ud83d", "answer": "a #### 1"}'
 LINES = {  # a good one, then bad ones
     "p.txt": ["q||<<1+1=2>> #### 2", "no bars #### 3", "q||no answer", "||x #### 1", "q||#### "],
     "p.jsonl": [
         ROW,
-        r'{"question": "\ud83d", "answer": "a #### 1"}',
+        BAD_PROBLEM,
         '{"question": "q"}',
         '{"question": 1, "answer": "#### 1"}',
         "[1]",
@@ -364,9 +348,7 @@ def test_prepared_data_are_never_replaced(tmp_path, capsys):
     source, data_dir = write(tmp_path / "a.txt", MARKED), str(tmp_path / "data")
     meta = prepare(PrepareConfig("mine", source, tokenizer="bytes", data_dir=data_dir))
     before = contents(tmp_path)
-    with pytest.raises(
-        ValueError, match="mine was prepared with tokenizer='bytes', max_tokens=1e.30; remove"
-    ):
+    with pytest.raises(ValueError, match="mine was prepared with tokenizer='bytes', max_tokens=1e.30; rem"):
         prepare(PrepareConfig("mine", source, tokenizer="words", max_tokens=9, data_dir=data_dir))
     (tmp_path / "data").rename(tmp_path / "moved")
     (tmp_path / "a.txt").unlink()
@@ -761,4 +743,4 @@ def test_a_path_may_have_colons(tmp_path):
     """A URL is what has ://, the hub what begins with hub: ."""
     remote = ["https://host/a.txt", "hub:org/name@config:train"]
     paths = ["run:1/arithmetic", r"C:\data\a.txt", "a:b.txt", "hub/a.txt"]
-    assert [is_remote(address) for address in remote + paths] == [True, True] + [False] * 4
+    assert [prepare_data.is_remote(address) for address in remote + paths] == [True, True] + [False] * 4
