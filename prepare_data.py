@@ -122,6 +122,10 @@ def make_tokenizer(name: str, split_digits: bool = False, vocab_size: int | None
     eot = [token for token in (EOT, "<|end_of_text|>", "</s>") if token in ids]
     if not eot:
         raise ValueError(f"tokenizer {name!r} lacks an end-of-text token: {EOT}, <|end_of_text|> or </s>")
+    config = os.path.join(os.path.dirname(name), "config.json")
+    if os.path.exists(config):  # of several, the one that the model uses comes first
+        eos_ids = np.atleast_1d(read_json(config).get("eos_token_id"))
+        eot.sort(key=lambda token: ids[token] not in eos_ids)
     data = json.loads(tokenizer.to_str()) | {"truncation": None, "padding": None}
     # Llama 2's puts a space in front of each text and takes it away again, so parts of a text would not join
     for key, kind in (("normalizer", "Prepend"), ("decoder", "Strip")):

@@ -523,12 +523,9 @@ def hub_tokenizer(tmp_path, kind):
     tokenizers = pytest.importorskip("tokenizers")
     from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-    special = {
-        "Llama 2": ["<unk>", "<s>", "</s>"],
-        "Llama 3": ["<|begin_of_text|>", "<|end_of_text|>"],
-        "none": [],
-    }
-    options = {"special_tokens": special.get(kind, [EOT]), "vocab_size": 400, "show_progress": False}
+    special = {"Llama 2": ["<unk>", "<s>", "</s>"], "Llama 3": ["<|begin_of_text|>", "<|end_of_text|>"]}
+    special |= {"GPT-2": [EOT], "two ends": [EOT, "</s>"], "none": []}
+    options = {"special_tokens": special[kind], "vocab_size": 400, "show_progress": False}
     if kind == "Llama 2":
         tokenizer = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
         tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")  # only to learn
@@ -612,6 +609,13 @@ def test_a_model_of_the_hub_names_its_tokenizer(tmp_path, monkeypatch):
     spec = make_tokenizer("someone/model")
     hub.from_pretrained.assert_called_once_with("someone/model")
     assert spec["eot"] == EOT and spec["vocab_size"] == there.get_vocab_size()
+
+
+@pytest.mark.parametrize("eos", [None, 0, 1, [7, 1]])
+def test_a_config_chooses_among_ends_of_text(tmp_path, eos):
+    path = hub_tokenizer(tmp_path, "two ends")
+    write(tmp_path / "config.json", json.dumps({"eos_token_id": eos}))
+    assert make_tokenizer(path)["eot"] == (EOT if eos in (None, 0) else "</s>")
 
 
 def test_bad_tokenizers(tmp_path, monkeypatch):
