@@ -52,7 +52,7 @@ def load_examples(folder, meta, split, block_size):
     the response ends; how many are left out, because they do not fit into block_size with an end-of-text.
     Raises ValueError if the data set holds no problems, or a stage has no example that fits."""
     path = os.path.join(folder, f"{split}_cuts.npy")
-    if not os.path.exists(path):
+    if not meta["one_per_line"]:
         raise ValueError(f"{folder} holds no problems; run: python prepare_data.py gsm8k (or arithmetic)")
     tokens = np.memmap(os.path.join(folder, f"{split}.bin"), meta["dtype"], mode="r")
     question, thoughts, answer, end = np.load(path).T  # (problems,) each: where they begin, and the end
