@@ -4,7 +4,6 @@ python -m pytest tests/test_sft.py
 """
 
 import json
-import os
 import sys
 
 import numpy as np
