@@ -41,7 +41,7 @@ def read_run(path):
     settings = {key: first[key] for key in first if key not in ("seed", "out_dir", *MAY_CHANGE)}
     settings |= {key: last["config"].get(key, "-") for key in ("max_steps", "train_flops", "epochs")}
     commit = last["commit"] or "none"
-    settings["commit"] = commit[:8] + "-dirty" * commit.endswith("-dirty")
+    settings["commit"] = commit.removesuffix("-dirty")[:8] + "-dirty" * commit.endswith("-dirty")
     settings["data"] = " ".join(sha256[:8] for sha256 in (last["data_sha256"] or {}).values())
     start = str(first["init_from"])  # each seed may have one of its own
     settings["init_from"] = re.sub(r"-\d+$", "", start)

@@ -1,6 +1,9 @@
 """The code on the pages of docs/ does what they say. python -m pytest tests/test_docs.py"""
 
 import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -64,3 +67,15 @@ def test_attention_without_a_mask_is_attention_with_it():
     q, k, v = torch.randn(3, 2, 4, 7, 8)
     wanted = F.scaled_dot_product_attention(q, k, v, attn_mask=sink_mask(7, 1))
     torch.testing.assert_close(run_blocks("add_a_sink.md")["attention"](q, k, v), wanted)
+
+
+def test_change_attention(tmp_path):
+    """The diff of the page applies, its checks pass, and extras.sinks knows the changed attention."""
+    shutil.copytree(DOCS.parent / "extras", tmp_path / "extras")
+    for file in DOCS.parent.glob("*.py"):
+        shutil.copy(file, tmp_path)
+    (diff,) = blocks("change_attention.md", "diff")
+    subprocess.run(["git", "apply"], input=diff, cwd=tmp_path, check=True, text=True)
+    (checks,) = blocks("change_attention.md", "python")
+    checks += "from extras.sinks import attention_maps\nassert len(list(attention_maps(changed, xt))) == 2\n"
+    subprocess.run([sys.executable, "-c", checks], cwd=tmp_path, check=True)
