@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from model import load_checkpoint
-from prepare_data import load_meta
+from prepare_data import file_sha256, load_meta
 from train import write_file
 
 RUNS = {"sink": "out/arithmetic", "vanilla": "out/arithmetic-vanilla"}
@@ -28,6 +28,8 @@ def main():
         meta["tokens"][split] = len(tokens)
         tokens.tofile(f"{demo}/arithmetic/{split}.bin")
         np.save(f"{demo}/arithmetic/{split}_cuts.npy", cuts)
+        for name in (f"{split}.bin", f"{split}_cuts.npy"):
+            meta["sha256"][name.split(".")[0]] = file_sha256(f"{demo}/arithmetic/{name}")
     with open(f"{demo}/arithmetic/meta.json", "w", encoding="utf-8") as file:
         json.dump(meta, file, indent=1)
     for name, run in RUNS.items():

@@ -10,10 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from eval import validation
 from extras import convert
 from model import sink_mask
+from sample import load_trained
+from train import validate
 
 DOCS = Path(__file__).parent.parent / "docs"
+DEMO = DOCS.parent / "assets" / "demo"
 
 
 def blocks(page, language):
@@ -79,3 +83,13 @@ def test_change_attention(tmp_path):
     (checks,) = blocks("change_attention.md", "python")
     checks += "from extras.sinks import attention_maps\nassert len(list(attention_maps(changed, xt))) == 2\n"
     subprocess.run([sys.executable, "-c", checks], cwd=tmp_path, check=True)
+
+
+@pytest.mark.parametrize("name, n_sink", [("sink", 1), ("vanilla", 0)])
+def test_the_models_that_come_along_have_the_loss_of_their_training(name, n_sink):
+    model, _, checkpoint = load_trained(DEMO / name, "cpu")
+    assert model.config.n_sink == n_sink and "optimizer" not in checkpoint
+    run = checkpoint["run_config"]
+    get_batch, n, _ = validation(checkpoint, DEMO / "arithmetic", run["eval_seqs"])
+    loss, *_ = validate(model, get_batch, run["micro_batch_size"], n, dtype="float32")
+    assert loss == pytest.approx(checkpoint["best_val_loss"], abs=1e-4)
