@@ -73,6 +73,20 @@ def test_attention_without_a_mask_is_attention_with_it():
     torch.testing.assert_close(run_blocks("add_a_sink.md")["attention"](q, k, v), wanted)
 
 
+def test_the_readme_trains_and_samples(data_dir, monkeypatch, capsys):
+    (code,) = blocks("../README.md", "python")
+    monkeypatch.chdir(data_dir.parent)
+    exec(code.replace("max_steps=500", "max_steps=2, eval_seqs=8, log_interval=1"), {})
+    *_, curve, text = capsys.readouterr().out.splitlines()
+    assert curve.startswith("[(1, ") and text.startswith("Tom has") and "[MASK" not in text
+
+
+def test_the_likelihood_of_evaluation_md(monkeypatch, capsys):
+    monkeypatch.chdir(DOCS.parent)
+    run_blocks("evaluation.md")
+    assert -20 < float(capsys.readouterr().out) < 0
+
+
 def test_change_attention(tmp_path):
     """The diff of the page applies, its checks pass, and extras.sinks knows the changed attention."""
     shutil.copytree(DOCS.parent / "extras", tmp_path / "extras")
