@@ -212,10 +212,10 @@ def find_files(address, download_dir, training=False):
         raise ValueError(
             f"{path!r} does not exist, or holds no .txt(.gz, .xz, .zst), .jsonl or .parquet files"
         )
-    print(f"{path}: reads {len(files):,} files: {', '.join(files[:9])}")
+    print(f"{path}, files read: {len(files):,} ({', '.join(files[:9])})")
     if left_out := sorted(set(found) - set(files)):
         why = "of another kind, or held out by their names"
-        print(f"{path}: leaves out {len(left_out):,} files ({why}): {', '.join(left_out[:9])}")
+        print(f"{path}, files left out: {len(left_out):,} ({why}: {', '.join(left_out[:9])})")
     return files
 
 

@@ -160,7 +160,7 @@ def test_a_folder_tells_what_it_reads_and_what_not(tmp_path, capsys, cache):
     found = find_files(str(folder), "")
     assert sorted(parts_of(*found)) == sorted([text] for text in [*STORIES, "About."])
     printed = capsys.readouterr().out
-    assert f"{folder}: reads 5 files: " in printed and "leaves out 2 files" in printed
+    assert f"{folder}, files read: 5 (" in printed and "files left out: 2 (" in printed
     assert all(name in printed for name in others) and "idden" not in printed
     assert len(find_files(f"{folder}/", "")) == 5
 
@@ -736,7 +736,7 @@ def test_a_folder_trains_on_its_training_part(tmp_path, capsys):
     clone = str(tmp_path / "clone")
     names = [f"{clone}/{name}.txt" for name in ("contest", "latest", "train-0")]
     assert find_files(clone, "", training=True) == names
-    assert "leaves out 3 files (of another kind, or held out by their names)" in capsys.readouterr().out
+    assert "files left out: 3 (of another kind, or held out by their names: " in capsys.readouterr().out
     assert find_files(f"{clone}/validation-0.txt", "", training=True) == [f"{clone}/validation-0.txt"]
     assert len(find_files(f"{clone}/sub", "", training=True)) == 2
     assert len(find_files(clone, "")) == 6  # to validate or to test
