@@ -52,7 +52,7 @@ def convert(config_class, key, value, source):
     if text in literals and type(literals[text]) in kinds:
         return literals[text]
     if str in kinds and isinstance(value, str):
-        return os.path.expanduser(value) if value.startswith("~/") else value
+        return os.path.expanduser(value) if key not in ("prompt", "question") else value
     with contextlib.suppress(ValueError):
         if float in kinds:
             return float(text)

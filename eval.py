@@ -80,8 +80,9 @@ def draws(L, cfg, rng):
             row[np.argsort(times + rng.random(L))[:k]] = True
             times += row
         weight = L / hidden.sum(axis=1)
-    hidden, number = np.unique(hidden, axis=0, return_inverse=True)  # equal passes are made once
-    return hidden, np.bincount(number.ravel(), weight / cfg.mc_num)[:, None] * hidden
+    # equal draws are one pass, with the sum of their weights
+    hidden, pass_of_draw = np.unique(hidden, axis=0, return_inverse=True)
+    return hidden, np.bincount(pass_of_draw.ravel(), weight / cfg.mc_num)[:, None] * hidden
 
 
 def encode_pair(tokenizer, context, continuation, block_size):
@@ -154,11 +155,14 @@ def read_items(path):
             has_choices = "choices" in items[0]
             texts = item["choices"] if has_choices else [item["target"]]
             "".join([item["context"], *texts])  # fails unless all of them are texts
-            fits = all(texts) and (not has_choices or item["gold"] in range(len(texts)))
+            fits = isinstance(texts, list) and all(texts)
+            fits = fits and (not has_choices or item["gold"] in range(len(texts)))
         except (ValueError, TypeError, KeyError):
             fits = False
         if not fits:
             raise ValueError(f"{position}: wanted {wanted}; got {str(line)[:80]!r}")
+    if not items:
+        raise ValueError(f"{path} is empty; wanted {wanted}")
     return items
 
 
@@ -170,7 +174,7 @@ def score_item(model, tokenizer, item, cfg):
     record = {**item, "log_p": log_p.tolist(), "cut": max(n_cut for *_, n_cut in pairs)}
     if "choices" not in item:
         return record | {"log_p": log_p[0], "acc": greedy_match(model, *pairs[0][:2], cfg)}
-    texts = [text.lstrip(" ") for text in item["choices"]]  # however the blank is spelled
+    texts = [text.lstrip(" ") or text for text in item["choices"]]  # however the blank is spelled
     lengths = [len(text) for text in texts], [len(text.encode()) for text in texts]
     scores = {"acc": log_p, "acc_norm": log_p / lengths[0], "acc_bytes": log_p / lengths[1]}
     return record | {name: int(score.argmax()) == item["gold"] for name, score in scores.items()}
@@ -204,6 +208,8 @@ def read_problems(address, download_dir=None):
     documents.report()
     if n_left_out:
         print(f"{address}: left out {n_left_out:,} problems whose answer is no number")
+    if not problems:
+        raise ValueError(f"{address} holds no problem whose answer is a number")
     return problems
 
 

@@ -213,7 +213,8 @@ class MDM(nn.Module):
 
     def forward(self, xt, masked=None, targets=None):
         """xt (B, T) ids, mask_id where hidden -> logits (B, T, V), or only where masked (B, T): (N, V).
-        With masked and targets (N,), the clean tokens there: -log p of each, (N,) float32."""
+        With masked and targets (N,), the clean tokens there: -log p of each, (N,) float32. masked is on the
+        CPU, so that N is known without waiting for a GPU."""
         x = self.trunk(xt)
         logits = self.head(x if masked is None else x[masked])
         return logits if targets is None else self.nll(logits, targets)
@@ -259,7 +260,7 @@ class MDM(nn.Module):
 
 def load_checkpoint(path) -> dict:
     """What train.py saved, from a file or a folder's ckpt.pt: model, model_config, run_config, step, meta (of
-    the data, with the tokenizer); to resume also optimizer, validated, best_val_loss, losses, wandb_id.
+    the data, with the tokenizer); to resume also optimizer, best_val_loss, losses, wandb_id.
     Raises ValueError if it cannot be read."""
     path = os.path.join(path, "ckpt.pt") if os.path.isdir(path) else path
     if not os.path.isfile(path):
@@ -268,7 +269,7 @@ def load_checkpoint(path) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file fails in many ways
         raise ValueError(f"{path} is damaged or no checkpoint ({type(error).__name__})") from error
-    if "model_config" not in checkpoint:
+    if not isinstance(checkpoint, dict) or "model_config" not in checkpoint:
         raise ValueError(f"{path} is no checkpoint of train.py; python -m extras.convert reads SMDM's")
     return checkpoint
 

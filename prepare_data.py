@@ -54,6 +54,8 @@ class PrepareConfig:
 
     def __post_init__(self):
         """Replaces None by the data set's default. Raises ValueError for settings that do not go together."""
+        if os.path.exists(self.test_source or ""):
+            self.test_source = os.path.abspath(self.test_source)
         defaults = {"val_fraction": 0.01, "documents": "marked", "tokenizer": "gpt2"}
         defaults |= CORPORA.get(self.name, {})
         if self.source:
@@ -61,8 +63,6 @@ class PrepareConfig:
         for key, value in defaults.items():
             if getattr(self, key) is None:
                 setattr(self, key, value)
-        if os.path.exists(self.test_source or ""):
-            self.test_source = os.path.abspath(self.test_source)
         if bool(self.source) == (self.name == "arithmetic") or not regex.fullmatch(r"\w[\w.-]*", self.name):
             wanted = f"wanted a new name with a --source, or {', '.join(CORPORA)} (arithmetic is generated)"
             raise ValueError(f"name {self.name!r}, source {self.source!r}: {wanted}")
@@ -136,12 +136,17 @@ def make_tokenizer(name: str, split_digits: bool = False, vocab_size: int | None
 
 
 def load_tokenizer(spec: dict):
-    """The tiktoken.Encoding or HubTokenizer that a dict of make_tokenizer describes."""
+    """The tiktoken.Encoding or HubTokenizer that a dict of make_tokenizer describes. Raises ValueError if
+    GPT-2's vocabulary cannot be downloaded."""
     if "json" in spec:
         return HubTokenizer(spec)
     ranks = {bytes([byte]): byte for byte in range(256)}
     if spec["name"] == "gpt2":
-        ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
+        try:
+            ranks = tiktoken.get_encoding("gpt2")._mergeable_ranks
+        except OSError as error:
+            hint = "set TIKTOKEN_CACHE_DIR to a folder with its vocabulary, or choose --tokenizer=words"
+            raise ValueError(f"gpt2 could not be downloaded ({type(error).__name__}); {hint}") from error
     for word in spec.get("words", []):
         ranks[word.encode()] = len(ranks)
     eot_id = spec["vocab_size"] - 1
@@ -362,7 +367,7 @@ def read_json(path):
 
 
 def parts_of(documents, n):
-    """(split, part, is_last) for all parts of documents; the split of every n-th is val (n=0: of none)."""
+    """(split, part, is_last) for all parts of documents. Every n-th is of val: n=1 means all, n=0 none."""
     for number, parts in enumerate(documents, start=1):
         split = "val" if n and number % n == 0 else "train"
         for i, part in enumerate(parts, start=1):
@@ -483,7 +488,7 @@ def load_meta(folder: str) -> dict:
     for split, n_tokens in meta["tokens"].items():
         path, size = f"{folder}/{split}.bin", n_tokens * np.dtype(meta["dtype"]).itemsize
         if not os.path.exists(path) or os.path.getsize(path) != size:
-            raise ValueError(f"{path} should have {size:,} bytes, as meta.json says; prepare {folder} again")
+            raise ValueError(f"{path} should have {size:,} bytes; remove {folder}, and prepare it again")
     return meta
 
 

@@ -40,7 +40,10 @@ class SampleConfig:
     def __post_init__(self):
         if self.prompt and self.question:
             raise ValueError("got a prompt and a question; leave one of them out")
-        self.num_samples = self.num_samples or (1 if self.question else 3)
+        if self.num_samples is None:
+            self.num_samples = 1 if self.question else 3
+        if self.num_samples < 1 or self.seed < 0:
+            raise ValueError("wanted num_samples of at least 1, and seed of at least 0")
         if self.temperature is None:
             self.temperature = 0.1 if self.question else 0.7
         if self.prompt.startswith("FILE:"):
@@ -92,10 +95,10 @@ def without_last_blank(text, tokenizer, vocab_size):
 def encode_prompt(prompt, tokenizer, mask_id):
     """Token ids of a prompt, with mask_id for every token of its gaps."""
     ids, parts = [], re.split(r"\[MASK:(\d{1,6})\]", prompt.replace("[MASK]", "[MASK:1]"))
-    for i, part in enumerate(parts):
-        if i == 0 or i < len(parts) - 1:  # a gap or the continuation follows
-            part = without_last_blank(part, tokenizer, mask_id)
-        ids += [mask_id] * int(part) if i % 2 else tokenizer.encode(part, allowed_special="all")
+    for text, gap in zip(parts[::2], [*parts[1::2], None]):
+        if gap or len(parts) == 1:  # a gap or the continuation follows
+            text = without_last_blank(text, tokenizer, mask_id)
+        ids += tokenizer.encode(text, allowed_special="all") + [mask_id] * int(gap or 0)
     return ids
 
 

@@ -76,15 +76,18 @@ class TrainConfig:
     def __post_init__(self):
         self.out_dir = self.out_dir or f"out/{self.dataset}"
         self.min_lr = self.learning_rate / 10 if self.min_lr is None else self.min_lr
-        for name in ("block_size", "batch_size", "micro_batch_size", "eval_interval", "log_interval"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        at_least_1 = ("block_size", "batch_size", "micro_batch_size", "eval_interval", "log_interval")
+        least = dict.fromkeys(at_least_1, 1) | {"seed": 0, "eval_seqs": 2, "grad_clip": 0}
+        for name, number in (least | {"learning_rate": self.min_lr}).items():
+            if getattr(self, name) < number:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least {number}")
 
 
+# settings of a run; the other fields of MDMConfig come from the data, or from a converted model
 MODEL_KEYS = [field.name for field in fields(MDMConfig) if hasattr(TrainConfig, field.name)]
 
 
-def token_batches(folder: str, meta: dict, cfg: TrainConfig):
+def token_batches(folder, meta, cfg):
     """get_batch for pretraining: all tokens are maskable. A training text starts at a random token, or, if
     documents are one a line, at a random end-of-text. Validation takes eval_seqs texts."""
     B, T = cfg.micro_batch_size, cfg.block_size
@@ -234,8 +237,9 @@ def validate(model, get_batch, B, n_seqs, dtype="auto", mc_num=1, rank=0, world_
 
 def bound_and_error(nats, tokens, t):
     """Nats per token and its standard error, from nats and tokens (N,) of texts at noise levels t (N,). The
-    levels are not random, so the error comes from differences of neighbours in t; the first and the last of
-    them count twice. Each half of the texts is taken alone: in fine-tuning the halves are the two stages."""
+    levels are not random. Neighbours have nearly the same t, so the error comes from their differences; the
+    first and the last text have one neighbour, so those differences count twice. Each half of the texts is
+    taken alone: in fine-tuning the halves are the two stages."""
     mean, squares = nats.sum() / tokens.sum(), []
     residuals = (nats - mean * tokens) / tokens.mean()
     for half in torch.arange(len(t)).tensor_split(2 if len(t) > 3 else 1):
@@ -330,10 +334,11 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
         if step % cfg.eval_interval == 0 or step == max_steps:
             bound, se, *_ = validate(model, get_batch, B, cfg.eval_seqs, cfg.dtype, 1, rank, world_size)
             log(f"val loss {bound:.4f} ± {se:.4f}", step=step, val_loss=bound, val_se=se)
-            if bound < best_val_loss:
-                best_val_loss = bound
+            is_best = bound <= best_val_loss
+            best_val_loss = min(bound, best_val_loss)
+            save("ckpt.pt")  # first: a run that is killed here can be resumed
+            if is_best:
                 save("best.pt")
-            save("ckpt.pt")
             if cfg.keep_all:
                 save(f"{step}.pt")
             log_time, log_step = time.perf_counter(), step  # a validation does not count in tokens/s
@@ -384,12 +389,12 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
 def take(cfg, set_by, settings, source, free=()):
     """cfg and set_by with the settings of source, a preset or a checkpoint, where none was set. Raises
     ValueError if one was set to another value and is not free to change."""
-    for key in [key for key in set_by if key in settings]:
-        ours, theirs = getattr(cfg, key), settings.pop(key)
-        if ours != theirs and key not in free:
-            setting = f"{key}={ours!r} ({set_by[key]})"
-            raise ValueError(f"{setting} contradicts {source}, which has {theirs!r}; leave it out")
-    return replace(cfg, **settings), set_by | dict.fromkeys(settings, source)
+    for key in set_by:
+        if key in settings and key not in free and getattr(cfg, key) != settings[key]:
+            setting = f"{key}={getattr(cfg, key)!r} ({set_by[key]})"
+            raise ValueError(f"{setting} contradicts {source}, which has {settings[key]!r}; leave it out")
+    taken = {key: value for key, value in settings.items() if key not in set_by}
+    return replace(cfg, **taken), set_by | dict.fromkeys(taken, source)
 
 
 def start_run(cfg: TrainConfig, set_by: dict):
@@ -411,6 +416,8 @@ def start_run(cfg: TrainConfig, set_by: dict):
     if cfg.init_from != "scratch":
         path = cfg.out_dir if resumes else cfg.init_from
         saved = load_checkpoint(path)
+        if not saved["meta"]:
+            raise ValueError(f"{path} has no tokenizer; convert it again with --tokenizer")
         model_config = asdict(MDMConfig(**saved["model_config"]))
         if resumes:
             settings, free = saved["run_config"] | {"out_dir": cfg.out_dir, "init_from": "resume"}, MAY_CHANGE

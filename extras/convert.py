@@ -96,9 +96,12 @@ def from_smdm(state_dict, n_head: int | None = None, block_size: int = 2048) -> 
         raise ValueError(f"wte has {len(wte)} rows for {V} tokens; wanted 1 more for mask, or 2 with a sink")
     n_layer = 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("transformer.h."))
     heads_of = {(layers, width): heads for layers, heads, width in PRESETS.values()}
-    n_head = n_head or heads_of.get((n_layer, C))
-    if n_head is None:
+    known = heads_of.get((n_layer, C))
+    if n_head is None and known is None:
         raise ValueError(f"model.py's table has no {n_layer} layers of width {C}; set n_head")
+    if n_head and known and n_head != known:  # the weights have the same shapes for any number of heads
+        raise ValueError(f"model.py's table has {known} heads for this size; got n_head {n_head}")
+    n_head = n_head or known
     config = MDMConfig(
         block_size=block_size,
         vocab_size=V,

@@ -329,7 +329,7 @@ def load_runs(names, cfg, device):
 
 def main():
     names = list(itertools.takewhile(lambda word: not word.startswith("-"), sys.argv[1:]))
-    if not names and "--help" not in sys.argv:
+    if not names and not {"-h", "--help"} & {*sys.argv}:
         raise ValueError("no run is named; wanted: python -m extras.sinks out/x [out/y ...] [--key=value]")
     cfg, _ = configurator.parse(SinksConfig, sys.argv[1 + len(names) :])
     Figure = configurator.need("matplotlib.figure", "matplotlib").Figure if cfg.plot else None

@@ -146,6 +146,8 @@ def test_the_table_knows_the_number_of_heads(monkeypatch):
         convert.from_smdm(weights)
     monkeypatch.setitem(convert.PRESETS, "tiny", (3, n_head, 64))
     assert convert.from_smdm(weights).config.n_head == n_head
+    with pytest.raises(ValueError, match=f"table has {n_head} heads for this size; got n_head {2 * n_head}"):
+        convert.from_smdm(weights, 2 * n_head)
 
 
 # ---------- Causal models

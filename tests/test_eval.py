@@ -418,6 +418,7 @@ BAD_LINES = """
 {"context": "a", "choices": ["b", "c"], "gold": "1"}
 {"context": "a", "choices": ["b", ""], "gold": 0}
 {"context": "a", "choices": ["b", 5], "gold": 0}
+{"context": "a", "choices": "bc", "gold": 0}
 {"context": "a", "target": "not the kind of the line before"}
 [1]"""
 
@@ -427,6 +428,12 @@ def test_bad_lines_are_named(tmp_path, line):
     (tmp_path / "bad.jsonl").write_text(json.dumps(CHOICES[0]) + f"\n{line}\n")
     with pytest.raises(ValueError, match='bad.jsonl, line 2: wanted {"context": ..., "choices"'):
         read_items(str(tmp_path / "bad.jsonl"))
+
+
+def test_an_empty_file_is_named(tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="empty.jsonl is empty; wanted"):
+        read_items(str(tmp_path / "empty.jsonl"))
 
 
 def test_a_text_that_is_too_long_is_told_before_the_work(out_dir, evaluate):

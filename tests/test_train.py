@@ -20,7 +20,16 @@ from conftest import ROOT, make_model
 import train as train_module
 from configurator import parse
 from model import MDM, MDMConfig, load_checkpoint, mask_tokens, seed_for, weighted_nll
-from train import TrainConfig, bound_and_error, load_meta, spread_levels, start_run, token_batches, validate
+from train import (
+    TrainConfig,
+    bound_and_error,
+    load_meta,
+    spread_levels,
+    start_run,
+    token_batches,
+    validate,
+    write_file,
+)
 
 TINY = {
     "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 8, "micro_batch_size": 4,
@@ -141,6 +150,8 @@ def test_learning_rate():
     rates = [train_module.get_lr(step, 10, 1.0, 0.1, 4) for step in (0, 1, 4, 7, 10, 11)]
     assert rates == pytest.approx([0, 0.25, 1, 0.55, 0.1, 0.1])  # 7 is half-way
     assert TrainConfig(learning_rate=1e-5).min_lr == pytest.approx(1e-6)
+    with pytest.raises(ValueError, match="learning_rate is 1e-05; it must be at least 2e-05"):
+        TrainConfig(learning_rate=1e-5, min_lr=2e-5)
 
 
 def test_weight_decay_is_on_every_tensor(tmp_path):
@@ -445,7 +456,10 @@ def test_resume_refuses_other_data_and_scripts(data_dir, tmp_path):
             resume_with(checkpoint)
 
 
-@pytest.mark.parametrize("flag", ["batch_size=6", "dtype=float16", "device=foo"])
+BAD_SETTINGS = "batch_size=6 dtype=float16 device=foo seed=-1 eval_seqs=1 grad_clip=-1.0 log_interval=0"
+
+
+@pytest.mark.parametrize("flag", BAD_SETTINGS.split())
 def test_bad_settings_are_named_before_anything_is_written(data_dir, tmp_path, flag):
     name, value = flag.split("=")
     with pytest.raises(ValueError, match=f"{name} .*{value}"):
@@ -482,6 +496,25 @@ def test_checkpoints_and_log(data_dir, tmp_path, monkeypatch):
         assert checkpoint["meta"] == load_meta(data_dir / "arithmetic")
     assert same(model, MDM.from_checkpoint(tmp_path))
     assert sorted(path.name for path in tmp_path.glob("*.pt")) == ["6.pt", "8.pt", "best.pt", "ckpt.pt"]
+
+
+def test_a_run_killed_between_its_first_two_checkpoints_can_be_resumed(data_dir, tmp_path, monkeypatch):
+    def killed(path, write):
+        write_file(path, write)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_module, "write_file", killed)
+        run(data_dir, tmp_path)
+    go("--init_from=auto", f"--out_dir={tmp_path}")
+    assert load_checkpoint(tmp_path)["step"] == 6 and (tmp_path / "best.pt").exists()
+
+
+def test_a_model_without_a_tokenizer_starts_no_run(data_dir, tmp_path):
+    run(data_dir, tmp_path / "a", "--max_steps=0")
+    torch.save(load_checkpoint(tmp_path / "a") | {"meta": None}, tmp_path / "bare.pt")
+    with pytest.raises(ValueError, match="bare.pt has no tokenizer; convert it again with --tokenizer"):
+        start(f"--init_from={tmp_path / 'bare.pt'}", f"--out_dir={tmp_path / 'b'}")
 
 
 def test_the_log_says_what_made_it_and_a_resumed_run_appends(data_dir, tmp_path):
