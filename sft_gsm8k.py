@@ -71,6 +71,13 @@ def example_batches(examples, meta, cfg):
     examples: half of them spread evenly over the first stage, then the others over the second; or all.
     The loss of a micro-batch is per response token of its own, as the authors' is: a small one is noisier."""
     B, T = cfg.micro_batch_size, cfg.block_size
+    stages = examples["val"][1][:, 0]
+    validated = np.arange(len(stages))
+    if cfg.eval_seqs != len(stages):
+        half = (cfg.eval_seqs + 1) // 2
+        first, second = np.flatnonzero(stages == 0), np.flatnonzero(stages == 1)
+        second = second[np.arange(cfg.eval_seqs - half) * len(second) // half]
+        validated = np.concatenate((first[np.arange(half) * len(first) // half], second))
 
     @functools.lru_cache(maxsize=2)  # a batch may reach into the next epoch
     def order(epoch):
@@ -78,18 +85,10 @@ def example_batches(examples, meta, cfg):
 
     def get_batch(split, index):
         tokens, rows, _ = examples[split]
-        n = len(rows)
+        n = len(rows) if split == "train" else len(validated)
         x0, maskable = torch.full((B, T), meta["eot_id"]), torch.ones(B, T, dtype=torch.bool)
         for row, i in enumerate(range(index * B, (index + 1) * B)):
-            if split == "train":
-                chosen = order(i // n)[i % n]
-            elif cfg.eval_seqs == n:
-                chosen = i % n
-            else:
-                half = (cfg.eval_seqs + 1) // 2
-                stage, number = divmod(i % cfg.eval_seqs, half)
-                of_stage = np.flatnonzero(rows[:, 0] == stage)
-                chosen = of_stage[number * len(of_stage) // half]
+            chosen = order(i // n)[i % n] if split == "train" else validated[i % n]
             _, start, response, end = rows[chosen]
             x0[row, : end - start] = torch.from_numpy(tokens[start:end].astype(np.int64))
             maskable[row, : response - start] = False
