@@ -383,6 +383,8 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
     for signum, handler in handlers.items():
         signal.signal(signum, handler)
     bar.close()
+    if wandb:
+        wandb.finish()
     return model
 
 

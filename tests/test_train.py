@@ -559,6 +559,6 @@ def test_wandb(data_dir, tmp_path, monkeypatch):
     send_at(monkeypatch, 15, signal.SIGTERM)
     with pytest.raises(SystemExit):
         go("--init_from=resume", f"--out_dir={tmp_path}", "--max_steps=10")
-    assert [options["id"] for options in started] == [None, "abc"] and ended == [True]
+    assert [options["id"] for options in started] == [None, "abc"] and ended == [True, True]
     assert started[0]["project"] == "name" and started[0]["config"]["seed"] == 0
     assert {step for step, _ in logged} == set(range(9)) and all(a == b for a, b in logged)
