@@ -4,7 +4,8 @@
 # Cost: 5,000 steps of 16,384 tokens, minutes on a GPU (not run). On a CPU shrink it:
 #   python train.py config/shakespeare.py --max_steps=2000 --device=cpu --n_layer=4 --n_embd=128 \
 #     --batch_size=32 --micro_batch_size=32
-# That takes half an hour on one core, to 1.96 nats per byte (docs/results/shakespeare.jsonl): words, not sentences.
+# That takes half an hour on one core, to 1.96 nats per byte: words, no sentences (log:
+# docs/results/shakespeare.jsonl).
 dataset = "shakespeare"
 out_dir = "out/shakespeare"
 
