@@ -1,8 +1,4 @@
-"""Runs that are killed, stopped or meet a full disk or a damaged file lose nothing, and say why.
-
-python -m pytest tests/test_trust.py            # seconds
-python -m pytest tests/test_trust.py -m slow    # many processes, killed, stopped and compared
-"""
+"""Runs that are killed, stopped or meet a full disk or a damaged file lose nothing, and say why."""
 
 import os
 import random
@@ -63,8 +59,7 @@ def hook(*key):
 
 @pytest.fixture
 def start(data_dir, tmp_path):
-    """start(script, out_dir, *flags) -> a process that trains 60 steps, or resumes. Ctrl-C is ignored at
-    first, as with nohup. What still runs at the end of the test is killed."""
+    """A process that trains 60 steps, or resumes. Ctrl-C is ignored at first, as with nohup."""
     started = []
 
     def start(script, out_dir, *flags, hook="", processes=1):
@@ -119,8 +114,7 @@ def error_of(capsys, main):
 @pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("script", ["train", "sft_gsm8k"])
 def test_60_steps_are_25_and_35(script, processes, start, tmp_path):
-    """Bit for bit. Fine-tuning takes 960 examples, more than the 600 of an epoch. Of two processes only one
-    gets the signal, and torchrun ends with 1."""
+    """Fine-tuning takes two epochs. Of two processes only one gets the signal, and torchrun ends with 1."""
     flags = ["--init_from=scratch", "--dataset=arithmetic", "--batch_size=16", "--micro_batch_size=8"]
     flags += ["--block_size=64"] * (script == "sft_gsm8k")
     finish(start(script, tmp_path / "whole", *flags, processes=processes))
@@ -231,19 +225,6 @@ def test_a_second_ctrl_c_leaves_at_once(start, tmp_path):
     assert load_checkpoint(tmp_path / "a")["step"] == 20
 
 
-@pytest.mark.parametrize("index", [3, 11])  # in step 2, and in the last
-def test_a_stop_where_a_validation_is_due(data_dir, tmp_path, monkeypatch, index):
-    """Leaves without it, as there may be no time. The resumed run makes it up."""
-    run(data_dir, tmp_path / "whole")
-    send_at(monkeypatch, index, signal.SIGTERM)
-    with pytest.raises(SystemExit):
-        run(data_dir, tmp_path / "cut")
-    step = load_checkpoint(tmp_path / "cut")["step"]
-    assert step == index // 2 + 1 and step not in dict(rows(tmp_path / "cut", "val_loss"))
-    go("--init_from=resume", f"--out_dir={tmp_path / 'cut'}")
-    assert_same_runs(tmp_path / "whole", tmp_path / "cut")
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("signum, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_signals_under_torchrun(signum, code, start, tmp_path):
@@ -306,34 +287,7 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
     assert calls == [3, path] and open(path).read() == "new"
 
 
-def test_a_write_that_fails_keeps_the_old_file(tmp_path):
-    def write(file):
-        file.write(b"new")
-        raise OSError("disk full")
-
-    (tmp_path / "x").write_text("old")
-    with pytest.raises(ValueError, match="cannot write .*x .disk full.; make room"):
-        write_file(tmp_path / "x", write)
-    assert (tmp_path / "x").read_text() == "old"
-
-
-# ---- damaged and hostile input
-
-
-def test_damaged_and_foreign_checkpoints(data_dir, tmp_path):
-    run(data_dir, tmp_path, "--max_steps=1")
-    path = tmp_path / "ckpt.pt"
-    whole = path.read_bytes()
-    for size in (0, len(whole) // 2, len(whole) - 1):
-        path.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match="ckpt.pt is damaged or no checkpoint"):
-            load_checkpoint(tmp_path)
-    torch.save({"weights": torch.zeros(3)}, path)
-    with pytest.raises(ValueError, match="ckpt.pt is no checkpoint of train.py"):
-        load_checkpoint(tmp_path)
-    path.unlink()
-    with pytest.raises(ValueError, match="no checkpoint at .*ckpt.pt"):
-        load_checkpoint(tmp_path)
+# ---- hostile input
 
 
 class Bomb:
