@@ -1,5 +1,4 @@
-"""extras/convert.py: released weights in, ours out and back. transformers and the authors' outputs are the
-oracles. python -m pytest tests/test_convert.py"""
+"""extras/convert.py: transformers and the authors' outputs are the oracles."""
 
 import contextlib
 import importlib.util
@@ -39,18 +38,13 @@ def call(main, *argv, **options):
 # ---------- SMDM
 
 
-def llama_tokenizer(path, size):
-    """A tokenizer.json like Llama 2's: blanks are ▁, bytes that have no token are <0x..>."""
+def small_tokenizer(path, size):
+    """A tokenizer.json, each token of which is a character."""
     tokenizers = pytest.importorskip("tokenizers")
-    characters = "▁\n" + "".join(map(chr, range(33, 127)))
-    names = ["<unk>", "<s>", "</s>", *characters][:size]
-    models, normalizers, decoders = tokenizers.models, tokenizers.normalizers, tokenizers.decoders
+    names = ["<unk>", "</s>", *map(chr, range(32, 127))][:size]
     vocab = {name: number for number, name in enumerate(names)}
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab, [], byte_fallback=True, unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    tokenizer.decoder = decoders.Sequence(steps)
-    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, [], unk_token="<unk>"))
+    tokenizer.decoder = tokenizers.decoders.Fuse()
     tokenizer.save(str(path))
 
 
@@ -76,29 +70,29 @@ def test_smdm_gives_the_golden_logits(tmp_path, name):
 
 
 def test_every_script_takes_a_converted_model(tmp_path, capsys, monkeypatch):
+    """Which brings its tokenizer."""
     _, weights, n_head = load("sink")
     write_smdm(tmp_path / "x.pth", weights)
     tokenizer, out = tmp_path / "tokenizer.json", tmp_path / "out"
-    llama_tokenizer(tokenizer, 96)
+    small_tokenizer(tokenizer, 96)
     options = {"n_head": n_head, "block_size": 80, "out_dir": out}
     call(convert.main, "smdm", source=tmp_path / "x.pth", tokenizer=tokenizer, **options)
     assert torch.load(out / "ckpt.pt", weights_only=True)["meta"]["opens_with_eot"] is False
-    capsys.readouterr()
-    call(sample.main, out_dir=out, prompt="It is", length=12, device="cpu")
-    texts = capsys.readouterr().out.split("\n---\n")
-    assert len(texts) == 3 and all(text.startswith("It is") for text in texts)
-
-    items = tmp_path / "items.jsonl"
-    items.write_text('{"context": "It is", "choices": ["a", "b c"], "gold": 0}\n' * 2)
-    call(eval.main, task=items, out_dir=out, mc_num=4)
-    (result,) = json.loads((out / "results.json").read_text()).values()
-    assert result["n"] == 2
-
     monkeypatch.setattr(prepare_data, "check_exact", lambda *args: None)  # this tokenizer has few characters
     sums, data = tmp_path / "sums.jsonl", {"data_dir": tmp_path}
     sums.write_text('{"question": "One and two?", "answer": "1+2=3 #### 3"}\n' * 200)
     options = {"val_fraction": 0.5, "documents": "problems", "tokenizer": tokenizer}
     call(prepare_data.main, "sums", source=sums, **options, **data)
+    tokenizer.unlink()
+    capsys.readouterr()
+    call(sample.main, out_dir=out, prompt="It is", length=12, device="cpu")
+    texts = capsys.readouterr().out.split("\n---\n")
+    assert len(texts) == 3 and all(text.startswith("It is") for text in texts)
+    items = tmp_path / "items.jsonl"
+    items.write_text('{"context": "It is", "choices": ["a", "b c"], "gold": 0}\n' * 2)
+    call(eval.main, task=items, out_dir=out, mc_num=4)
+    (result,) = json.loads((out / "results.json").read_text()).values()
+    assert result["n"] == 2
     options = {"max_steps": 5, "batch_size": 4, "micro_batch_size": 4, "block_size": 80, "device": "cpu"}
     options |= {"dataset": "sums", "eval_interval": 5, "eval_seqs": 4, "init_from": out}
     call(sft_gsm8k.main, out_dir=tmp_path / "sft", **options, **data)
@@ -118,7 +112,7 @@ def test_smdm_bad_input(tmp_path):
             convert.from_smdm(state_dict, n_head)
     write_smdm(tmp_path / "x.pth", weights)
     torch.save({wte: weights[wte]}, tmp_path / "other.bin")
-    llama_tokenizer(tmp_path / "t.json", 90)
+    small_tokenizer(tmp_path / "t.json", 90)
     for source, options, message in (
         ("none.pth", {}, "none.pth"),
         ("other.bin", {}, "other.bin lacks 'lm_head.weight'"),
@@ -194,8 +188,7 @@ def causal():
 @pytest.mark.parametrize("gated", [False, True])
 @pytest.mark.parametrize("shift", [False, True])
 def test_a_causal_model_is_the_same_function(other, tmp_path, capsys, gated, shift):
-    """Also with a gate, which starts as the factor 1. Shifted, the logits of a position are those that the
-    causal model has at the position before; the first position has its own."""
+    """Also with a gate, which starts as the factor 1, and shifted by one position."""
     folder, theirs = other
     options = {"n_sink": 0, "gated_attention": gated, "shift": shift, "block_size": 32}
     call(convert.main, "causal", source=folder, out_dir=tmp_path, **options)
@@ -230,8 +223,7 @@ def test_the_chain_rule_is_that_of_the_causal_model(other):
 
 
 def test_a_causal_model_with_a_sink(other):
-    """[MASK] starts as the mean of all tokens, the sink as end-of-text. The causal model that begins with
-    that writes the same logits: its first token sees itself alone, as a sink does."""
+    """The sink starts as end-of-text: the causal model that begins with that has the same logits."""
     folder, theirs = other
     hf, weights = read(folder)
     model = convert.from_causal(hf, weights, 257, 256, n_sink=1, shift=False, block_size=32)
@@ -276,11 +268,6 @@ def test_the_table_counts_grouped_queries():
     assert model.config.table_params() == model.num_params()
 
 
-def test_biases_start_at_zero():
-    model = MDM(convert.MDMConfig(block_size=8, vocab_size=5, n_head=2, n_embd=8, n_layer=1, qkv_bias=True))
-    assert not model.blocks[0].attn.qkv.bias.any() and model.blocks[0].norm_1.weight.all()
-
-
 HF = {**SHAPE, "model_type": "qwen2"}
 UNKNOWN = [
     ("plain rotary positions$", {"rope_scaling": {"type": "yarn", "factor": 4.0}}),
@@ -316,17 +303,14 @@ def test_bad_folders(other, tmp_path):
     """Each with another text in place of a file, or without it. Nothing is written."""
     config = json.loads((other[0] / "config.json").read_text())
     shard = sorted(path.name for path in other[0].glob("*.safetensors"))[1]
-    lacks = {key: config[key] for key in config if key != "intermediate_size"}
     for name, text, message in (
         ("config.json", None, "config.json"),
         ("config.json", "{", "config.json is damaged"),
         (shard, None, shard),
         (shard, "version https://git-lfs.github.com/spec/v1\n", "is a Git LFS pointer, not the file itself"),
-        ("config.json", json.dumps(lacks), "lacks 'intermediate_size'"),
         ("config.json", json.dumps(config | {"intermediate_size": 95}), "does not fit into"),
         ("config.json", json.dumps(config | {"num_hidden_layers": 3}), "lacks 'model.layers.2."),
         ("config.json", json.dumps(config | {"num_hidden_layers": 1}), "no place for .* model.layers.1"),
-        ("config.json", json.dumps(config | {"model_type": "phi3"}), "of type 'phi3'"),
     ):
         folder = shutil.copytree(other[0], tmp_path / "broken")
         (folder / name).unlink()

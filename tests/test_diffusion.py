@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from conftest import make_model
 
-from model import diffusion_loss, generate, guided_logits, mask_tokens, noise_levels, sample_tokens
+from model import diffusion_loss, generate, mask_tokens, noise_levels, sample_tokens
 
 PROMPT = torch.tensor([[11, 3, 11, 11, 5, 11, 11, 11, 2, 11], [1, 11, 7, 2, 8, 11, 9, 0, 11, 4]])
 WAYS = [{}, {"remasking": "random"}, {"threshold": 0.5}]
@@ -114,8 +114,7 @@ def test_a_training_step_asks_the_device_for_nothing():
 
 @pytest.mark.parametrize("V, temperature", [(3, 0.5), (3, 1.0), (3, 2.0), (152_000, 1.0)])
 def test_law_of_sample_tokens(V, temperature):
-    """Evenly spread uniform numbers: the cumulative shares of n draws are within 1 / (2 n) of the cumulative
-    softmax(logits / temperature). The probability that is returned knows no temperature."""
+    """Evenly spread uniform numbers give the cumulative softmax(logits / temperature), to 1 / 2n."""
     n, logits = 256, 3 * torch.randn(V, generator=torch.Generator().manual_seed(0))
     uniform = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     drawn = [sample_tokens(logits.expand(32, V), temperature, part) for part in uniform.split(32)]
@@ -123,7 +122,7 @@ def test_law_of_sample_tokens(V, temperature):
     p = np.exp(logits.double().numpy() / temperature)
     difference = np.bincount(tokens, minlength=V).cumsum() / n - p.cumsum() / p.sum()
     assert np.abs(difference).max() < 0.501 / n
-    torch.testing.assert_close(probability, logits.double().softmax(-1)[tokens])
+    torch.testing.assert_close(probability, logits.double().softmax(-1)[tokens])  # knows no temperature
     assert (sample_tokens(logits[None], 0.0, uniform[:1])[0] == logits.argmax()).all()
 
 
@@ -135,15 +134,6 @@ def test_impossible_tokens_are_never_drawn():
     for uniform, token in ((0.0, 2), (1 - 2**-53, 47)):
         tokens, _ = sample_tokens(logits, 1.0, torch.full((300,), uniform, dtype=torch.float64))
         assert (tokens == token).all()
-
-
-@pytest.mark.parametrize("w", [0.0, 0.6])
-def test_guided_logits(w):
-    """un + (1 + w)(cond - un), where un sees [MASK] for the given tokens, but sees what the model wrote."""
-    model, masked, given = make_model(), PROMPT == 11, (PROMPT < 11) & (PROMPT != 3)
-    cond, un = model(PROMPT)[masked], model(torch.where(given, 11, PROMPT))[masked]
-    pieces = [logits for _, logits in guided_logits(model, PROMPT, masked, given, w)]
-    torch.testing.assert_close(torch.cat(pieces), un + (1 + w) * (cond - un))
 
 
 def test_guidance_of_generate_hides_the_prompt_only():
