@@ -333,13 +333,8 @@ def test_the_weights_are_those_that_transformers_takes(other, tmp_path):
     again = convert.read_weights(str(folder))
     assert all(torch.equal(again[name], weights[name] + 1) for name in weights)
     name = "model.layers.0.self_attn.o_proj.weight"
-    for dtype in (torch.int8, torch.float8_e4m3fn):
-        with pytest.raises(ValueError, match=f"attn.proj.weight is {dtype}; wanted float32, bfloat16"):
-            convert.from_causal(hf, weights | {name: weights[name].to(dtype)}, 257, 256)
-    if not hf["tie_word_embeddings"]:
-        del weights["lm_head.weight"]
-        with pytest.raises(KeyError, match="lm_head.weight"):
-            convert.from_causal(hf, weights, 257, 256)
+    with pytest.raises(ValueError, match="attn.proj.weight is torch.int8; wanted float32, bfloat16"):
+        convert.from_causal(hf, weights | {name: weights[name].to(torch.int8)}, 257, 256)
 
 
 # ---------- Out, and back

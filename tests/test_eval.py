@@ -1,7 +1,4 @@
-"""eval.py: its three tasks, and results that do not depend on how the work is cut, interrupted or spread.
-
-python -m pytest tests/test_eval.py
-"""
+"""eval.py: its three tasks, and results that do not depend on how the work is cut or interrupted."""
 
 import json
 import math
@@ -100,16 +97,14 @@ it is 18 = None       #### $18 = None      ####18 = None          #### none = No
 
 
 def test_answers_are_read_as_openai_reads_them():
-    """The number that stands at once behind the first '#### '; a full stop goes with it. We compare numbers,
-    OpenAI compares their spelling."""
+    """But they compare spellings, and we compare numbers."""
     for text, number in re.findall(r"(\S.*?) = (\S+)", ANSWERS):
         assert final_number(text) == (None if number == "None" else Decimal(number)), text
     assert final_number("") is None and final_number(None) is None
 
 
 class Oracle(torch.nn.Module):
-    """Ends a row as endings says, {tokens it begins with: tokens that follow}; the longest beginning counts.
-    Surer the further right: the filling comes first, and thoughts are complete only when their row is."""
+    """Ends a row as endings says, {tokens it begins with: tokens that follow}; surer the further right."""
 
     def __init__(self, config, endings, eot_id):
         super().__init__()
@@ -276,16 +271,13 @@ def test_results_are_kept_with_their_settings(out_dir, evaluate):
     assert best["settings"]["out_dir"].endswith("best.pt") and (loss["step"], best["n"]) == (3, 4)
 
 
-def test_results_elsewhere(out_dir, evaluate):
-    evaluate(*LOSS, "--limit=4")
-    before = results_of(out_dir)
-    evaluate(*LOSS, "--limit=4", f"--results={out_dir / 'elsewhere'}")
-    assert results_of(out_dir / "elsewhere").keys() == before.keys() and results_of(out_dir) == before
-
-
-def test_a_checkpoint_in_the_current_folder(out_dir, evaluate, monkeypatch):
+def test_results_elsewhere(out_dir, evaluate, monkeypatch):
+    """And of a checkpoint in the current folder."""
     monkeypatch.chdir(out_dir)
-    assert evaluate(*LOSS, "--limit=2", "--out_dir=ckpt.pt")[0]["n"] == 2
+    evaluate(*LOSS, "--limit=4", "--out_dir=ckpt.pt")
+    before = results_of(out_dir)
+    evaluate(*LOSS, "--limit=4", "--results=elsewhere")
+    assert results_of(out_dir / "elsewhere").keys() == before.keys() and results_of(out_dir) == before
 
 
 # ---- loss
@@ -293,8 +285,7 @@ def test_a_checkpoint_in_the_current_folder(out_dir, evaluate, monkeypatch):
 
 @pytest.mark.parametrize("script", [train, sft_gsm8k])
 def test_loss_agrees_with_training(data, out_dir, evaluate, monkeypatch, script):
-    """With one draw and as many sequences it is the run's last validation, or that of responses (fine-tuned).
-    More draws: a smaller error. No limit: as many sequences as the tokens fill, or all examples."""
+    """With one draw and as many sequences. No limit: as many as the tokens fill, or all examples."""
     (out_dir / "ckpt.pt").unlink()
     flags = ["--dataset=arithmetic", f"--data_dir={data}", f"--out_dir={out_dir}", "--device=cpu"]
     flags += ["--init_from=scratch", "--n_layer=1", "--n_embd=16", "--block_size=48", "--eval_seqs=30"]
@@ -359,8 +350,7 @@ def test_choices(out_dir, evaluate):
 
 
 def test_characters_are_not_bytes(out_dir, monkeypatch):
-    """-10 for 4 characters of 2 bytes, -6 for 3 of one: the second wins per character, the first per byte.
-    The blank before a text does not count."""
+    """-10 for 4 characters of 2 bytes, -6 for 3 of one. The blank before a text does not count."""
     model, tokenizer, _ = load_trained(out_dir, "cpu")
     log_p = iter([-10.0, -6.0])
     monkeypatch.setattr(eval_module, "log_likelihood", lambda *args: next(log_p))
@@ -412,10 +402,8 @@ def test_one_blank_between_context_and_text():
 
 
 BAD_LINES = """
-{"context": "a", "choices": ["b"]
 {"context": "a", "choices": ["b", "c"]}
 {"context": "a", "choices": ["b", "c"], "gold": 2}
-{"context": "a", "choices": ["b", "c"], "gold": "1"}
 {"context": "a", "choices": ["b", ""], "gold": 0}
 {"context": "a", "choices": ["b", 5], "gold": 0}
 {"context": "a", "choices": "bc", "gold": 0}
@@ -428,12 +416,9 @@ def test_bad_lines_are_named(tmp_path, line):
     (tmp_path / "bad.jsonl").write_text(json.dumps(CHOICES[0]) + f"\n{line}\n")
     with pytest.raises(ValueError, match='bad.jsonl, line 2: wanted {"context": ..., "choices"'):
         read_items(str(tmp_path / "bad.jsonl"))
-
-
-def test_an_empty_file_is_named(tmp_path):
-    (tmp_path / "empty.jsonl").write_text("\n")
-    with pytest.raises(ValueError, match="empty.jsonl is empty; wanted"):
-        read_items(str(tmp_path / "empty.jsonl"))
+    (tmp_path / "bad.jsonl").write_text("\n")
+    with pytest.raises(ValueError, match="bad.jsonl is empty; wanted"):
+        read_items(str(tmp_path / "bad.jsonl"))
 
 
 def test_a_text_that_is_too_long_is_told_before_the_work(out_dir, evaluate):
