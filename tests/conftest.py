@@ -2,6 +2,7 @@ import os
 import shutil
 import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -27,14 +28,33 @@ VARIANTS = {
 
 
 def make_model(seed=0, **flags):
-    """A tiny model whose weights are all random, norms included, so that no term hides behind a 1 or a 0.
-    It seeds torch, too: what a test draws next is the same each time."""
+    """A tiny model whose weights are all random, norms included. It seeds torch for the test, too."""
     model = MDM(MDMConfig(**{**TINY, **flags}), seed)
     torch.manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.3 * torch.randn_like(p))
     return model
+
+
+def save_model(folder, model, meta, **run_config):
+    """A checkpoint of the model, as train.py writes it. Returns the folder."""
+    state = {"model": model.state_dict(), "model_config": asdict(model.config), "run_config": run_config}
+    folder.mkdir(exist_ok=True)
+    torch.save(state | {"meta": meta, "step": 3}, folder / "ckpt.pt")
+    return folder
+
+
+@pytest.fixture
+def call_main(monkeypatch, capsys):
+    """Runs a script with arguments. Returns the lines that it prints, with single blanks."""
+
+    def call(script, *argv):
+        monkeypatch.setattr(sys, "argv", ["script.py", *map(str, argv)])
+        script.main()
+        return [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+
+    return call
 
 
 @pytest.fixture(autouse=True)

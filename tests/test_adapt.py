@@ -1,9 +1,9 @@
 """docs/results/adapt.py: what it measures of a model, and its tables."""
 
+import functools
 import json
 import re
 import string
-import sys
 
 import numpy as np
 import pytest
@@ -15,13 +15,8 @@ from sample import load_trained
 
 
 @pytest.fixture
-def call(monkeypatch, capsys):
-    def run(*argv):
-        monkeypatch.setattr(sys, "argv", ["adapt.py", *map(str, argv)])
-        adapt.main()
-        return [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
-
-    return run
+def call(call_main):
+    return functools.partial(call_main, adapt)
 
 
 def read(folder):
@@ -35,8 +30,7 @@ def write(folder, *rows):
 
 
 def test_what_is_measured(data_dir, tmp_path, call):
-    """With the first token visible, only texts in which it was hidden change, and it no longer counts. The
-    items are those of eval.py."""
+    """With the first token visible, only texts in which it was hidden change, and it no longer counts."""
     folder, items = save(tmp_path / "sink-0", data_dir, n_sink=1), tmp_path / "x.jsonl"
     item = {"context": "Question: Tom", "target": "has"}
     items.write_text(json.dumps(item) + "\n" + json.dumps(item | {"target": "buys 3"}) + "\n")
@@ -60,8 +54,6 @@ def test_what_is_measured(data_dir, tmp_path, call):
     assert given == {0, 6}
     first = [row for row in rows if row["table"] == "first text"][1]
     assert first["steps"][:6] == [0] * 6 and min(first["steps"][6:]) > 0
-    call("measure", folder, data_dir / "arithmetic", *options, "--parts=bound")
-    assert [row["table"] for row in read(folder)] == ["facts", "bound", "bound"]
 
 
 def test_tables(tmp_path, call):
@@ -119,6 +111,8 @@ def test_what_cannot_be_had_is_refused(data_dir, tmp_path, call):
     folder = save(tmp_path / "vanilla-0", data_dir, n_sink=0)
     with pytest.raises(ValueError, match="parts are bound, .* got bounds"):
         call("measure", folder, data_dir / "arithmetic", "--parts=attention,bounds")
+    with pytest.raises(ValueError, match="wanted: measure RUN"):
+        call("draw", folder)
 
 
 def test_a_run_without_a_partner_is_not_compared(tmp_path, call):
@@ -126,9 +120,3 @@ def test_a_run_without_a_partner_is_not_compared(tmp_path, call):
         bound = {"table": "bound", "row": "x", "mean": 1, "nats": [1, 2], "tokens": [1, 1]}
         write(tmp_path / name, bound)
     assert "sink 1 1.0000 ± nan - -" in call("tables", tmp_path)
-
-
-def test_other_words_are_refused(call):
-    for words in (["tables"], ["measure", "x"], ["draw", "x"]):
-        with pytest.raises(ValueError, match="wanted: measure RUN"):
-            call(*words)

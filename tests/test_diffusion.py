@@ -189,6 +189,18 @@ def test_end_of_text():
     assert passes == [4, 3, 2]
 
 
+@pytest.mark.parametrize("options", [*WAYS, {"cfg_scale": 0.7}, {"eot_id": 3}])
+def test_a_row_keeps_what_is_given_and_does_not_depend_on_its_batch(variant, options):
+    model, seeds = make_model(**variant), range(7, 27)
+    x = torch.where(torch.rand(20, 16) < torch.rand(20, 1), 11, torch.randint(11, (20, 16)))
+    x[:, 0] = 1  # where nothing is visible all positions are equally sure, and rounding decides
+    filled, passes = generate(model, x, 6, 0.7, seeds=seeds, **options)
+    assert torch.equal(filled[x < 11], x[x < 11]) and filled.max() < 11
+    for i in range(0, 20, 3):
+        alone, passes_alone = generate(model, x[i : i + 1], 6, 0.7, seeds=seeds[i : i + 1], **options)
+        assert torch.equal(alone[0], filled[i]) and passes_alone == passes[i]
+
+
 def test_bad_options():
     bad = {"steps": 0, "temperature": -1.0, "cfg_scale": -0.1, "remasking": "greddy", "threshold": 1.5}
     for key, value in bad.items():

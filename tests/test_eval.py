@@ -14,7 +14,7 @@ from unittest import mock
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_model
+from conftest import ROOT, make_model, save_model
 
 import configurator
 import eval as eval_module
@@ -68,10 +68,8 @@ def out_dir(data, tmp_path):
     """A checkpoint of random weights."""
     meta = train.load_meta(data / "arithmetic")
     model = make_model(vocab_size=meta["vocab_size"], block_size=40)
-    run = asdict(train.TrainConfig(data_dir=str(data), block_size=40, micro_batch_size=5))
-    checkpoint = {"model": model.state_dict(), "model_config": asdict(model.config), "run_config": run}
-    torch.save(checkpoint | {"meta": meta, "step": 3}, tmp_path / "ckpt.pt")
-    return tmp_path
+    run = train.TrainConfig(data_dir=str(data), block_size=40, micro_batch_size=5)
+    return save_model(tmp_path, model, meta, **asdict(run))
 
 
 @pytest.fixture
@@ -373,16 +371,6 @@ def test_targets(out_dir, evaluate):
     assert [record["log_p"] for record in records] == pytest.approx(log_p)
     assert result["log_p"] == pytest.approx(np.mean(log_p))
     assert result["log_p_se"] == pytest.approx(np.std(log_p, ddof=1) / math.sqrt(5))
-
-
-def test_fields_of_an_item_are_kept(out_dir, evaluate):
-    """But for those with a name of ours. None of them is a result. A file may have blank lines."""
-    item = {**CHOICES[0], "index": 7, "acc": 5, "forward_passes": 3, "target": "and", "source": "me"}
-    (out_dir / "c.jsonl").write_text(f"{json.dumps(item)}\r\n\r\n" * 2)
-    for _ in range(2):
-        result, records = evaluate(f"--task={out_dir / 'c.jsonl'}", "--mc_num=1")
-        assert [(record["index"], record["source"]) for record in records] == [(0, "me"), (1, "me")]
-    assert result["acc"] in (0, 1) and "forward_passes" not in result
 
 
 BLANKS = [("Tom has", "3 apples"), ("Tom has ", "3 apples"), ("Tom has", " 3 apples")]

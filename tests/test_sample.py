@@ -1,16 +1,12 @@
-"""sample.py: prompts, gaps, questions, what it prints.
-
-python -m pytest tests/test_sample.py
-"""
+"""sample.py: prompts, gaps, questions, what it prints."""
 
 import io
 import re
 import sys
-from dataclasses import asdict
 
 import pytest
 import torch
-from conftest import make_model
+from conftest import make_model, save_model
 
 import sample
 from model import seed_for
@@ -25,9 +21,8 @@ TOKENIZER = load_tokenizer(BYTES)
 @pytest.fixture
 def call(monkeypatch, capsys, tmp_path):
     """Runs the script with flags, on an untrained model over bytes, of a corpus of many documents."""
-    model = make_model(vocab_size=257, block_size=32)
-    state = {"model": model.state_dict(), "model_config": asdict(model.config), "run_config": {}, "step": 0}
-    torch.save(state | {"meta": {"tokenizer": BYTES, "opens_with_eot": True}}, tmp_path / "ckpt.pt")
+    meta = {"tokenizer": BYTES, "opens_with_eot": True}
+    save_model(tmp_path, make_model(vocab_size=257, block_size=32), meta)
 
     def call(*flags):
         monkeypatch.setattr(sys, "argv", ["sample.py", f"--out_dir={tmp_path}", "--device=cpu", *flags])
@@ -65,8 +60,7 @@ def test_prompts_and_gaps():
 
 
 def test_a_blank_before_a_gap_belongs_to_the_token_that_follows():
-    """What stands before a gap has the tokens that it has in the whole text. So it is at the end of a prompt
-    that is continued, but not at the end of one with gaps, and of two blanks only the last one goes."""
+    """Also at the end of a prompt that is continued. Of two blanks only the last one goes."""
     spec = make_tokenizer("words", texts=["a co 3 co a"] * 9)
     tokenizer, mask_id = load_tokenizer(spec), spec["vocab_size"]
     for before, after in (("a", " a"), ("a co", ""), ("a ", " 3")):

@@ -1,7 +1,4 @@
-"""Fine-tuning on problems: which examples are seen, what of them is hidden, and how a trained model is asked.
-
-python -m pytest tests/test_sft.py
-"""
+"""sft_gsm8k.py: which examples are seen, what of them is hidden, and how a trained model is asked."""
 
 import json
 import sys
