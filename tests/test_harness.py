@@ -117,7 +117,7 @@ def test_rolling_windows_hold_every_token_once(lm, monkeypatch):
 
 
 def fake_generate(text, seen):
-    """A generate that writes text, end-of-text and more, and notes what it was given."""
+    """A generate that writes text, end-of-text and more, and notes in seen what it was given."""
 
     def fake(model, x, eot_id, **options):
         seen.append((x[0].tolist(), options))

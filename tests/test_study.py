@@ -114,20 +114,17 @@ def test_pictures(tmp_path, call, monkeypatch):
     """Means over heads and seeds, and the highest head."""
     figures = {}
     monkeypatch.setattr(study, "write_file", lambda path, write: figures.update({path: write.__self__}))
-    others = {"hidden": [3, 5], "rate": [0, 1]}
     for seed in (0, 1):
-        values = {"sink": [1 + seed, 2]} | others
+        values = {"sink": [1 + seed, 2], "hidden": [3, 5], "rate": [0, 1]}
         rows = [("attention", step, f"layer {layer}", values) for layer in (0, 1) for step in (0, 10)]
         write_measured(tmp_path / f"a-{seed}", *rows)
-    write_measured(tmp_path / "b-0", ("attention", 0, "layer 1", others))
     call("tables", tmp_path)
-    panels = figures[f"{tmp_path}/rates.png"].axes
-    assert [panel.get_title() for panel in panels] == ["a", "b"]
-    assert [line.get_ydata().tolist() for line in panels[0].lines[:2]] == [[0.5, 0.5], [1, 1]]  # of 0, 1
+    (panel,) = figures[f"{tmp_path}/rates.png"].axes
+    assert [line.get_ydata().tolist() for line in panel.lines[:2]] == [[0.5, 0.5], [1, 1]]  # of 0, 1
     panels = figures[f"{tmp_path}/attention.png"].axes
-    assert [panel.get_title() for panel in panels] == ["a, layer 0", "a, layer 1", "", "b, layer 1"]
+    assert [panel.get_title() for panel in panels] == ["a, layer 0", "a, layer 1"]
     means_and_highest = [line.get_ydata().tolist() for line in panels[1].lines]  # of 1, 2, 2, 2 and 3, 5
-    assert means_and_highest == [[1.75, 1.75], [2, 2], [4, 4], [5, 5]] and len(panels[3].lines) == 2
+    assert means_and_highest == [[1.75, 1.75], [2, 2], [4, 4], [5, 5]]
     assert panels[1].lines[0].get_xdata().tolist() == [0, 10]
 
 

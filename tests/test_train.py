@@ -448,6 +448,8 @@ def test_resume_refuses_other_data_and_scripts(data_dir, tmp_path):
     for checkpoint in converted, saved | {"run_config": saved["run_config"] | {"epochs": 3.0}}:
         with pytest.raises(ValueError, match="another script or version .*--init_from="):
             resume_with(checkpoint)
+    with pytest.raises(ValueError, match="has no tokenizer; convert it again with --tokenizer"):
+        resume_with(saved | {"meta": None})
 
 
 BAD_SETTINGS = "batch_size=6 dtype=float16 device=foo seed=-1 eval_seqs=1 grad_clip=-1.0 log_interval=0"
@@ -501,13 +503,6 @@ def test_a_run_killed_between_its_first_two_checkpoints_can_be_resumed(data_dir,
         run(data_dir, tmp_path)
     go("--init_from=auto", f"--out_dir={tmp_path}")
     assert load_checkpoint(tmp_path)["step"] == 6 and (tmp_path / "best.pt").exists()
-
-
-def test_a_model_without_a_tokenizer_starts_no_run(data_dir, tmp_path):
-    run(data_dir, tmp_path / "a", "--max_steps=0")
-    torch.save(load_checkpoint(tmp_path / "a") | {"meta": None}, tmp_path / "bare.pt")
-    with pytest.raises(ValueError, match="bare.pt has no tokenizer; convert it again with --tokenizer"):
-        start(f"--init_from={tmp_path / 'bare.pt'}", f"--out_dir={tmp_path / 'b'}")
 
 
 def test_the_log_says_what_made_it_and_a_resumed_run_appends(data_dir, tmp_path):

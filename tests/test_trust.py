@@ -14,9 +14,7 @@ from conftest import ROOT
 from test_train import TINY_FLAGS, assert_same_runs, go, rows, run, send_at
 
 import configurator
-import prepare_data
 from model import MDM, load_checkpoint
-from prepare_data import PrepareConfig, prepare
 from train import write_file
 
 # A script in which a test changes a thing: hook(*key) is called before train.seed_for.
@@ -183,18 +181,6 @@ def test_the_number_of_processes_does_not_matter(start, tmp_path):
         assert sorted(int(index) for index in seen) == list(range(80))
         for key, rel in {"loss": 1e-5, "val_loss": 1e-5, "val_se": 1e-4, "grad_norm": 1e-4}.items():
             assert dict(rows(out_dir, key)) == pytest.approx(dict(rows(tmp_path / "1", key)), rel=rel), key
-
-
-def test_data_are_the_same_on_any_number_of_threads(tmp_path, monkeypatch):
-    """Byte for byte, also of the tokenizer and of files that are longer than one piece of work."""
-    monkeypatch.setattr(prepare_data, "PIECE", 1000)
-    made = []
-    for cpus in (1, 7):
-        monkeypatch.setattr(os, "cpu_count", lambda cpus=cpus: cpus)
-        prepare(PrepareConfig(data_dir=str(tmp_path / str(cpus)), num_problems=300))
-        folder = tmp_path / str(cpus) / "arithmetic"
-        made.append({path.name: path.read_bytes() for path in folder.iterdir()})
-    assert made[0] == made[1] and made[0].keys() >= {"train.bin", "val.bin", "train_cuts.npy", "meta.json"}
 
 
 # ---- signals
