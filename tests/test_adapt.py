@@ -19,10 +19,6 @@ def call(call_main):
     return functools.partial(call_main, adapt)
 
 
-def read(folder):
-    return [json.loads(line) for line in (folder / "measured.jsonl").read_text().splitlines()]
-
-
 def write(folder, *rows):
     folder.mkdir(exist_ok=True)
     rows = [{"table": "facts", "row": "", "config": {"block_size": 9, "n_sink": 1}}, *rows]
@@ -36,7 +32,7 @@ def test_what_is_measured(data_dir, tmp_path, call):
     items.write_text(json.dumps(item) + "\n" + json.dumps(item | {"target": "buys 3"}) + "\n")
     options = ["--texts=16", "--limit=2", "--steps=4", "--prompt_length=6", f"--items={items}"]
     call("measure", folder, data_dir / "arithmetic", *options, "--parts=bound,attention,writing,items")
-    rows = read(folder)
+    rows = [json.loads(line) for line in (folder / "measured.jsonl").read_text().splitlines()]
     tables = ["facts"] + ["bound"] * 2 + ["attention"] * 2 + ["writing", "writing", "first text"] * 2
     assert [row["table"] for row in rows] == tables + ["items"]
     hidden, visible = rows[1:3]
@@ -50,8 +46,7 @@ def test_what_is_measured(data_dir, tmp_path, call):
     cfg = adapt.EvalConfig(nll_type="chain_rule", dtype="float32")
     want = [adapt.score_item(model, tokenizer, one, cfg)["log_p"] for one in adapt.read_items(str(items))]
     assert rows[-1]["row"] == "x" and rows[-1]["log_p"] == pytest.approx(want)
-    given = {row["given"] for row in rows if row["table"] == "writing"}
-    assert given == {0, 6}
+    assert {row["given"] for row in rows if row["table"] == "writing"} == {0, 6}
     first = [row for row in rows if row["table"] == "first text"][1]
     assert first["steps"][:6] == [0] * 6 and min(first["steps"][6:]) > 0
 
@@ -59,7 +54,7 @@ def test_what_is_measured(data_dir, tmp_path, call):
 def test_tables(tmp_path, call):
     """Differences of runs with the same seed; of items, means over seeds and errors over items."""
     pytest.importorskip("matplotlib")
-    values = {("vanilla", 0): 4.0, ("vanilla", 1): 5.0, ("sink", 0): 3.8, ("sink", 1): 4.9, ("gate", 0): 4.0}
+    values = {("vanilla", 0): 4.0, ("vanilla", 1): 5.0, ("sink", 0): 3.8, ("sink", 1): 4.9, ("gate", 2): 4.0}
     for (name, seed), value in values.items():
         acc = [True, name == "sink", seed == 0]
         write(
@@ -72,10 +67,10 @@ def test_tables(tmp_path, call):
         )
     lines = call("tables", tmp_path)
     assert lines[1] == "nats per token, stories seeds mean more than vanilla 95 % interval"
-    assert lines[2] == "gate 1 4.0000 ± nan 0.0000 ± nan -"
+    assert lines[2] == "gate 1 4.0000 ± nan - -"  # it has no partner
     assert lines[3] == "sink 2 4.3500 ± 0.5500 -0.1500 ± 0.0500 -0.786 to 0.486"  # ± 12.71 errors
     assert lines[4] == "vanilla 2 4.5000 ± 0.5000 - -"
-    assert lines[6] == "sink: -0.1500 ± 0.0000 more than vanilla, over 4 texts"
+    assert lines[5] == "sink: -0.1500 ± 0.0000 more than vanilla, over 4 texts"
     assert any(line.startswith("sink 2 0.8333 ± 0.1667 0.3333 ± 0.0000") for line in lines)
     assert "sink: 0.3333 ± 0.3333 more than vanilla, over 3 texts" in lines
     assert "sink: 0.0500 ± 0.0500 more than vanilla, over 3 texts" in lines
@@ -113,10 +108,3 @@ def test_what_cannot_be_had_is_refused(data_dir, tmp_path, call):
         call("measure", folder, data_dir / "arithmetic", "--parts=attention,bounds")
     with pytest.raises(ValueError, match="wanted: measure RUN"):
         call("draw", folder)
-
-
-def test_a_run_without_a_partner_is_not_compared(tmp_path, call):
-    for name in ("vanilla-0", "sink-1"):
-        bound = {"table": "bound", "row": "x", "mean": 1, "nats": [1, 2], "tokens": [1, 1]}
-        write(tmp_path / name, bound)
-    assert "sink 1 1.0000 ± nan - -" in call("tables", tmp_path)

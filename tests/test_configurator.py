@@ -135,9 +135,7 @@ def command_lines(draw):
     return config_class, draw(st.lists(st.one_of(pair, pair, text), max_size=4))
 
 
-@settings(
-    max_examples=1000, derandomize=True, database=None, deadline=None, suppress_health_check=[*HealthCheck]
-)
+@settings(max_examples=1000, derandomize=True, deadline=None, suppress_health_check=[*HealthCheck])
 @given(case=command_lines())
 def test_any_command_line_is_a_config_or_one_line(case, capfd):
     config_class, argv = case

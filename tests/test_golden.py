@@ -93,8 +93,7 @@ def test_greedy_trace(golden, pair, cfg_scale):
 
 @pytest.mark.parametrize("cfg_scale", [0, 1])
 def test_deterministic_sampler_decisions(golden, cfg_scale):
-    """The authors' sampler keeps floor(n (1 - s/t)) tokens a step, generate ceil(n / steps left). Given their
-    counts, our predictions and confidences make their trace token for token."""
+    """With the authors' counts of tokens a step, our predictions and confidences make their trace."""
     z, model = golden
     trace, n_masks = ids(z, f"sample_trace_cfg{cfg_scale}"), z["sample_masks_left"]
     given = trace[:1] != model.config.mask_id
@@ -153,8 +152,7 @@ def test_table_of_sizes():
 
 @pytest.mark.parametrize("row", range(len(SCHEDULE["runs"])))
 def test_steps_from_flops(row):
-    """train says how many steps it would make when it refuses to continue behind them. The gate's own
-    parameters do not count: every variant of a size sees as many tokens."""
+    """train names them when it refuses to continue behind them. The gate's own parameters do not count."""
     run = dict(zip(SCHEDULE["run_columns"].tolist(), SCHEDULE["runs"][row].tolist()))
     config = MDMConfig.preset(f"{run['model']:.0f}M", gated_attention=True)
     batch = {"batch_size": int(run["batch_size"]), "micro_batch_size": 1, "block_size": 2048}

@@ -11,8 +11,7 @@ from docs.results.open_mask import T, losses
 
 @torch.no_grad()
 def test_losses_of_open_masks():
-    """With nothing open, those of the causal model, with or without a vector in front. Open or self-only: the
-    state of what is in front depends on the text, or does not."""
+    """With nothing open, those of the causal model. Self-only: the front does not depend on the text."""
     model, texts = make_model(n_sink=0, block_size=T + 1), torch.randint(11, (2, T))
     nothing, front = model.wte.weight[:0], model.wte.weight[:1]
     for vector in (nothing, front):

@@ -478,9 +478,7 @@ def test_wide_vocabulary_is_uint32(tmp_path, monkeypatch):
     assert meta["dtype"] == "uint32" and splits["val"][-1] == 70000
 
 
-@pytest.mark.parametrize(
-    "kind, tokens", [("problems", [" is", " ", "1", "2", "3"]), ("marked", [" is", " 123"])]
-)
+@pytest.mark.parametrize("kind, tokens", [("problems", [" is", " ", *"123"]), ("marked", [" is", " 123"])])
 def test_problems_have_a_token_for_each_digit(tmp_path, kind, tokens):
     path = write(tmp_path / "p.txt", "It is 123||123+123=246 #### 246\n" * 200)
     options = {"source": path, "val_source": path, "documents": kind, "tokenizer": "words"}
@@ -528,12 +526,8 @@ def test_a_tokenizer_of_the_hub(tmp_path, kind):
     rows = [json.dumps({"text": f"{story} </s><|end_of_text|>{EOT}"}) for story in STORIES]
     source = write(tmp_path / "a.jsonl", "\n".join(rows))
     meta, splits, encoding = prepared(tmp_path, source=source, tokenizer=str(path), val_fraction=0.1)
-    assert (splits["train"] == meta["eot_id"]).sum() == 36
-    assert encoding.decode(splits["train"][:-1].tolist()).endswith(f"</s><|end_of_text|>{EOT}")
-    source = write(tmp_path / "a.txt", MARKED)
-    meta, splits, encoding = prepared(tmp_path, source=source, tokenizer=str(path), val_fraction=0.1)
-    texts = encoding.decode(splits["train"].tolist()).split(encoding.decode([meta["eot_id"]]))
-    assert texts == [story for i, story in enumerate(STORIES) if i % 10 != 9] + [""]
+    documents = np.split(splits["train"], np.flatnonzero(splits["train"] == meta["eot_id"]) + 1)
+    assert len(documents) == 37 and encoding.decode(documents[0][:-1].tolist()) == json.loads(rows[0])["text"]
     assert max(splits["train"]) < meta["vocab_size"] == encoding.tokenizer.get_vocab_size()
     for text in ("Once there", " a cat.\n\n It", "é😀 </s><|end_of_text|><|endoftext|>", "\n\nxyz", ""):
         ids = encoding.encode_ordinary(text)
@@ -657,9 +651,6 @@ def test_the_parts_of_a_problem_have_the_tokens_of_the_whole(name, texts):
         parts = prepare_data.parse(row, "problems", None)
         tokens = [token for part in parts for token in ENCODINGS[name].encode_ordinary(part)]
         assert tokens == ENCODINGS[name].encode_ordinary("".join(parts))
-
-
-# ---- real files, where they are
 
 
 DATA = Path(__file__).parents[2] / "shared" / "data"

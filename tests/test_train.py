@@ -16,27 +16,17 @@ from conftest import ROOT, make_model
 import train as train_module
 from configurator import parse
 from model import MDM, MDMConfig, load_checkpoint, mask_tokens, seed_for, weighted_nll
-from train import (
-    TrainConfig,
-    bound_and_error,
-    load_meta,
-    spread_levels,
-    start_run,
-    token_batches,
-    validate,
-    write_file,
-)
+from train import TrainConfig, bound_and_error, load_meta, spread_levels, token_batches, validate, write_file
 
 TINY = {
     "n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16, "batch_size": 8, "micro_batch_size": 4,
     "max_steps": 6, "eval_interval": 2, "eval_seqs": 8, "log_interval": 1, "warmup": 0.34, "device": "cpu",
 }  # fmt: skip
 TINY_FLAGS = [f"--{key}={value}" for key, value in TINY.items()]
-GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 
 
 def start(*flags):
-    return start_run(*parse(TrainConfig, [str(flag) for flag in flags]))
+    return train_module.start_run(*parse(TrainConfig, [str(flag) for flag in flags]))
 
 
 def go(*flags):
@@ -86,14 +76,16 @@ def same(a, b):
 # ---- the loop
 
 
-@pytest.mark.parametrize("stop", [2, 3, 6])
-def test_a_resumed_run_is_the_uninterrupted_one(data_dir, tmp_path, monkeypatch, stop):
+@pytest.mark.parametrize("stop, signum", [(2, signal.SIGTERM), (3, signal.SIGINT), (6, signal.SIGTERM)])
+def test_a_resumed_run_is_the_uninterrupted_one(data_dir, tmp_path, monkeypatch, capsys, stop, signum):
     """Stopped where a validation is due (it is made up for), between two log lines, in the last step."""
     run(data_dir, tmp_path / "whole", "--log_interval=2")
-    send_at(monkeypatch, 2 * stop - 1, signal.SIGTERM)
-    with pytest.raises(SystemExit):
+    send_at(monkeypatch, 2 * stop - 1 - stop % 2, signum)  # the second micro-batch of a step, or the first
+    with pytest.raises(SystemExit) as end:
         run(data_dir, tmp_path / "cut", "--log_interval=2")
-    assert load_checkpoint(tmp_path / "cut")["step"] == stop
+    assert end.value.code == 128 + signum and load_checkpoint(tmp_path / "cut")["step"] == stop
+    how = f"stopped at step {stop}; continue with --init_from=resume --out_dir={tmp_path / 'cut'}"
+    assert capsys.readouterr().out.splitlines()[-1] == how
     assert stop not in dict(rows(tmp_path / "cut", "val_loss"))  # there may be no time for it
     go("--init_from=resume", f"--out_dir={tmp_path / 'cut'}")
     assert_same_runs(tmp_path / "whole", tmp_path / "cut")
@@ -239,7 +231,7 @@ def test_validation_by_hand(monkeypatch, B, mc_num):
     """Levels from the golden ratio, its own noise for each row, the mean over tokens; also on two ranks."""
     model, x0, expected = make_model(), torch.arange(13 * 16).view(13, 16) * 7 % 11, torch.zeros(13).double()
     maskable = torch.arange(16) >= torch.arange(13)[:, None] * 5 % 14
-    golden = [row * GOLDEN_RATIO % 1 for row in range(13)]
+    golden = [row * (math.sqrt(5) - 1) / 2 % 1 for row in range(13)]
     levels = [(sorted(golden).index(value) + 0.5) / 13 for value in golden]
     for row in range(13):
         for draw in range(mc_num):

@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 from conftest import ROOT
-from test_train import TINY_FLAGS, assert_same_runs, go, rows, run, send_at
+from test_train import TINY_FLAGS, assert_same_runs, go, rows, run
 
 import configurator
 from model import MDM, load_checkpoint
@@ -184,16 +184,6 @@ def test_the_number_of_processes_does_not_matter(start, tmp_path):
 
 
 # ---- signals
-
-
-@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_finishes_the_step_and_saves(data_dir, tmp_path, monkeypatch, capsys, signum, code):
-    send_at(monkeypatch, 4, signum)  # the first micro-batch of step 3
-    with pytest.raises(SystemExit) as end:
-        run(data_dir, tmp_path)
-    assert end.value.code == code and load_checkpoint(tmp_path)["step"] == 3
-    how = f"stopped at step 3; continue with --init_from=resume --out_dir={tmp_path}"
-    assert capsys.readouterr().out.splitlines()[-1] == how
 
 
 def test_a_second_ctrl_c_leaves_at_once(start, tmp_path):
