@@ -60,10 +60,10 @@ def call_main(monkeypatch, capsys):
 @pytest.fixture(autouse=True)
 def signals():
     """train replaces the handlers of signals, which end with the test."""
-    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    on_sigint, on_sigterm = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     yield
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
+    signal.signal(signal.SIGINT, on_sigint)
+    signal.signal(signal.SIGTERM, on_sigterm)
 
 
 @pytest.fixture(params=VARIANTS)

@@ -5,12 +5,11 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
+from test_sinks import save
 
 from eval import read_problems
 from extras import bench
 from model import MDM, MDMConfig
-from prepare_data import load_tokenizer
-from train import load_meta
 
 TINY = {"vocab_size": 50, "block_size": 16, "batch_size": 4, "rounds": 1, "device": "cpu", "dtype": "float32"}
 
@@ -94,12 +93,9 @@ def test_turns():
     assert results == {"a": [None] * 2, "b": [None] * 2} and len(seconds["a"]) == len(seconds["b"]) == 2
 
 
-def test_decoding_rules(data_dir, monkeypatch, capsys):
+def test_decoding_rules(data_dir, tmp_path, monkeypatch, capsys):
     """Every rule answers the same two batches of two test problems, with the decoding of its name."""
-    run_config = {"data_dir": str(data_dir), "dataset": "arithmetic"}
-    tokenizer = load_tokenizer(load_meta(f"{data_dir}/arithmetic")["tokenizer"])
-    model = MDM(MDMConfig(40, tokenizer.n_vocab, n_layer=1, n_head=1, n_embd=8))
-    monkeypatch.setattr(bench, "load_trained", lambda *_: (model, tokenizer, {"run_config": run_config}))
+    out_dir = save(tmp_path / "run", data_dir, block_size=40)
     calls, answer_problems = [], bench.answer_problems
 
     def spy(model, tokenizer, indices, problems, cfg):
@@ -108,7 +104,7 @@ def test_decoding_rules(data_dir, monkeypatch, capsys):
         return [{**record, "acc": i != 2, "forward_passes": i} for i, record in zip(indices, records)]
 
     monkeypatch.setattr(bench, "answer_problems", spy)
-    rows, _ = run(monkeypatch, capsys, "sample", end=20, batch_size=2, rounds=2)
+    rows, _ = run(monkeypatch, capsys, "sample", end=20, batch_size=2, rounds=2, out_dir=out_dir)
     rules = [(40, None), (8, None), (4, None), (2, None), (1, None), (40, 0.5), (40, 0.9), (40, 0.99)]
     problems = read_problems(f"{data_dir}/arithmetic/test.txt", None)
     batches = 2 * [([0, 1], problems[:2])] + [([2, 3], problems[2:4])]  # the first one also warms up

@@ -110,9 +110,6 @@ def test_empty_target():
     assert greedy_match(model, CONTEXT, [], EvalConfig())
 
 
-# ---- nothing but request and settings counts
-
-
 def test_each_request_has_its_own_draws(monkeypatch):
     """They follow from its tokens and the seed, and from nothing else."""
     model, masks = make_model(), []

@@ -92,9 +92,8 @@ def test_a_prompt_that_is_too_long_or_leaves_nothing_to_write_is_refused(fake, p
 
 
 def test_a_prompt_in_a_file(tmp_path):
-    """Without the line end that an editor adds."""
     (tmp_path / "x.txt").write_text("Tom has\n [MASK]\n\n")
-    assert SampleConfig(prompt=f"FILE:{tmp_path}/x.txt").prompt == "Tom has\n [MASK]\n"
+    assert SampleConfig(prompt=f"FILE:{tmp_path}/x.txt").prompt == "Tom has\n [MASK]\n"  # an editor adds one
 
 
 def test_texts_go_to_stdout_and_what_they_took_to_stderr(call):

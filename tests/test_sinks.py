@@ -2,7 +2,6 @@
 
 import json
 import math
-import sys
 from dataclasses import asdict
 from types import SimpleNamespace
 from xml.etree import ElementTree
@@ -174,9 +173,9 @@ def test_the_prompt_of_a_fine_tuned_model_is_the_question(data_dir, tmp_path):
 # ---------- The command
 
 
-def call(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["sinks.py", *map(str, argv), "--device=cpu"])
-    sinks.main()
+@pytest.fixture
+def call(call_main):
+    return lambda *argv: call_main(sinks, *argv, "--device=cpu")
 
 
 def test_the_table(capsys):
@@ -192,21 +191,21 @@ def test_the_table(capsys):
     assert row.split() == ["0", *cells, "30.0±1.0", "100±0", *cells, "100±0"]
 
 
-def test_the_command(folder, monkeypatch, capsys, tmp_path):
+def test_the_command(folder, call, monkeypatch, tmp_path):
     """What it prints and writes, of three runs: two side by side, a third below. No TF32."""
     precisions, real = set(), sinks.attention_at_steps
     spy = lambda *args: precisions.add(torch.get_float32_matmul_precision()) or real(*args)  # noqa: E731
     monkeypatch.setattr(sinks, "attention_at_steps", spy)
     monkeypatch.chdir(tmp_path)
     options = ["--limit=3", "--prompt_length=8", "--steps=4", "--head_threshold=0.06", "--json"]
-    call(monkeypatch, "sink/ckpt.pt", "vanilla", "vanilla", *options)
-    out, vanilla = capsys.readouterr().out, f"{tmp_path.name}-vanilla"
+    lines, vanilla = call("sink/ckpt.pt", "vanilla", "vanilla", *options), f"{tmp_path.name}-vanilla"
     file = json.loads((tmp_path / f"out/sinks/sink-ckpt.pt+{vanilla}+{vanilla}/sinks.json").read_text())
     assert file["settings"]["steps"] == 4 and precisions == {"highest"}
     assert [(run["n_sink"], run["step"]) for run in file["runs"]] == [(1, 3), (0, 3), (0, 3)]
     for run in file["runs"]:
         assert run["layers"] == sinks.summarize(run["prompts"]) and len(run["prompts"]) == 3
-    assert out.count("\nlayer ") == 2 and "more than 0.06 of the attention" in out
+    assert sum(line.startswith("layer ") for line in lines) == 2
+    assert any("more than 0.06 of the attention" in line for line in lines)
 
 
 def test_the_sentence():
@@ -227,11 +226,11 @@ REFUSED = [
 
 
 @pytest.mark.parametrize("argv, message", REFUSED)
-def test_refusals(folder, data_dir, argv, message, monkeypatch):
+def test_refusals(folder, data_dir, argv, message, call):
     names = {"sink": folder, "vanilla": folder.parent / "vanilla", "other": folder.parent / "other"}
     save(names["other"], data_dir, block_size=23)
     with pytest.raises(ValueError, match=message):
-        call(monkeypatch, *(arg.format(**names) for arg in argv))
+        call(*(arg.format(**names) for arg in argv))
 
 
 # ---------- Changed sinks
@@ -266,14 +265,14 @@ def test_changed_sinks(position, other):
     assert torch.equal(model(texts()), before)
 
 
-def test_bounds_of_changed_sinks(folder, monkeypatch, capsys):
+def test_bounds_of_changed_sinks(folder, call):
     """Those of train.validate on 9 sequences, with a model changed by hand."""
     vanilla = folder.parent / "vanilla"
     options = ["--changes", "--mc_num=3", "--steps=1", "--json", f"--to={folder}"]
-    call(monkeypatch, vanilla, folder, "--limit=2", *options)
+    lines = call(vanilla, folder, "--limit=2", *options)
     no_rows, rows = (run["changes"] for run in json.loads((folder / "sinks.json").read_text())["runs"])
     assert no_rows is None and [row["change"] for row in rows] == CHANGES
-    run, out, nats = Run(str(folder), SinksConfig(), "cpu"), capsys.readouterr().out.split(), {}
+    run, nats = Run(str(folder), SinksConfig(), "cpu"), {}
     get_batch, *_ = sinks.validation(run.checkpoint, None, 9)
     for change, setting in SETTINGS.items():
         model, row = changed_by_hand(run.model, **setting), rows[CHANGES.index(change)]
@@ -282,21 +281,20 @@ def test_bounds_of_changed_sinks(folder, monkeypatch, capsys):
         more_se = bound_and_error(torch.from_numpy(more), torch.ones(9), spread_levels(9))[1]
         wanted = {"bound": bound, "bound_se": bound_se, "more": more.mean(), "more_se": more_se}
         assert {key: row[key] for key in wanted} == pytest.approx(wanted, rel=1e-5, abs=1e-9)
-        line = "{change} {bound:.4f} ± {bound_se:.4f} {more:.4f} ± {more_se:.4f}".format(**row)
-        assert line in " ".join(out)
+        assert "{change} {bound:.4f} ± {bound_se:.4f} {more:.4f} ± {more_se:.4f}".format(**row) in lines
 
 
 # ---------- Pictures
 
 
-def test_pictures(folder, monkeypatch):
+def test_pictures(folder, call, monkeypatch):
     """Without --layer the map is of the layer in which the sink token gets the most."""
     pytest.importorskip("matplotlib")
     layers, real = [], sinks.draw_maps
     monkeypatch.setattr(sinks, "draw_maps", lambda *args: layers.append(args[2]) or real(*args))
     monkeypatch.chdir(folder.parent)
     for options in ([], ["--layer=0", "--to=there"]):
-        call(monkeypatch, folder, "vanilla", "--limit=2", "--plot", *options)
+        call(folder, "vanilla", "--limit=2", "--plot", *options)
     run = Run(str(folder), SinksConfig(limit=2), "cpu")
     sinks.look_at(run, SinksConfig())
     shares = [layer["sink"] for layer in run.layers]
