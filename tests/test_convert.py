@@ -145,7 +145,6 @@ def test_the_table_knows_the_number_of_heads(monkeypatch):
 
 # ---------- Causal models
 
-
 SHAPE = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
 SHAPE |= {"num_key_value_heads": 2, "rope_theta": 1e6, "rms_norm_eps": 1e-3, "vocab_size": 280}
 

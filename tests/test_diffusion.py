@@ -124,6 +124,9 @@ def test_law_of_sample_tokens(V, temperature):
     assert np.abs(difference).max() < 0.501 / n
     torch.testing.assert_close(probability, logits.double().softmax(-1)[tokens])  # knows no temperature
     assert (sample_tokens(logits[None], 0.0, uniform[:1])[0] == logits.argmax()).all()
+    impossible_at_both_ends = F.pad(logits, (1, 1), value=-math.inf).expand(2, -1)
+    extremes = torch.tensor([0, 1 - 2**-53], dtype=torch.float64)
+    assert sample_tokens(impossible_at_both_ends, temperature, extremes)[0].tolist() == [1, V]
 
 
 def test_guidance_of_generate_hides_the_prompt_only():

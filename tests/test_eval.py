@@ -260,7 +260,6 @@ def test_problems_are_identified_by_question_and_gold(out_dir, oracle, evaluate)
 
 
 def test_results_are_kept_with_their_settings(out_dir, evaluate):
-    """Of two tasks, from ckpt.pt and best.pt."""
     os.link(out_dir / "ckpt.pt", out_dir / "best.pt")
     loss, _ = evaluate("--task=loss", "--limit=2", "--seed=5")
     best, _ = evaluate(write_items(out_dir / "c.jsonl", CHOICES), f"--out_dir={out_dir / 'best.pt'}")

@@ -240,7 +240,6 @@ def gpt2_is_there():
 
 # ---- rows that do not fit
 
-
 BAD_ROWS = ['{"text": null}', '"text"', "[1]", '{"a": 1}', '{"text": "\\ud83d"}', '{"text": "cut']
 
 
@@ -376,7 +375,6 @@ def test_test_problems_of_ones_own(tmp_path, monkeypatch):
 
 
 # ---- what is held out
-
 
 EVERY_NTH = [(0.1, [9, 19, 29, 39]), (0.5, range(1, 40, 2)), (0.03, [32]), (0.15, range(6, 40, 7))]
 

@@ -7,16 +7,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import make_model
+from test_sample import BYTES, EOT, TOKENIZER
 
 import sft_gsm8k
 from configurator import parse
 from model import MDM, load_checkpoint, seed_for
 from prepare_data import load_meta, load_tokenizer
 from sft_gsm8k import SFTConfig, answer, example_batches, load_examples
-
-EOT = 256
-BYTES = {"name": "bytes", "pattern": r"[\s\S]", "vocab_size": 257}
-TOKENIZER = load_tokenizer(BYTES)
 
 
 def problem(i):
