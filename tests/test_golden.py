@@ -148,6 +148,7 @@ def test_table_of_sizes():
         with torch.device("meta"):  # shapes without memory
             model = MDM(MDMConfig.preset(f"{size}M", **VARIANTS[name]))
         assert model.num_params() == SCHEDULE[f"counted_{name}"][i], (size, name)
+        assert model.num_params(non_embedding=False) == sum(p.numel() for p in model.parameters())
 
 
 @pytest.mark.parametrize("row", range(len(SCHEDULE["runs"])))
