@@ -1,4 +1,4 @@
-"""The code on the pages of docs/ does what they say. python -m pytest tests/test_docs.py"""
+"""The code on the pages of docs/ does what they say."""
 
 import re
 import shutil
@@ -24,8 +24,7 @@ def blocks(page, language):
     return re.findall(rf"```{language}\n(.*?)```", (DOCS / page).read_text(encoding="utf-8"), re.DOTALL)
 
 
-def run_blocks(page):
-    """The names that the Python code of a page defines."""
+def run_blocks(page):  # returns the names that they define
     names = {}
     for block in blocks(page, "python"):
         exec(block, names)
@@ -51,8 +50,7 @@ def test_a_sink_added_to_a_model_of_transformers_is_ours(qwen):
     with_sink = page["WithSink"](model, model.get_input_embeddings().weight[60])
     page["check"](with_sink, ids, other_ids)
     ours = convert.from_causal(model.config.to_dict(), model.state_dict(), 61, 60, shift=False, block_size=16)
-    is_text = torch.ones_like(ids, dtype=torch.bool)
-    logits = with_sink(ids, is_text)
+    logits = with_sink(ids, is_text := torch.ones_like(ids, dtype=torch.bool))
     torch.testing.assert_close(logits, ours(ids), atol=1e-5, rtol=1e-5)
     padded, is_text = F.pad(ids, (0, 3)), F.pad(is_text, (0, 3))
     torch.testing.assert_close(with_sink(padded, is_text)[:, :9], logits, atol=1e-5, rtol=1e-5)
@@ -92,11 +90,14 @@ def test_change_attention(tmp_path):
     shutil.copytree(DOCS.parent / "extras", tmp_path / "extras")
     for file in DOCS.parent.glob("*.py"):
         shutil.copy(file, tmp_path)
-    (diff,) = blocks("change_attention.md", "diff")
+    diff = blocks("change_attention.md", "diff")[0]
     subprocess.run(["git", "apply"], input=diff, cwd=tmp_path, check=True, text=True)
-    (checks,) = blocks("change_attention.md", "python")
+    checks, add_logits = blocks("change_attention.md", "python")
     checks += "from extras.sinks import attention_maps\nassert len(list(attention_maps(changed, xt))) == 2\n"
     subprocess.run([sys.executable, "-c", checks], cwd=tmp_path, check=True)
+    shutil.copytree(DEMO / "vanilla", tmp_path / "out" / "smollm2" / "vanilla")
+    add_logits += "from model import MDM\nMDM.from_checkpoint('out/smollm2/logit.pt')\n"
+    subprocess.run([sys.executable, "-c", add_logits], cwd=tmp_path, check=True)
 
 
 @pytest.mark.parametrize("name, n_sink", [("sink", 1), ("vanilla", 0)])
