@@ -200,15 +200,18 @@ class MDM(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed):
-        """SMDM's initialisation: matrices are normal, biases 0, and norms stay 1. Each tensor has its own
-        generator, seeded by (seed, name): models of one seed start equal in all that they share."""
+        """SMDM's initialisation. Each tensor has its own generator, seeded by (seed, name): models of one
+        seed start equal in all that they share."""
         for name, p in self.named_parameters():
+            owner = self.get_submodule(name.rpartition(".")[0])
+            if name != "sink" and not isinstance(owner, (nn.Linear, nn.Embedding)):
+                continue  # norms, and what a change adds, keep what their constructors made
             generator = torch.Generator().manual_seed(seed_for(seed, *name.encode()))
             if name.endswith(".bias"):
                 p.zero_()
             elif name.endswith(("attn.proj.weight", "mlp.w3.weight")):  # into the residual stream
                 p.normal_(std=1 / (math.sqrt(self.config.n_embd) * self.config.n_layer), generator=generator)
-            elif p.ndim == 2:
+            else:
                 p.normal_(std=math.sqrt(2 / (5 * self.config.n_embd)), generator=generator)
 
     def forward(self, xt, masked=None, targets=None):

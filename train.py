@@ -328,9 +328,7 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
             save("ckpt.pt")
             if rank == 0:
                 bar.write(f"stopped at step {step}; continue with --init_from=resume --out_dir={cfg.out_dir}")
-            if wandb:
-                wandb.finish()  # or the exit code would mark the run as failed
-            sys.exit(128 + (stop_signal or signal.SIGTERM))
+            break
         if step % cfg.eval_interval == 0 or step == max_steps:
             bound, se, *_ = validate(model, get_batch, B, cfg.eval_seqs, cfg.dtype, 1, rank, world_size)
             log(f"val loss {bound:.4f} ± {se:.4f}", step=step, val_loss=bound, val_se=se)
@@ -384,7 +382,9 @@ def train(cfg: TrainConfig, model: MDM, get_batch, meta=None, resume=None) -> MD
         signal.signal(signum, handler)
     bar.close()
     if wandb:
-        wandb.finish()
+        wandb.finish()  # before a stopped run exits, or its exit code would mark it as failed
+    if stop:
+        sys.exit(128 + (stop_signal or signal.SIGTERM))
     return model
 
 

@@ -58,8 +58,7 @@ def call_main(monkeypatch, capsys):
 
 
 @pytest.fixture(autouse=True)
-def signals():
-    """train replaces the handlers of signals, which end with the test."""
+def signals():  # train replaces the handlers of signals until it ends
     on_sigint, on_sigterm = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGINT, on_sigint)

@@ -33,7 +33,6 @@ def run_blocks(page):  # returns the names that they define
 
 @pytest.fixture
 def qwen():
-    """A small Qwen2 of transformers, with a padded text of 9 tokens and another one."""
     transformers = pytest.importorskip("transformers")
     shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     shape |= {"num_key_value_heads": 2, "vocab_size": 61, "tie_word_embeddings": False}
@@ -86,7 +85,6 @@ def test_the_likelihood_of_evaluation_md(monkeypatch, capsys):
 
 
 def test_change_attention(tmp_path):
-    """The diff of the page applies, its checks pass, and extras.sinks knows the changed attention."""
     shutil.copytree(DOCS.parent / "extras", tmp_path / "extras")
     for file in DOCS.parent.glob("*.py"):
         shutil.copy(file, tmp_path)
@@ -104,7 +102,6 @@ def test_change_attention(tmp_path):
 def test_the_models_that_come_along_have_the_loss_of_their_training(name, n_sink):
     model, _, checkpoint = load_trained(DEMO / name, "cpu")
     assert model.config.n_sink == n_sink and "optimizer" not in checkpoint
-    run = checkpoint["run_config"]
-    get_batch, n, _ = validation(checkpoint, DEMO / "arithmetic", run["eval_seqs"])
-    loss, *_ = validate(model, get_batch, run["micro_batch_size"], n, dtype="float32")
+    get_batch, n, _ = validation(checkpoint, DEMO / "arithmetic", checkpoint["run_config"]["eval_seqs"])
+    loss, *_ = validate(model, get_batch, checkpoint["run_config"]["micro_batch_size"], n, "float32")
     assert loss == pytest.approx(checkpoint["best_val_loss"], abs=1e-4)

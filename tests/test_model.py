@@ -132,7 +132,8 @@ def test_weights_follow_from_the_seed_alone():
 def test_initialisation():
     """SMDM's: std 1 / (sqrt(C) n_layer) of what writes into the residual stream, sqrt(2 / 5C) of the rest."""
     flags = {"n_sink": 40, "gated_attention": True, "qkv_bias": True}
-    for name, p in MDM(MDMConfig(vocab_size=500, n_layer=3, n_embd=128, **flags)).named_parameters():
+    model = MDM(MDMConfig(vocab_size=500, n_layer=3, n_embd=128, **flags))
+    for name, p in model.named_parameters():
         residual = name.endswith(("attn.proj.weight", "mlp.w3.weight"))
         std = 1 / (math.sqrt(128) * 3) if residual else math.sqrt(2 / (5 * 128))
         if p.ndim == 1:
@@ -140,6 +141,9 @@ def test_initialisation():
         else:
             assert p.std().item() == pytest.approx(std, rel=0.05), name
             assert abs(p.mean().item()) < 5 * std / math.sqrt(p.numel()), name
+    own = model.blocks[0].attn.own = torch.nn.Parameter(torch.full((3, 5), 7.0))
+    model.init_weights(0)
+    assert (own == 7).all()  # what a change adds keeps its values
 
 
 def test_bad_input():
